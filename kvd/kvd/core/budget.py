@@ -1,0 +1,300 @@
+"""Who may use which bytes: arenas' slots, holds over ancestors, tail-first LRU, making room.
+
+Every slot of an arena is in one of these places:
+
+    fresh      never backed, numbered from `high_water` up
+    punched    was backed once, its memory went to another arena
+    free       backed, holds nothing
+    filling    set aside or being written
+    active     sealed, and held by a lease on it or on a block below it
+    cached     sealed and not held: in the LRU
+
+`unassigned` is what remains of the budget after directories, staging and all backed slots. The LRU
+is one for all arenas, so memory moves to where it is used. It is ordered by last use, and because a
+release appends a block before its parent, a child always comes before its parent: the head never
+has resident children, and tail-first eviction takes one step.
+"""
+
+from collections import OrderedDict
+from typing import NamedTuple
+
+from kvd.core.events import Back, DropRecord, Effect, Punch
+from kvd.core.tree import GONE, NO_SLOT, SEALED, Block
+from kvd_proto.errors import AllLeased, BudgetTooSmall, Detail
+from kvd_proto.geometry import Geometry, round_up
+from kvd_proto.layout import DIRECTORY_HEADER_BYTES, record_bytes
+from kvd_proto.payload import PayloadFormat
+
+DIRECTORY_CHUNK = 64 * 1024
+"""Directories grow by so much: a few hundred records, so that small arenas stay small."""
+
+
+class Arena:
+    """The slots and the prefix tree of one (tenant, model)."""
+
+    def __init__(
+        self,
+        number: int,
+        tenant: str,
+        name: str,
+        fingerprint: bytes,
+        geometry: Geometry,
+        payload_format: PayloadFormat,
+        block_tokens: int,
+        slots: int,
+        root_key: bytes,
+    ) -> None:
+        self.number = number
+        self.tenant = tenant
+        self.name = name
+        self.fingerprint = fingerprint
+        self.geometry = geometry
+        self.format = payload_format
+        self.block_tokens = block_tokens
+        self.payload_bytes = payload_format.max_bytes
+        self.stride = round_up(payload_format.max_bytes)
+        self.slots = slots
+        self.root = Block(self, None, b"", root_key, NO_SLOT)
+        self.root.state = SEALED
+        self.high_water = 0
+        self.punched: list[int] = []
+        self.free: list[int] = []
+        self.filling = 0
+        self.active = 0
+        self.cached = 0
+        self.directory_bytes = min(self.directory_limit, round_up(DIRECTORY_HEADER_BYTES))
+
+    @property
+    def backed(self) -> int:
+        """Slots that have memory."""
+        return len(self.free) + self.filling + self.active + self.cached
+
+    @property
+    def directory_limit(self) -> int:
+        """The directory's length when every slot has been used."""
+        return directory_bytes_for(self.slots, self.block_tokens)
+
+    def directory_for(self, high_water: int) -> int:
+        """The directory's backed bytes once slots below `high_water` have been used."""
+        wanted = directory_bytes_for(high_water, self.block_tokens)
+        if wanted <= self.directory_bytes:
+            return self.directory_bytes
+        return min(self.directory_limit, round_up(wanted, DIRECTORY_CHUNK))
+
+    def cost_of_fresh(self, n_slots: int) -> int:
+        """Bytes of the budget that backing `n_slots` more takes, the directory's growth
+        included."""
+        beyond = self.high_water + max(0, n_slots - len(self.punched))
+        growth = self.directory_for(beyond) - self.directory_bytes
+        return n_slots * self.stride + growth
+
+
+def directory_bytes_for(slots: int, block_tokens: int) -> int:
+    """Bytes of a directory that has records for `slots` slots, in whole pages."""
+    return round_up(DIRECTORY_HEADER_BYTES + slots * record_bytes(block_tokens))
+
+
+class SlotsTaken(NamedTuple):
+    """Slots set aside as filling; `to_back` of them need memory first (an empty list: none)."""
+
+    slots: list[int]
+    to_back: list[int]
+
+
+class Budget:
+    """The bytes of the daemon: makes room, and keeps every running total."""
+
+    def __init__(self, n_bytes: int) -> None:
+        self.n_bytes = n_bytes
+        self.unassigned = n_bytes
+        self.staging = 0
+        self.arenas: dict[int, Arena] = {}
+        self.lru: OrderedDict[Block, None] = OrderedDict()
+        self.evicted_blocks = 0
+
+    # --- holds: what a living sequence leases is never evicted
+
+    def hold(self, block: Block) -> None:
+        """Keep `block` and all its ancestors. Stops at the first that is held already."""
+        node: Block | None = block
+        while node is not None and node.parent is not None:
+            node.holds += 1
+            if node.holds > 1:
+                return
+            if node.state is SEALED:
+                del self.lru[node]
+                node.arena.cached -= 1
+                node.arena.active += 1
+            node = node.parent
+
+    def unhold(self, block: Block, effects: list[Effect]) -> None:
+        """Undo one `hold`. What nobody holds any more becomes the youngest of the LRU, tail
+        first."""
+        node: Block | None = block
+        while node is not None and node.parent is not None:
+            node.holds -= 1
+            if node.holds:
+                return
+            parent = node.parent
+            node.arena.active -= 1
+            node.arena.cached += 1
+            self.lru[node] = None
+            if node.superseded:
+                self.drop(node, effects)
+            node = parent
+
+    # --- room
+
+    def charge_staging(self, n_bytes: int, effects: list[Effect]) -> None:
+        """Take bytes for a session's staging, evicting if it must; raises ResourceError."""
+        self._make_unassigned(n_bytes, effects)
+        self.unassigned -= n_bytes
+        self.staging += n_bytes
+
+    def return_staging(self, n_bytes: int) -> None:
+        self.staging -= n_bytes
+        self.unassigned += n_bytes
+
+    def charge_directory(self, arena: Arena, effects: list[Effect]) -> None:
+        """Take the bytes of a new arena's directory, and make the arena known."""
+        self._make_unassigned(arena.directory_bytes, effects)
+        self.unassigned -= arena.directory_bytes
+        self.arenas[arena.number] = arena
+
+    def take(self, arena: Arena, n_slots: int, effects: list[Effect]) -> SlotsTaken:
+        """Set `n_slots` aside as filling. All or none: raises BudgetTooSmall or AllLeased."""
+        self._check_room(arena, n_slots)
+        to_back: list[int] = []
+        slots: list[int] = []
+        while len(slots) < n_slots:
+            if arena.free:
+                slots.append(arena.free.pop())
+                arena.filling += 1
+            elif self._back_one(arena):
+                slot = arena.punched.pop() if arena.punched else self._raise_high_water(arena)
+                slots.append(slot)
+                to_back.append(slot)
+                arena.filling += 1
+            else:
+                self._give_way(arena, effects)
+        return SlotsTaken(slots, to_back)
+
+    def give_back(self, arena: Arena, slot: int) -> None:
+        """A slot that was set aside and is not needed stays backed, and is free."""
+        arena.filling -= 1
+        arena.free.append(slot)
+
+    def unback(self, arena: Arena, slots: list[int]) -> None:
+        """Slots that were set aside, but the operating system had no memory for them."""
+        arena.filling -= len(slots)
+        arena.punched.extend(slots)
+        self.unassigned += len(slots) * arena.stride
+
+    def drop(self, block: Block, effects: list[Effect]) -> None:
+        """Forget a cached block, which has no children: its slot is free."""
+        assert block.parent is not None
+        assert not block.children, "a parent goes after its children"
+        del self.lru[block]
+        block.parent.remove(block)
+        block.state = GONE
+        block.arena.cached -= 1
+        block.arena.free.append(block.slot)
+        effects.append(DropRecord(block.arena.number, block.slot))
+
+    def pop_oldest(self, effects: list[Effect]) -> Block:
+        """Evict the least recently used block that has no resident children: the LRU's head."""
+        block = next(iter(self.lru))  # there is one: _check_room counted it
+        self.drop(block, effects)
+        self.evicted_blocks += 1
+        return block
+
+    def evict(self, name: str, n_blocks: int, effects: list[Effect]) -> int:
+        """Drop up to `n_blocks` cached blocks (0: all) of the models called `name` ("": any).
+
+        Oldest first; a walk of the whole LRU, for the administrator. Their memory goes back to the
+        operating system. Returns how many were dropped.
+        """
+        chosen = [block for block in self.lru if not name or block.arena.name == name]
+        chosen = chosen[: n_blocks or None]
+        for block in chosen:
+            self.drop(block, effects)
+        self.evicted_blocks += len(chosen)
+        for arena in {block.arena for block in chosen}:
+            self._punch(arena, len(arena.free), effects)
+        return len(chosen)
+
+    def back_effect(self, job: int, arena: Arena, to_back: list[int]) -> Back:
+        """The effect that gives `to_back` memory."""
+        return Back(job, arena.number, to_back, arena.directory_bytes)
+
+    def _check_room(self, arena: Arena, n_slots: int) -> None:
+        """Whether `n_slots` can be had at all, if everything that may go does. Mutates nothing."""
+        others = sum(
+            (len(other.free) + other.cached) * other.stride
+            for other in self.arenas.values()
+            if other is not arena
+        )
+        fresh = n_slots - len(arena.free) - arena.cached
+        if fresh <= 0 or arena.cost_of_fresh(fresh) <= self.unassigned + others:
+            return
+        evidence: dict[str, Detail] = {
+            "model": arena.name,
+            "blocks": n_slots,
+            "stride_bytes": arena.stride,
+            "budget_bytes": self.n_bytes,
+            "staging_bytes": self.staging,
+            "unassigned_bytes": self.unassigned,
+        }
+        if n_slots * arena.stride > self.n_bytes:
+            raise BudgetTooSmall("so many blocks can never fit the budget", **evidence)
+        raise AllLeased("the budget is full and every block in it is in use", **evidence)
+
+    def _make_unassigned(self, n_bytes: int, effects: list[Effect]) -> None:
+        """Give memory of free and cached slots back until `n_bytes` are unassigned."""
+        could = self.unassigned + sum(
+            (len(arena.free) + arena.cached) * arena.stride for arena in self.arenas.values()
+        )
+        if n_bytes > could:
+            kind = BudgetTooSmall if n_bytes > self.n_bytes else AllLeased
+            raise kind(
+                "the budget has no room for this",
+                asked_bytes=n_bytes,
+                budget_bytes=self.n_bytes,
+                available_bytes=could,
+            )
+        while self.unassigned < n_bytes:
+            self._give_way(None, effects)
+
+    def _give_way(self, arena: Arena | None, effects: list[Effect]) -> None:
+        """One step towards room for `arena`: another's free slots, else the oldest cached block."""
+        for other in self.arenas.values():
+            if other is not arena and other.free:
+                self._punch(other, 1, effects)
+                return
+        self.pop_oldest(effects)
+
+    def _punch(self, arena: Arena, n_slots: int, effects: list[Effect]) -> None:
+        """Give `n_slots` free slots back to the operating system."""
+        if not n_slots:
+            return
+        slots = [arena.free.pop() for _ in range(n_slots)]
+        arena.punched.extend(slots)
+        self.unassigned += n_slots * arena.stride
+        effects.append(Punch(arena.number, slots))
+
+    def _back_one(self, arena: Arena) -> bool:
+        """Charge one more backed slot, if the budget has it unassigned."""
+        if not arena.punched and arena.high_water == arena.slots:
+            return False
+        cost = arena.cost_of_fresh(1)
+        if cost > self.unassigned:
+            return False
+        self.unassigned -= cost
+        return True
+
+    @staticmethod
+    def _raise_high_water(arena: Arena) -> int:
+        slot = arena.high_water
+        arena.directory_bytes = arena.directory_for(slot + 1)
+        arena.high_water += 1
+        return slot

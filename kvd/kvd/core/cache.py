@@ -1,0 +1,116 @@
+"""The state of the core in one place, and what several operations share. The operations: models.py,
+allocating.py, storing.py; the dispatch: machine.py.
+"""
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from kvd.core.budget import Arena, Budget
+from kvd.core.commits import Commit
+from kvd.core.events import Effect, SessionId
+from kvd.core.sequences import Context, Sequence, Session, Waiter
+from kvd.core.tree import Block
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the configuration says that the core must know. Bytes and counts."""
+
+    max_memory: int
+    max_sequences: int = 100
+    max_sessions: int = 256
+    n_seq_max: int = 255
+    first_context: int = 1
+    """Contexts are numbered from here: the shell gives each start of the daemon another range, so
+    that a handle from before a restart cannot name a context of today."""
+
+
+@dataclass(slots=True)
+class Counters:
+    """Totals since the start, for status and metrics. Tokens where they say so."""
+
+    requests: int = 0
+    errors: int = 0
+    queried_tokens: int = 0
+    hit_tokens: int = 0
+    stored_blocks: int = 0
+    stored_bytes: int = 0
+    present_blocks: int = 0
+    joined_blocks: int = 0
+    failed_blocks: int = 0
+    sequences_opened: int = 0
+    sequences_timed_out: int = 0
+    sessions_opened: int = 0
+
+
+class AllocBacking(NamedTuple):
+    """An alloc whose reserved slots are being backed."""
+
+    session: Session
+    correlation: int
+    sequence: Sequence
+    slots: list[int]
+    to_back: list[int]
+    reply: object
+
+
+class AppendBacking(NamedTuple):
+    """An append some of whose slots are being backed."""
+
+    session: Session
+    correlation: int
+    commit: Commit
+    blocks: list[Block]
+    to_back: list[int]
+    reply: object
+
+
+class Copying(NamedTuple):
+    """A copy job: its blocks in the order of its items, and whose staging it reads."""
+
+    session: Session
+    blocks: list[Block]
+
+
+Job = AllocBacking | AppendBacking | Copying
+
+
+@dataclass(slots=True)
+class Cache:
+    """Everything the core knows."""
+
+    limits: Limits
+    budget: Budget
+    sessions: dict[SessionId, Session] = field(default_factory=dict)
+    leaving: dict[SessionId, Session] = field(default_factory=dict)
+    """Dead sessions whose staging is still read by a copy."""
+    contexts: dict[int, Context] = field(default_factory=dict)
+    models: dict[tuple[str, bytes], Arena] = field(default_factory=dict)
+    """By tenant and arena fingerprint."""
+    waiting: deque[Waiter] = field(default_factory=deque)
+    expiring: list[tuple[float, int, int, int]] = field(default_factory=list)
+    """Heap of (when, context, seq_id, generation): a sequence may be idle for too long then."""
+    jobs: dict[int, Job] = field(default_factory=dict)
+    counters: Counters = field(default_factory=Counters)
+    open_sequences: int = 0
+    next_context: int = 0
+    next_job: int = 1
+    next_generation: int = 1
+
+    def new_job(self, job: Job) -> int:
+        """File a job under a new number."""
+        number = self.next_job
+        self.next_job += 1
+        self.jobs[number] = job
+        return number
+
+    def lease(self, sequence: Sequence, block: Block, effects: list[Effect]) -> None:
+        """Move the sequence's lease to `block`, which it holds from now on."""
+        self.budget.hold(block)
+        self.budget.unhold(sequence.leased, effects)
+        sequence.leased = block
+
+    def sequences(self) -> list[Sequence]:
+        """All open sequences."""
+        return [seq for context in self.contexts.values() for seq in context.open.values()]

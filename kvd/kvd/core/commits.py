@@ -1,0 +1,233 @@
+"""Storing blocks: what an append adds to the tree, who waits for whose copy, sealing and failing.
+
+    append ──► new blocks are FILLING ──Back──► reply ──Copy──► each is sealed, or fails
+                  │
+                  └─ a block that another commit fills already is joined: this staged copy stands by
+
+A filling block lists its sources, first come first. The first is copied; when that copy is not
+accepted the next takes over; when none is left, the block goes, with everything below it.
+"""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from kvd.core.budget import Arena, Budget
+from kvd.core.events import CopyItem, Effect, WriteRecord
+from kvd.core.sequences import Sequence, Session
+from kvd.core.tree import FILLING, GONE, NO_SLOT, SEALED, Block
+from kvd_proto.errors import KvdError
+from kvd_proto.keys import block_key
+
+
+@dataclass(slots=True, eq=False)
+class Commit:
+    """One append of a session, until all of its blocks are sealed or have failed."""
+
+    session: Session
+    number: int
+    pending: set[Block] = field(default_factory=set)
+    failure: KvdError | None = None
+    answered: bool = False
+    """Its reply has been sent: it may be reported as finished from then on."""
+
+
+class Source(NamedTuple):
+    """A staged copy of a filling block: in whose staging, where, and for which commit."""
+
+    commit: Commit
+    offset: int
+
+
+class Plan(NamedTuple):
+    """What an append would do: blocks that exist already, in order, and the chunks to store."""
+
+    existing: list[Block]
+    missing: list[bytes]
+
+
+class Begun(NamedTuple):
+    """An append in the tree: the blocks to fill, and how many were there or are filled by
+    another."""
+
+    new: list[Block]
+    present: int
+    joined: int
+
+
+def plan_append(tip: Block, tokens: bytes, block_bytes: int) -> Plan:
+    """Split `tokens` after `tip` into blocks and find those that exist. Mutates nothing."""
+    chunks = [tokens[at : at + block_bytes] for at in range(0, len(tokens), block_bytes)]
+    existing: list[Block] = []
+    node = tip
+    for chunk in chunks:
+        child = node.child(chunk)
+        if child is None and len(chunk) < block_bytes:
+            # An open tail is there already if a sealed block goes on from it.
+            child = node.extension(chunk)
+        if child is None:
+            break
+        existing.append(child)
+        node = child
+    return Plan(existing, chunks[len(existing) :])
+
+
+def begin(
+    plan: Plan,
+    sequence: Sequence,
+    slots: list[int],
+    offsets: list[int],
+    commit: Commit,
+    budget: Budget,
+) -> Begun:
+    """Put the missing blocks into the tree as FILLING and join those that others fill.
+
+    `slots` are set aside, one for each missing block; `offsets` are the staged copies of all blocks
+    of the plan. The new blocks hold themselves and, through that, their ancestors.
+    """
+    arena = sequence.context.arena
+    joined = 0
+    for block, offset in zip(plan.existing, offsets, strict=False):
+        if block.state is FILLING:
+            assert block.sources is not None
+            block.sources.append(Source(commit, offset))
+            commit.pending.add(block)
+            joined += 1
+    parent = plan.existing[-1] if plan.existing else sequence.tip
+    new_offsets = offsets[len(plan.existing) :]
+    new: list[Block] = []
+    for chunk, slot, offset in zip(plan.missing, slots, new_offsets, strict=True):
+        block = Block(arena, parent, chunk, block_key(parent.key, chunk), slot)
+        block.holds = 1
+        block.sources = [Source(commit, offset)]
+        parent.add(block)
+        budget.hold(parent)
+        commit.pending.add(block)
+        new.append(block)
+        parent = block
+    return Begun(new, len(plan.existing) - joined, joined)
+
+
+def copy_item(block: Block) -> CopyItem:
+    """The copy of the block's first source; until it has ended, the slot is the shell's."""
+    assert block.sources
+    block.in_flight = True
+    source = block.sources[0]
+    source.commit.session.in_flight += 1
+    n_bytes = block.arena.format.size(block.n_tokens)
+    return CopyItem(block.slot, source.offset, n_bytes, block.start, block.n_tokens)
+
+
+def seal(
+    block: Block, checksum: int, generation: int, budget: Budget, effects: list[Effect]
+) -> None:
+    """The block's bytes are in the arena: everybody may see it."""
+    assert block.parent is not None
+    block.state = SEALED
+    block.checksum = checksum
+    block.generation = generation
+    block.arena.filling -= 1
+    block.arena.active += 1
+    effects.append(
+        WriteRecord(
+            block.arena.number,
+            block.slot,
+            block.key,
+            block.parent.key,
+            block.start,
+            block.tokens,
+            generation,
+            checksum,
+        )
+    )
+    for source in block.sources or ():
+        source.commit.pending.discard(block)
+    block.sources = None
+    _supersede(block, budget, effects)
+    budget.unhold(block, effects)
+
+
+def fail_first_source(block: Block, error: KvdError) -> bool:
+    """The copy of the first source was not accepted. Returns whether another can take over."""
+    assert block.sources
+    source = block.sources.pop(0)
+    source.commit.pending.discard(block)
+    source.commit.failure = error
+    return bool(block.sources)
+
+
+def withdraw(commit: Commit) -> None:
+    """A dead session's staged copies stand by no longer; those being copied are still good."""
+    for block in list(commit.pending):
+        assert block.sources is not None
+        first, *others = block.sources
+        block.sources = [first, *(source for source in others if source.commit is not commit)]
+        if first.commit is not commit:
+            commit.pending.discard(block)
+
+
+def remove_failed(block: Block, error: KvdError, budget: Budget, effects: list[Effect]) -> None:
+    """Take a block that no source can fill out of the tree, with everything below it.
+
+    A slot is free at once, or when the job that the shell has for it has ended (`in_flight`).
+    Sequences that rest on a removed block must be moved off first.
+    """
+    for child in list(block.children):
+        remove_failed(child, error, budget, effects)
+    if block.state is FILLING:
+        for source in block.sources or ():
+            source.commit.pending.discard(block)
+            source.commit.failure = error
+        block.sources = None
+        if not block.in_flight and block.slot != NO_SLOT:
+            budget.give_back(block.arena, block.slot)
+        _detach(block, budget, effects)
+    else:
+        # Its own copy was sealed while the parent still waited for one; nobody holds it any more.
+        budget.drop(block, effects)
+
+
+def sequences_below(block: Block, sequences: list[Sequence]) -> list[Sequence]:
+    """Those of `sequences` that lease `block` or a block below it."""
+    found = []
+    for sequence in sequences:
+        node: Block | None = sequence.leased
+        while node is not None and node is not block:
+            node = node.parent
+        if node is block:
+            found.append(sequence)
+    return found
+
+
+def _detach(block: Block, budget: Budget, effects: list[Effect]) -> None:
+    """Out of the tree; its hold on the parent ends."""
+    parent = block.parent
+    assert parent is not None
+    parent.remove(block)
+    block.state = GONE
+    budget.unhold(parent, effects)
+
+
+def _supersede(block: Block, budget: Budget, effects: list[Effect]) -> None:
+    """A longer block replaces shorter siblings that are its prefix, now or when they are let go."""
+    parent = block.parent
+    assert parent is not None
+    for shorter in parent.prefixes(block.tokens):
+        if shorter.state is not SEALED:
+            continue
+        if shorter.holds:
+            shorter.superseded = True
+        else:
+            budget.drop(shorter, effects)
+    if parent.extension(block.tokens) is not None:
+        block.superseded = True
+
+
+def blocks_of(arena: Arena) -> list[Block]:
+    """Every block of the arena's tree, parents before children. A walk of the whole tree."""
+    found: list[Block] = []
+    stack = list(arena.root.children)
+    while stack:
+        block = stack.pop()
+        found.append(block)
+        stack.extend(block.children)
+    return found

@@ -1,0 +1,202 @@
+"""What can happen to the core, and what it asks of the shell. Plain data, both ways.
+
+An effect is carried out by the shell in the order given. Jobs (`Back`, `Copy`) come back as an
+event with the same job number; the shell runs jobs and `Punch` in one queue, first in, first out,
+so that a slot is never punched or filled out of order.
+"""
+
+from typing import Any, NamedTuple
+
+from kvd_proto.errors import KvdError
+from kvd_proto.geometry import LayerGeometry
+
+SessionId = bytes
+
+# --- events
+
+
+class Connected(NamedTuple):
+    """A client said hello. The budget is charged with its staging, or `ConnectRefused` is
+    answered."""
+
+    session: SessionId
+    client: str
+    pid: int
+    uid: int
+    tenant: str
+    staging_bytes: int
+
+
+class Disconnected(NamedTuple):
+    """The session's lifeline ended or its process died. Also safe for a session that never
+    opened."""
+
+    session: SessionId
+
+
+class Requested(NamedTuple):
+    """A decoded request. `staging` is the session's staging, read for append only."""
+
+    session: SessionId
+    correlation: int
+    message: Any
+    staging: memoryview | None = None
+
+
+class Backed(NamedTuple):
+    """A `Back` job ended; with an error none of its slots are backed."""
+
+    job: int
+    error: KvdError | None
+
+
+class CopyResult(NamedTuple):
+    """One block's copy: the checksum of the bytes in the arena, or why they were not accepted."""
+
+    checksum: int
+    error: KvdError | None
+
+
+class Copied(NamedTuple):
+    """A `Copy` job ended, with one result for each of its items."""
+
+    job: int
+    results: list[CopyResult]
+
+
+class Ticked(NamedTuple):
+    """Time has passed: see `Core.next_deadline`."""
+
+
+Event = Connected | Disconnected | Requested | Backed | Copied | Ticked
+
+# --- effects
+
+
+class Reply(NamedTuple):
+    """Answer a request: `body` is a reply message or a KvdError."""
+
+    session: SessionId
+    correlation: int
+    body: Any
+
+
+class OpenStaging(NamedTuple):
+    """Make the session's staging and welcome it."""
+
+    session: SessionId
+    n_bytes: int
+
+
+class RefuseSession(NamedTuple):
+    """Tell a client why it gets no session."""
+
+    session: SessionId
+    error: KvdError
+
+
+class CloseStaging(NamedTuple):
+    """No copy reads this session's staging any more: unmap and close it."""
+
+    session: SessionId
+
+
+class Completed(NamedTuple):
+    """Write the session's completed number into its staging's header."""
+
+    session: SessionId
+    commit: int
+
+
+class CreateArena(NamedTuple):
+    """Make the segments of a new arena: `slots` sparse slots, and its directory."""
+
+    arena: int
+    tenant: str
+    name: str
+    fingerprint: bytes
+    payload_format: str
+    block_tokens: int
+    layers: tuple[LayerGeometry, ...]
+    payload_bytes: int
+    stride_bytes: int
+    slots: int
+    directory_bytes: int
+
+
+class ShareArena(NamedTuple):
+    """Send the arena's read-only descriptor to the session, before the reply that names it."""
+
+    session: SessionId
+    arena: int
+
+
+class Back(NamedTuple):
+    """Give slots memory, all or none, and the directory up to `directory_bytes`."""
+
+    job: int
+    arena: int
+    slots: list[int]
+    directory_bytes: int
+
+
+class Punch(NamedTuple):
+    """Take the memory of slots that nobody can still read."""
+
+    arena: int
+    slots: list[int]
+
+
+class CopyItem(NamedTuple):
+    """Copy `n_bytes` at `offset` of the staging into a slot; the copy must be such a block."""
+
+    slot: int
+    offset: int
+    n_bytes: int
+    start: int
+    n_tokens: int
+
+
+class Copy(NamedTuple):
+    """Copy, validate and checksum blocks of one session's staging."""
+
+    job: int
+    arena: int
+    session: SessionId
+    items: list[CopyItem]
+
+
+class WriteRecord(NamedTuple):
+    """A block is sealed: its record enters the directory."""
+
+    arena: int
+    slot: int
+    key: bytes
+    parent_key: bytes
+    start: int
+    tokens: bytes
+    generation: int
+    checksum: int
+
+
+class DropRecord(NamedTuple):
+    """A block is gone: its record leaves the directory before the slot is used again."""
+
+    arena: int
+    slot: int
+
+
+Effect = (
+    Reply
+    | OpenStaging
+    | RefuseSession
+    | CloseStaging
+    | Completed
+    | CreateArena
+    | ShareArena
+    | Back
+    | Punch
+    | Copy
+    | WriteRecord
+    | DropRecord
+)

@@ -1,0 +1,193 @@
+"""The one mutator: an event goes in, effects come out. The rules themselves: see the package.
+
+Nothing raises out of `handle` for what a client did: it becomes an error reply. An AssertionError
+is a fault of ours and does come out.
+"""
+
+from heapq import heappop, heappush
+from typing import Any
+
+from kvd.core import allocating, models, storing
+from kvd.core.budget import Budget
+from kvd.core.cache import AllocBacking, AppendBacking, Cache, Copying, Limits
+from kvd.core.commits import withdraw
+from kvd.core.events import (
+    Backed,
+    CloseStaging,
+    Connected,
+    Copied,
+    Disconnected,
+    Effect,
+    Event,
+    OpenStaging,
+    RefuseSession,
+    Reply,
+    Requested,
+    Ticked,
+)
+from kvd.core.sequences import Session, State
+from kvd_proto.errors import KvdError, TooManySessions, UnknownSession
+from kvd_proto.messages import (
+    Alloc,
+    Append,
+    CloseContext,
+    Evict,
+    Evicted,
+    Flush,
+    Get,
+    OpenContext,
+    RegisterModel,
+    Release,
+)
+
+
+class Core:
+    """The cache's rules over one `Cache`."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.cache = Cache(limits, Budget(limits.max_memory), next_context=limits.first_context)
+
+    def handle(self, event: Event, now: float) -> list[Effect]:
+        """Let `event` happen at time `now` (seconds, never going back). Mutates the cache."""
+        effects: list[Effect] = []
+        cache = self.cache
+        match event:
+            case Requested():
+                self._request(event, now, effects)
+                return effects
+            case Connected():
+                self._connect(event, now, effects)
+            case Disconnected():
+                self._disconnect(event, now, effects)
+            case Backed(number):
+                job = cache.jobs.pop(number)
+                if isinstance(job, AllocBacking):
+                    allocating.reserve_backed(cache, job, event, effects)
+                    allocating.serve_waiters(cache, now, effects)
+                elif isinstance(job, AppendBacking):
+                    storing.append_backed(cache, job, event, effects)
+            case Copied(number):
+                copying = cache.jobs.pop(number)
+                assert isinstance(copying, Copying)
+                storing.copied(cache, copying, event, effects)
+            case Ticked():
+                allocating.expire_waiters(cache, now, effects)
+                self._expire_sequences(now)
+        # A block that is sealed or fails can finish commits of several sessions.
+        for session in cache.sessions.values():
+            if session.commits:
+                storing.advance_completed(session, effects)
+        self._let_leave(effects)
+        return effects
+
+    def next_deadline(self) -> float | None:
+        """When a `Ticked` is due at the latest; None while nothing has a deadline."""
+        deadlines = [waiter.deadline for waiter in self.cache.waiting]
+        if self.cache.expiring:
+            deadlines.append(self.cache.expiring[0][0])
+        return min(deadlines, default=None)
+
+    def _request(self, event: Requested, now: float, effects: list[Effect]) -> None:
+        cache = self.cache
+        cache.counters.requests += 1
+        session = cache.sessions.get(event.session)
+        body: Any
+        try:
+            if session is None:
+                raise UnknownSession("the daemon does not know this session")
+            body = self._answer(session, event, now, effects)
+        except KvdError as error:
+            cache.counters.errors += 1
+            body = error
+        if body is not None:
+            effects.append(Reply(event.session, event.correlation, body))
+
+    def _answer(
+        self, session: Session, event: Requested, now: float, effects: list[Effect]
+    ) -> object | None:
+        """Dispatch; None means that the reply has been given already, or comes later."""
+        cache, message, correlation = self.cache, event.message, event.correlation
+        # In the order of how often they come.
+        match message:
+            case Alloc():
+                return allocating.alloc(cache, session, correlation, message, now, effects)
+            case Append():
+                storing.append(cache, session, correlation, message, event.staging, now, effects)
+                return None
+            case Release():
+                return allocating.release(cache, session, message, now, effects)
+            case Get():
+                return allocating.get(cache, session, message, now)
+            case Flush():
+                return storing.flush(cache, session, correlation, message)
+            case RegisterModel():
+                return models.register_model(cache, session, message, effects)
+            case OpenContext():
+                return models.open_context(cache, session, message, now)
+            case CloseContext():
+                return models.close_context(cache, session, message, now, effects)
+            case Evict(name, n_blocks):
+                before = cache.budget.unassigned
+                dropped = cache.budget.evict(name, n_blocks, effects)
+                return Evicted(dropped, cache.budget.unassigned - before)
+        raise AssertionError(f"the shell answers {type(message).__name__}, not the core")
+
+    def _connect(self, event: Connected, now: float, effects: list[Effect]) -> None:
+        cache = self.cache
+        try:
+            if len(cache.sessions) >= cache.limits.max_sessions:
+                raise TooManySessions(
+                    "too many clients are connected", max_sessions=cache.limits.max_sessions
+                )
+            cache.budget.charge_staging(event.staging_bytes, effects)
+        except KvdError as error:
+            effects.append(RefuseSession(event.session, error))
+            return
+        cache.sessions[event.session] = Session(
+            event.session,
+            event.client,
+            event.pid,
+            event.uid,
+            event.tenant,
+            event.staging_bytes,
+            connected=now,
+        )
+        cache.counters.sessions_opened += 1
+        effects.append(OpenStaging(event.session, event.staging_bytes))
+
+    def _disconnect(self, event: Disconnected, now: float, effects: list[Effect]) -> None:
+        """Give back all that the session held. What it has committed stays and is finished."""
+        cache = self.cache
+        session = cache.sessions.pop(event.session, None)
+        if session is None:
+            return
+        session.alive = False
+        for context in list(session.contexts.values()):
+            models.drop_context(cache, context, effects)
+        for commit in session.commits.values():
+            withdraw(commit)
+        cache.leaving[session.id] = session
+        allocating.serve_waiters(cache, now, effects)
+
+    def _let_leave(self, effects: list[Effect]) -> None:
+        """Close the staging of dead sessions that no copy reads any more."""
+        for session in list(self.cache.leaving.values()):
+            if session.in_flight == 0:
+                del self.cache.leaving[session.id]
+                self.cache.budget.return_staging(session.staging_bytes)
+                effects.append(CloseStaging(session.id))
+
+    def _expire_sequences(self, now: float) -> None:
+        """Mark sequences that nobody asked for in time. Their ids come back by release or death."""
+        expiring = self.cache.expiring
+        while expiring and expiring[0][0] <= now:
+            _, number, seq_id, generation = heappop(expiring)
+            context = self.cache.contexts.get(number)
+            sequence = context.open.get(seq_id) if context else None
+            if sequence is None or sequence.generation != generation:
+                continue
+            if sequence.expires > now:
+                heappush(expiring, (sequence.expires, number, seq_id, generation))
+            elif sequence.state is State.PROCESSING:
+                sequence.state = State.TIMED_OUT
+                self.cache.counters.sequences_timed_out += 1

@@ -1,0 +1,151 @@
+"""Registering models, opening and closing contexts."""
+
+from collections import deque
+
+from kvd.core.allocating import close_sequence, refuse_waiters, serve_waiters
+from kvd.core.budget import Arena, directory_bytes_for
+from kvd.core.cache import Cache
+from kvd.core.events import CreateArena, Effect, ShareArena
+from kvd.core.sequences import Context, Session, find_context
+from kvd_proto.errors import (
+    BadMessage,
+    GeometryMismatch,
+    ModelTooLarge,
+    SequenceLimit,
+    UnknownModel,
+)
+from kvd_proto.geometry import Geometry, round_up
+from kvd_proto.keys import arena_fingerprint, root_key
+from kvd_proto.messages import (
+    CloseContext,
+    ContextOpened,
+    Done,
+    ModelRegistered,
+    OpenContext,
+    RegisterModel,
+)
+from kvd_proto.payload import make_format
+
+
+def register_model(
+    cache: Cache, session: Session, message: RegisterModel, effects: list[Effect]
+) -> ModelRegistered:
+    """Find or make the arena of (tenant, model), and see that the session gets its descriptor."""
+    geometry = Geometry.from_wire(message.layers)
+    fingerprint = arena_fingerprint(
+        message.fingerprint, message.payload_format, message.block_tokens
+    )
+    arena = cache.models.get((session.tenant, fingerprint))
+    if arena is None:
+        arena = _create_arena(cache, session, message, geometry, fingerprint, effects)
+    elif arena.geometry != geometry:
+        raise GeometryMismatch(
+            "this fingerprint is registered with another geometry",
+            model=arena.name,
+            registered_bytes_per_token=arena.geometry.bytes_per_token,
+            asked_bytes_per_token=geometry.bytes_per_token,
+            registered_layers=len(arena.geometry.layers),
+            asked_layers=len(geometry.layers),
+        )
+    if arena.number not in session.shared:
+        session.shared.add(arena.number)
+        effects.append(ShareArena(session.id, arena.number))
+    return ModelRegistered(
+        arena.number, arena.number, arena.payload_bytes, arena.stride, arena.slots
+    )
+
+
+def open_context(cache: Cache, session: Session, message: OpenContext, now: float) -> ContextOpened:
+    """Open a pool of sequence ids for a model that this session has registered."""
+    arena = cache.budget.arenas.get(message.model)
+    if arena is None or message.model not in session.shared:
+        raise UnknownModel("this session has registered no such model", model=message.model)
+    if message.n_seq_max > cache.limits.n_seq_max:
+        raise BadMessage(
+            "n_seq_max is too large", got=message.n_seq_max, most=cache.limits.n_seq_max
+        )
+    if len(set(message.busy)) != len(message.busy) or max(message.busy, default=0) >= max(
+        1, message.n_seq_max
+    ):
+        raise BadMessage("busy ids are different ids of the context", n_seq_max=message.n_seq_max)
+    if cache.open_sequences + len(message.busy) > cache.limits.max_sequences:
+        raise SequenceLimit("too many sequences are open", max_sequences=cache.limits.max_sequences)
+    number = cache.next_context
+    cache.next_context += 1
+    free = deque(set(range(message.n_seq_max)).difference(message.busy))
+    context = Context(number, session, arena, free)
+    cache.contexts[number] = session.contexts[number] = context
+    cache.open_sequences += len(message.busy)
+    taken = [context.open_id(seq_id, "", 0.0, now) for seq_id in message.busy]
+    return ContextOpened(number, [sequence.generation for sequence in taken])
+
+
+def close_context(
+    cache: Cache, session: Session, message: CloseContext, now: float, effects: list[Effect]
+) -> Done:
+    """Give back a context, its sequences and what waits for one of its ids."""
+    context = find_context(session, cache.contexts, message.context)
+    drop_context(cache, context, effects)
+    serve_waiters(cache, now, effects)
+    return Done()
+
+
+def drop_context(cache: Cache, context: Context, effects: list[Effect]) -> None:
+    """Close all sequences of a context and forget it."""
+    refuse_waiters(cache, context, effects)
+    for sequence in list(context.open.values()):
+        close_sequence(cache, sequence, effects)
+    del cache.contexts[context.number]
+    del context.session.contexts[context.number]
+
+
+def _create_arena(
+    cache: Cache,
+    session: Session,
+    message: RegisterModel,
+    geometry: Geometry,
+    fingerprint: bytes,
+    effects: list[Effect],
+) -> Arena:
+    payload_format = make_format(message.payload_format, geometry, message.block_tokens)
+    stride = round_up(payload_format.max_bytes)
+    slots = cache.limits.max_memory // stride
+    if (
+        slots == 0
+        or stride + directory_bytes_for(1, message.block_tokens) > cache.limits.max_memory
+    ):
+        raise ModelTooLarge(
+            "not even one block of this model fits the budget",
+            stride_bytes=stride,
+            budget_bytes=cache.limits.max_memory,
+            bytes_per_token=geometry.bytes_per_token,
+        )
+    arena = Arena(
+        number=len(cache.budget.arenas) + 1,
+        tenant=session.tenant,
+        name=message.name,
+        fingerprint=fingerprint,
+        geometry=geometry,
+        payload_format=payload_format,
+        block_tokens=message.block_tokens,
+        slots=slots,
+        root_key=root_key(fingerprint),
+    )
+    cache.budget.charge_directory(arena, effects)
+    cache.models[(session.tenant, fingerprint)] = arena
+    effects.append(
+        CreateArena(
+            arena.number,
+            arena.tenant,
+            arena.name,
+            fingerprint,
+            message.payload_format,
+            arena.block_tokens,
+            geometry.layers,
+            arena.payload_bytes,
+            arena.stride,
+            slots,
+            arena.directory_bytes,
+        )
+    )
+    return arena

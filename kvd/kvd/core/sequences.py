@@ -1,0 +1,168 @@
+"""Sessions, contexts, and sequences: ids, generations, states, and waiting for an id.
+
+A sequence handle is (context, seq_id, generation). An id returns to its pool only when its owner
+says that the K/V is gone (release) or has died; only then does the next generation use it.
+
+    alloc ──► PENDING ──id free──► PROCESSING ──release──► COMPLETED or FAILED
+                 │                      │
+              deadline              idle timeout
+                 ▼                      ▼
+          NO_SEQUENCE_FREE          TIMED_OUT ──release──► gone
+"""
+
+from collections import deque
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING, NamedTuple
+
+from kvd.core.budget import Arena
+from kvd.core.events import SessionId
+from kvd.core.tree import Block
+from kvd_proto.errors import ForeignHandle, StaleHandle, UnknownContext
+from kvd_proto.messages import Alloc
+
+if TYPE_CHECKING:
+    from kvd.core.commits import Commit
+
+
+class State(StrEnum):
+    """Of a request for a sequence."""
+
+    PENDING = "PENDING"
+    PROCESSING = "PROCESSING"
+    COMPLETED = "COMPLETED"
+    FAILED = "FAILED"
+    TIMED_OUT = "TIMED_OUT"
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """A sequence that holds an id. `leased` is its deepest block; `tip` its deepest full one.
+
+    Both are the arena's root while there is none. All of a block's ancestors are leased with it.
+    The last leased block may hold more tokens than the `length` that the sequence has matched or
+    committed.
+    """
+
+    context: "Context"
+    seq_id: int
+    generation: int
+    request: str
+    tip: Block
+    leased: Block
+    idle_timeout: float
+    touched: float
+    length: int = 0
+    state: State = State.PROCESSING
+    limit: int | None = None
+    """The position before which appends must end, if alloc reserved room."""
+    reserved: list[int] = field(default_factory=list)
+    """Slots set aside for appends to come."""
+
+    @property
+    def expires(self) -> float:
+        return self.touched + self.idle_timeout
+
+
+@dataclass(slots=True, eq=False)
+class Context:
+    """What stands for one llama.cpp context: a pool of sequence ids of one session for one
+    model."""
+
+    number: int
+    session: "Session"
+    arena: Arena
+    free_ids: deque[int]
+    generation: int = 0
+    open: dict[int, Sequence] = field(default_factory=dict)
+
+    def take_id(self, request: str, idle_timeout: float, now: float) -> Sequence:
+        """Hand out the id that has been free longest; there is one."""
+        return self.open_id(self.free_ids.popleft(), request, idle_timeout, now)
+
+    def open_id(self, seq_id: int, request: str, idle_timeout: float, now: float) -> Sequence:
+        """A new generation of `seq_id`, without blocks."""
+        self.generation += 1
+        root = self.arena.root
+        sequence = Sequence(
+            self, seq_id, self.generation, request, root, root, idle_timeout, touched=now
+        )
+        self.open[seq_id] = sequence
+        return sequence
+
+    def give_back(self, sequence: Sequence) -> None:
+        """The id's K/V is gone: it may be handed out again."""
+        del self.open[sequence.seq_id]
+        self.free_ids.append(sequence.seq_id)
+
+
+@dataclass(slots=True)
+class Waiter:
+    """An alloc that waits for an id."""
+
+    session: SessionId
+    correlation: int
+    context: Context
+    message: Alloc
+    since: float
+
+    @property
+    def deadline(self) -> float:
+        return self.since + self.message.wait_ms / 1000
+
+
+class WaitingFlush(NamedTuple):
+    """A flush that waits for the session's completed number to reach `commit`."""
+
+    commit: int
+    correlation: int
+
+
+@dataclass(slots=True, eq=False)
+class Session:
+    """A connected client and all that it holds."""
+
+    id: SessionId
+    client: str
+    pid: int
+    uid: int
+    tenant: str
+    staging_bytes: int
+    connected: float
+    contexts: dict[int, Context] = field(default_factory=dict)
+    shared: set[int] = field(default_factory=set)
+    """Arenas whose descriptor it has been sent."""
+    commits: "dict[int, Commit]" = field(default_factory=dict)
+    """Those that are not finished, and finished ones behind them, in order."""
+    last_commit: int = 0
+    completed: int = 0
+    failures: "list[Commit]" = field(default_factory=list)
+    """Commits that failed after their reply, until a flush tells of them."""
+    flushes: list[WaitingFlush] = field(default_factory=list)
+    alive: bool = True
+    in_flight: int = 0
+    """Copies that may still read its staging."""
+
+
+def find_context(session: Session, contexts: dict[int, Context], number: int) -> Context:
+    """The session's own context; raises UnknownContext or ForeignHandle."""
+    context = session.contexts.get(number)
+    if context is not None:
+        return context
+    if number in contexts:
+        raise ForeignHandle("this context belongs to another session", context=number)
+    raise UnknownContext("no such context is open", context=number)
+
+
+def find_sequence(context: Context, seq_id: int, generation: int) -> Sequence:
+    """The open sequence of this handle; raises StaleHandle."""
+    sequence = context.open.get(seq_id)
+    if sequence is None or sequence.generation != generation:
+        raise StaleHandle(
+            "this sequence has ended, or never was",
+            context=context.number,
+            seq_id=seq_id,
+            generation=generation,
+            current_generation=sequence.generation if sequence else None,
+        )
+    return sequence

@@ -1,0 +1,203 @@
+"""Blocks and the prefix tree of an arena. What a block may cost and who holds it: budget.py.
+
+A block's children are sorted by their token bytes, so that one bisection finds the exact child, and
+the child that agrees longest with a continuation is a neighbour of where that would be inserted:
+strings with the longest common prefix are adjacent in lexicographic order. Tokens are compared, not
+keys: a match can never rest on a hash.
+
+                      root (no tokens)
+                     /    \\
+         [t0 .. t31]        [u0 .. u31]         full blocks: may have children
+             /      \\
+    [t32 .. t63]   [t32 .. t40]                 the shorter one is open-ended: never a parent
+"""
+
+from bisect import bisect_left
+from operator import attrgetter
+from typing import TYPE_CHECKING, NamedTuple
+
+from kvd_proto.keys import TOKEN_BYTES
+
+if TYPE_CHECKING:
+    from kvd.core.budget import Arena
+    from kvd.core.commits import Source
+
+FILLING, SEALED, GONE = "filling", "sealed", "gone"
+NO_SLOT = -1
+
+_by_tokens = attrgetter("tokens")
+
+
+class Block:
+    """A node of the tree: `tokens` from position `start`, stored in `slot` of its arena.
+
+    `holds` counts the leases on this block, its children that are held themselves, and 1 while it
+    is filling; a block with holds is never evicted. The root of an arena is a block without parent.
+    """
+
+    __slots__ = (
+        "arena",
+        "checksum",
+        "children",
+        "generation",
+        "holds",
+        "in_flight",
+        "key",
+        "parent",
+        "slot",
+        "sources",
+        "start",
+        "state",
+        "superseded",
+        "tokens",
+    )
+
+    def __init__(
+        self, arena: "Arena", parent: "Block | None", tokens: bytes, key: bytes, slot: int
+    ) -> None:
+        self.arena = arena
+        self.parent = parent
+        self.tokens = tokens
+        self.key = key
+        self.slot = slot
+        self.start: int = parent.start + len(parent.tokens) // TOKEN_BYTES if parent else 0
+        self.state = FILLING
+        self.children: list[Block] = []
+        self.holds = 0
+        self.generation = 0
+        self.checksum = 0
+        self.superseded = False
+        self.in_flight = False
+        """A job of the shell backs or writes the slot: it is not free before that has ended."""
+        self.sources: list[Source] | None = None
+        """While filling: whose staged copies could fill it; the first one is being copied."""
+
+    @property
+    def n_tokens(self) -> int:
+        return len(self.tokens) // TOKEN_BYTES
+
+    @property
+    def end(self) -> int:
+        """The position after the block's last token."""
+        return self.start + len(self.tokens) // TOKEN_BYTES
+
+    def child(self, tokens: bytes) -> "Block | None":
+        """The child with exactly these tokens, filling or sealed."""
+        children = self.children
+        if len(children) == 1:
+            # The usual case within a prompt: worth a comparison of its own.
+            only = children[0]
+            return only if only.tokens == tokens else None
+        index = bisect_left(children, tokens, key=_by_tokens)
+        if index < len(children) and children[index].tokens == tokens:
+            return children[index]
+        return None
+
+    def add(self, block: "Block") -> None:
+        """Insert a child; there is none with the same tokens."""
+        self.children.insert(bisect_left(self.children, block.tokens, key=_by_tokens), block)
+
+    def remove(self, block: "Block") -> None:
+        """Take a child out."""
+        index = bisect_left(self.children, block.tokens, key=_by_tokens)
+        assert self.children[index] is block, "the tree lost a child"
+        del self.children[index]
+
+    def longest_agreeing(self, tokens: bytes) -> "Agreement | None":
+        """The sealed child that agrees with `tokens` longest, and for how many tokens (> 0)."""
+        children = self.children
+        middle = bisect_left(children, tokens, key=_by_tokens)
+        best: Agreement | None = None
+        for indices in (range(middle - 1, -1, -1), range(middle, len(children))):
+            for index in indices:
+                candidate = children[index]
+                agreed = common_tokens(candidate.tokens, tokens)
+                if agreed <= (best.n_tokens if best else 0):
+                    break  # further neighbours agree no longer
+                if candidate.state is SEALED:
+                    best = Agreement(candidate, agreed)
+                    break
+        return best
+
+    def prefixes(self, tokens: bytes) -> "list[Block]":
+        """The children whose tokens are a proper prefix of `tokens`, longest first."""
+        children = self.children
+        found: list[Block] = []
+        below = tokens
+        while below:
+            index = bisect_left(children, below, key=_by_tokens) - 1
+            if index < 0:
+                break
+            candidate = children[index].tokens
+            agreed = common_tokens(candidate, tokens) * TOKEN_BYTES
+            if agreed == len(candidate):
+                found.append(children[index])
+                below = candidate
+            else:
+                # What sorts between a prefix and `below` begins with that prefix, so no prefix is
+                # longer than what the nearest smaller neighbour agrees with.
+                below = tokens[:agreed]
+                exact = self.child(below) if below else None
+                if exact is not None:
+                    found.append(exact)
+        return found
+
+    def extension(self, tokens: bytes) -> "Block | None":
+        """A sealed child that begins with `tokens` and goes on."""
+        children = self.children
+        for index in range(bisect_left(children, tokens, key=_by_tokens), len(children)):
+            candidate = children[index]
+            if not candidate.tokens.startswith(tokens):
+                return None
+            if candidate.state is SEALED and len(candidate.tokens) > len(tokens):
+                return candidate
+        return None
+
+
+class Agreement(NamedTuple):
+    """A block whose first `n_tokens` tokens agree."""
+
+    block: Block
+    n_tokens: int
+
+
+class Match(NamedTuple):
+    """The cached prefix of a prompt: full blocks, then perhaps one that agrees in part."""
+
+    full: list[Block]
+    partial: Block | None
+    n_tokens: int
+
+
+def match(root: Block, tokens: bytes, block_bytes: int) -> Match:
+    """Match as many tokens as sealed blocks hold, exact to the token. Mutates nothing.
+
+    `block_bytes` is the length of a full block's tokens. Work: one bisection for each full block,
+    and one more at the end.
+    """
+    full: list[Block] = []
+    node = root
+    position = 0
+    while True:
+        chunk = tokens[position : position + block_bytes]
+        child = node.child(chunk)
+        if child is None or child.state is not SEALED or len(chunk) < block_bytes:
+            break
+        full.append(child)
+        node = child
+        position += block_bytes
+    agreement = node.longest_agreeing(chunk) if chunk and node.children else None
+    if agreement is None:
+        return Match(full, None, position // TOKEN_BYTES)
+    return Match(full, agreement.block, position // TOKEN_BYTES + agreement.n_tokens)
+
+
+def common_tokens(a: bytes, b: bytes) -> int:
+    """How many leading tokens two byte strings of little-endian u32 share."""
+    shorter = min(len(a), len(b))
+    if a[:shorter] == b[:shorter]:
+        return shorter // TOKEN_BYTES
+    # Little-endian integers of the two: the lowest set bit of the difference is in the first token
+    # that differs.
+    difference = int.from_bytes(a[:shorter], "little") ^ int.from_bytes(b[:shorter], "little")
+    return ((difference & -difference).bit_length() - 1) // (8 * TOKEN_BYTES)

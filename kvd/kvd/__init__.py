@@ -1,3 +1,5 @@
 """The daemon: a pure core (`kvd.core`) and the shell that does its input and output."""
 
-__version__ = "0.1.0"
+from importlib.metadata import version
+
+__version__ = version("kvd-cache")

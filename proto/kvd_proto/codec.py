@@ -75,12 +75,12 @@ _packer = msgpack.Packer(use_bin_type=True, autoreset=True)
 
 def encode_request(correlation: int, message: Message) -> bytes:
     """The one frame of a request."""
-    return _pack([_CODE_OF[type(message)], correlation, *message])  # type: ignore[misc]
+    return _pack([_CODE_OF[type(message)], correlation, *message])
 
 
 def encode_reply(correlation: int, message: Message) -> bytes:
     """The one frame of a successful reply."""
-    return _pack([correlation, 0, *message])  # type: ignore[misc]
+    return _pack([correlation, 0, *message])
 
 
 def encode_error(correlation: int, error: KvdError) -> bytes:
@@ -90,7 +90,7 @@ def encode_error(correlation: int, error: KvdError) -> bytes:
 
 def encode_datagram(message: Message) -> bytes:
     """A datagram of the lifeline."""
-    return _pack([_CODE_OF[type(message)], *message])  # type: ignore[misc]
+    return _pack([_CODE_OF[type(message)], *message])
 
 
 def decode_request(frame: bytes) -> Request:

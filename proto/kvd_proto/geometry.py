@@ -6,6 +6,7 @@ The geometry says nothing about the bytes' arrangement: that is the payload form
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+from kvd_proto.checks import show
 from kvd_proto.errors import BadMessage
 
 PAGE_BYTES = 4096
@@ -67,12 +68,17 @@ class Geometry(NamedTuple):
                 )
             k_type, k_row, v_type, v_row = row
             for name in (k_type, v_type):
-                if not isinstance(name, str) or not 1 <= len(name) <= 8:
-                    raise BadMessage("a layer's type is a name of 1 to 8 letters", layer=index)
+                # ASCII: a registration must fit the directory's header, see layout.py.
+                if not isinstance(name, str) or not 1 <= len(name) <= 8 or not name.isascii():
+                    raise BadMessage(
+                        "a layer's type is a name of 1 to 8 ASCII letters",
+                        layer=index,
+                        type=show(name),
+                    )
             for size in (k_row, v_row):
                 if type(size) is not int or not 1 <= size <= MAX_ROW_BYTES:
                     raise BadMessage(
-                        f"a layer's row has 1 to {MAX_ROW_BYTES} bytes", layer=index, row=repr(size)
+                        f"a layer's row has 1 to {MAX_ROW_BYTES} bytes", layer=index, row=show(size)
                     )
             layers.append(LayerGeometry(k_type, k_row, v_type, v_row))
         if not 1 <= len(layers) <= MAX_LAYERS:

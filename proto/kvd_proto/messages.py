@@ -2,14 +2,16 @@
 
 A message is a NamedTuple: its fields are the wire's array, in order. `Annotated` carries the check
 that `codec.py` runs once, at the border, so whoever holds a message may trust its types and
-ranges. What depends on state (is this handle mine?) is the core's to answer. `bytes` fields that
+ranges; but for the rows of `layers`, which `Geometry.from_wire` checks. What depends on state (is
+this handle mine?) is the core's to answer. `bytes` fields that
 hold integers are packed little-endian: tokens and slots u32, staged offsets u64.
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, NamedTuple, Protocol
+from typing import Annotated, Any, NamedTuple
 
-from kvd_proto.checks import Blob, Flag, Int, Items, Packed, Table, Text
+from kvd_proto.checks import Blob, Evidence, Int, Items, Packed, Row, Table, Text
+from kvd_proto.errors import Detail
 from kvd_proto.geometry import MAX_LAYERS
 from kvd_proto.keys import FINGERPRINT_BYTES, TOKEN_BYTES
 
@@ -19,8 +21,13 @@ MAX_BLOCK_TOKENS = 1024
 MAX_SEQ_IDS = 255
 """LLAMA_MAX_SEQ is 256, and one id of each context is scratch."""
 MAX_WAIT_MS = 24 * 3600 * 1000
+MAX_FAILURES = 1000
+"""A session that never flushes is told of so many failed commits, the latest ones."""
+MAX_ERROR_TEXT = 4000
+MAX_DETAILS = 32
+MAX_DETAIL_TEXT = 400
+"""An error, in letters and entries. So it always fits a datagram of the lifeline, too."""
 
-U8 = Annotated[int, Int(0, (1 << 8) - 1)]
 U32 = Annotated[int, Int(0, (1 << 32) - 1)]
 U64 = Annotated[int, Int(0, (1 << 64) - 1)]
 Milliseconds = Annotated[int, Int(0, MAX_WAIT_MS)]
@@ -35,18 +42,20 @@ Digest16 = Annotated[bytes, Blob(16)]
 Layers = Annotated[list[Any], Items(1, MAX_LAYERS)]
 SeqIds = Annotated[list[int], Items(0, MAX_SEQ_IDS, Int(0, MAX_SEQ_IDS - 1))]
 Generations = Annotated[list[int], Items(0, MAX_SEQ_IDS, Int(0, (1 << 64) - 1))]
-Rows = Annotated[list[Any], Items(0, 1 << 20)]
+ErrorText = Annotated[str, Text(0, MAX_ERROR_TEXT)]
+Details = Annotated[dict[str, Detail], Evidence(MAX_DETAILS)]
+Failures = Annotated[
+    list[Any],
+    Items(0, MAX_FAILURES, Row((Int(1, (1 << 64) - 1), Text(1, 200), Text(0, MAX_ERROR_TEXT)))),
+]
 Report = Annotated[dict[str, Any], Table()]
-Bool = Annotated[bool, Flag()]
 
 COMPLETED, FAILED = 0, 1
 """How a released sequence ended, by its owner's word."""
 
 
-class Message(Protocol):
-    """A request or reply: a NamedTuple, so that it packs as an array of its fields."""
-
-    _fields: ClassVar[tuple[str, ...]]
+Message = tuple[Any, ...]
+"""A request or reply: a NamedTuple of this module, so that it packs as an array of its fields."""
 
 
 class Done(NamedTuple):
@@ -202,7 +211,7 @@ class Flushed(NamedTuple):
     """`failures`: [commit, code, message] of commits that did not become visible, told once."""
 
     completed: U64
-    failures: Rows
+    failures: Failures
 
 
 class Status(NamedTuple):
@@ -270,6 +279,14 @@ OPERATIONS: tuple[Operation, ...] = (
 REPLY_OF: Mapping[type[Any], type[Any]] = {op.request: op.reply for op in OPERATIONS}
 
 
+class ErrorReply(NamedTuple):
+    """The reply of any operation that failed: an error of errors.py."""
+
+    code: Name
+    message: ErrorText
+    details: Details
+
+
 # Datagrams of the lifeline: [kind, fields...]; descriptors ride along as SCM_RIGHTS.
 
 
@@ -306,8 +323,8 @@ class Refused(NamedTuple):
     """Daemon to client instead of Welcome: an error of errors.py; the lifeline closes."""
 
     code: Name
-    message: Annotated[str, Text(0, 4000)]
-    details: Report
+    message: ErrorText
+    details: Details
 
 
 DATAGRAMS: tuple[tuple[int, type[Any]], ...] = (

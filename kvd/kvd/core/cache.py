@@ -20,7 +20,7 @@ class Limits:
     max_memory: int
     max_sequences: int = 100
     max_sessions: int = 256
-    n_seq_max: int = 255
+    n_seq_max: int = 8
     first_context: int = 1
     """Contexts are numbered from here: the shell gives each start of the daemon another range, so
     that a handle from before a restart cannot name a context of today."""
@@ -95,6 +95,7 @@ class Cache:
     counters: Counters = field(default_factory=Counters)
     open_sequences: int = 0
     next_context: int = 0
+    next_arena: int = 1
     next_job: int = 1
     next_generation: int = 1
 

@@ -64,11 +64,17 @@ class Copied(NamedTuple):
     results: list[CopyResult]
 
 
+class ArenaFailed(NamedTuple):
+    """A `CreateArena` could not be carried out; the shell has told the client."""
+
+    arena: int
+
+
 class Ticked(NamedTuple):
     """Time has passed: see `Core.next_deadline`."""
 
 
-Event = Connected | Disconnected | Requested | Backed | Copied | Ticked
+Event = Connected | Disconnected | Requested | Backed | Copied | ArenaFailed | Ticked
 
 # --- effects
 

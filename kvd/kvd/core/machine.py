@@ -12,6 +12,7 @@ from kvd.core.budget import Budget
 from kvd.core.cache import AllocBacking, AppendBacking, Cache, Copying, Limits
 from kvd.core.commits import withdraw
 from kvd.core.events import (
+    ArenaFailed,
     Backed,
     CloseStaging,
     Connected,
@@ -70,6 +71,8 @@ class Core:
                 copying = cache.jobs.pop(number)
                 assert isinstance(copying, Copying)
                 storing.copied(cache, copying, event, effects)
+            case ArenaFailed(number):
+                models.forget_arena(cache, number)
             case Ticked():
                 allocating.expire_waiters(cache, now, effects)
                 self._expire_sequences(now)

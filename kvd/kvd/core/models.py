@@ -99,6 +99,15 @@ def drop_context(cache: Cache, context: Context, effects: list[Effect]) -> None:
     del context.session.contexts[context.number]
 
 
+def forget_arena(cache: Cache, number: int) -> None:
+    """Undo the registration of an arena that could not be made; nobody has used it yet."""
+    arena = cache.budget.arenas.pop(number)
+    cache.budget.unassigned += arena.directory_bytes
+    del cache.models[(arena.tenant, arena.fingerprint)]
+    for session in cache.sessions.values():
+        session.shared.discard(number)
+
+
 def _create_arena(
     cache: Cache,
     session: Session,
@@ -121,7 +130,7 @@ def _create_arena(
             bytes_per_token=geometry.bytes_per_token,
         )
     arena = Arena(
-        number=len(cache.budget.arenas) + 1,
+        number=cache.next_arena,
         tenant=session.tenant,
         name=message.name,
         fingerprint=fingerprint,
@@ -132,6 +141,7 @@ def _create_arena(
         root_key=root_key(fingerprint),
     )
     cache.budget.charge_directory(arena, effects)
+    cache.next_arena += 1
     cache.models[(session.tenant, fingerprint)] = arena
     effects.append(
         CreateArena(

@@ -1,0 +1,21 @@
+"""Share a K/V cache between the LLM workers of one machine.
+
+`connect` gives the blocking client, `aio.connect` the asyncio one; `Model` tells what K/V looks
+like. For engines: `arrays` (NumPy and the like), `integrations.llama` (llama-cpp-python).
+"""
+
+from kvd_client import errors
+from kvd_client.client import Client, Context, Sequence, connect
+from kvd_client.context import Commit, Model
+from kvd_client.staging import Staged
+
+__all__ = [
+    "Client",
+    "Commit",
+    "Context",
+    "Model",
+    "Sequence",
+    "Staged",
+    "connect",
+    "errors",
+]

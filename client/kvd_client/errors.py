@@ -1,0 +1,92 @@
+"""All errors that the library raises: those of the protocol, and a few of the client's own.
+
+See kvd_proto.errors for the tree. `except kvd_client.errors.KvdError` catches every one of them.
+"""
+
+from kvd_proto.errors import (
+    AllLeased,
+    BadMessage,
+    BadPayload,
+    BadPosition,
+    BadStaging,
+    BudgetTooSmall,
+    DeadlineExceeded,
+    ForeignHandle,
+    GeometryMismatch,
+    InternalError,
+    KvdError,
+    ModelTooLarge,
+    NoSequenceFree,
+    NoSpace,
+    RequestError,
+    ReservationExceeded,
+    ResourceError,
+    SequenceEnded,
+    SequenceLimit,
+    ServiceError,
+    StaleHandle,
+    TooManySessions,
+    Unavailable,
+    UnknownContext,
+    UnknownModel,
+    UnknownSession,
+    UnsupportedVersion,
+)
+
+__all__ = [
+    "AllLeased",
+    "BadMessage",
+    "BadPayload",
+    "BadPosition",
+    "BadStaging",
+    "BudgetTooSmall",
+    "Closed",
+    "DeadlineExceeded",
+    "ForeignHandle",
+    "Forked",
+    "GeometryMismatch",
+    "InternalError",
+    "KvdError",
+    "ModelTooLarge",
+    "NoSequenceFree",
+    "NoSpace",
+    "RequestError",
+    "ReservationExceeded",
+    "ResourceError",
+    "SequenceEnded",
+    "SequenceLimit",
+    "ServiceError",
+    "StagingFull",
+    "StaleHandle",
+    "TooManySessions",
+    "Unavailable",
+    "UnknownContext",
+    "UnknownModel",
+    "UnknownSession",
+    "UnsupportedVersion",
+    "ViewsAlive",
+]
+
+
+class Closed(RequestError):
+    """The client, context or sequence has been closed."""
+
+    code = "closed"
+
+
+class Forked(RequestError):
+    """The client was opened in another process. A child must open its own."""
+
+    code = "forked"
+
+
+class ViewsAlive(RequestError):
+    """Views of shared memory are still alive: drop them before what they show is let go."""
+
+    code = "views_alive"
+
+
+class StagingFull(ResourceError):
+    """The session's staging has no room for this, and what fills it did not finish in time."""
+
+    code = "staging_full"

@@ -1,0 +1,82 @@
+"""The command `kvd`: `kvd serve` runs the daemon in the foreground.
+
+Exit codes: 0 stopped when asked to, 1 a fault, 2 bad usage or settings, 3 another daemon has the
+instance.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+
+from kvd import __version__, log
+from kvd.instance import InstanceBusy, InstanceLock, UnsafePath, default_runtime_dir
+from kvd.notify import Notifier
+from kvd.server import Server
+from kvd.settings import BadSetting, Settings, load
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    flags = {name: value for name, value in vars(options).items() if name not in ("run", "config")}
+    try:
+        settings = load(options.config, flags)
+    except BadSetting as error:
+        print(f"kvd: {error}", file=sys.stderr)
+        return 2
+    return serve(settings)
+
+
+def serve(settings: Settings) -> int:
+    """Run one daemon until it is told to stop."""
+    log.set_up(settings.log_level)
+    directory = settings.runtime_dir or default_runtime_dir(settings.instance)
+    try:
+        lock = InstanceLock(directory, settings.instance)
+    except InstanceBusy as error:
+        print(f"kvd: {error}", file=sys.stderr)
+        return 3
+    except (UnsafePath, OSError) as error:
+        print(f"kvd: {error}", file=sys.stderr)
+        return 1
+    with lock, closing(Notifier.from_env()) as notifier:
+        left = lock.sweep()
+        if left:
+            log.warning("cold start", reason="a daemon did not stop cleanly", removed=len(left))
+        server = Server(settings, lock, notifier)
+        log.info(
+            "ready",
+            version=__version__,
+            instance=settings.instance,
+            runtime_dir=lock.runtime_dir,
+            max_memory=settings.max_memory,
+        )
+        try:
+            server.run()
+        finally:
+            server.close()
+        log.info("stopped")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="kvd", description="One shared K/V cache for the LLM workers of a machine."
+    )
+    parser.add_argument("--version", action="version", version=f"kvd {__version__}")
+    commands = parser.add_subparsers(dest="run", required=True, metavar="COMMAND")
+    serving = commands.add_parser("serve", help="run the daemon in the foreground")
+    serving.add_argument("--config", type=Path, metavar="FILE", help="default: /etc/kvd/kvd.toml")
+    serving.add_argument("--instance", help='name of this daemon (default: "default")')
+    serving.add_argument("--runtime-dir", metavar="DIR", help="where its sockets are")
+    serving.add_argument("--max-memory", metavar="SIZE", help="the budget (default: 4096MiB)")
+    serving.add_argument("--max-sequences", type=int, metavar="N", help="default: 100")
+    serving.add_argument("--max-sessions", type=int, metavar="N", help="default: 256")
+    serving.add_argument("--n-seq-max", type=int, metavar="N", help="ids a context may have: 8")
+    serving.add_argument("--log-level", choices=("debug", "info", "warning", "error"))
+    serving.add_argument(
+        "--linger-seconds", type=int, metavar="S", help="stop after so long without a client"
+    )
+    return parser

@@ -1,0 +1,133 @@
+"""The daemon's settings: defaults, then a TOML file, then KVD_* variables, then flags; checked.
+
+Sizes are bytes, or a number with a unit: "4096MiB", "4GiB". Unknown keys are refused.
+"""
+
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from kvd.instance import check_instance
+from kvd_proto.messages import MAX_SEQ_IDS
+from kvd_proto.paths import DEFAULT_INSTANCE
+
+DEFAULT_FILE = Path("/etc/kvd/kvd.toml")
+_UNITS = {"": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
+_SIZE = re.compile(r"\s*(\d+)\s*([a-zA-Z]*)\s*")
+_LEVELS = ("debug", "info", "warning", "error")
+
+
+class BadSetting(Exception):
+    """A setting that cannot be used. The message names it, its value, and where it came from."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What one daemon runs with. Bytes and counts."""
+
+    instance: str = DEFAULT_INSTANCE
+    runtime_dir: str = ""
+    """Empty: the default of the instance, see kvd.instance."""
+    max_memory: int = 4096 << 20
+    max_sequences: int = 100
+    max_sessions: int = 256
+    n_seq_max: int = 8
+    """The most sequence ids that a context may have."""
+    log_level: str = "info"
+    linger_seconds: int = 0
+    """Above 0: stop when no client has been connected for so long (private daemons)."""
+
+
+def load(
+    file: Path | None, flags: Mapping[str, Any], environ: Mapping[str, str] = os.environ
+) -> Settings:
+    """Put the settings together. Raises BadSetting.
+
+    `file` None means the default file if there is one. `flags` holds those that were given.
+    """
+    values: dict[str, Any] = {}
+    for source, found in (
+        (str(file or DEFAULT_FILE), _read_file(file)),
+        ("environment", _read_environ(environ)),
+        ("flag", {name: value for name, value in flags.items() if value is not None}),
+    ):
+        for name, value in found.items():
+            values[name] = _convert(name, value, source)
+    settings = Settings(**values)
+    _check(settings)
+    return settings
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes from 1048576, "1048576", "1024KiB" or "4 GiB". Raises ValueError."""
+    if isinstance(text, int):
+        return text
+    found = _SIZE.fullmatch(text)
+    if found is None or found[2].lower() not in _UNITS:
+        raise ValueError(f"a size is a number of bytes, KiB, MiB, GiB or TiB, not {text!r}")
+    return int(found[1]) * _UNITS[found[2].lower()]
+
+
+_NAMES = {field.name: field.type for field in fields(Settings)}
+
+
+def _read_file(file: Path | None) -> dict[str, Any]:
+    path = file or DEFAULT_FILE
+    if file is None and not path.exists():
+        return {}
+    try:
+        found = tomllib.loads(path.read_text())
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise BadSetting(f"{path}: {error}") from error
+    return found
+
+
+def _read_environ(environ: Mapping[str, str]) -> dict[str, Any]:
+    return {
+        name: environ[f"KVD_{name.upper()}"]
+        for name in _NAMES
+        if environ.get(f"KVD_{name.upper()}")
+    }
+
+
+def _convert(name: str, value: Any, source: str) -> Any:
+    if name not in _NAMES:
+        raise BadSetting(f"{source}: there is no setting {name!r}; known: {', '.join(_NAMES)}")
+    try:
+        if name == "max_memory":
+            return parse_size(value)
+        if _NAMES[name] is int:
+            return int(value)
+        if not isinstance(value, str):
+            raise ValueError("it is text")
+    except (ValueError, TypeError) as error:
+        raise BadSetting(f"{source}: {name} = {value!r}: {error}") from error
+    return value
+
+
+def _check(settings: Settings) -> None:
+    try:
+        check_instance(settings.instance)
+    except ValueError as error:
+        raise BadSetting(str(error)) from error
+    for name, low, high in (
+        ("max_memory", 1 << 20, 1 << 50),
+        ("max_sequences", 1, 1 << 20),
+        ("max_sessions", 1, 1 << 16),
+        ("n_seq_max", 1, MAX_SEQ_IDS),
+        ("linger_seconds", 0, 1 << 30),
+    ):
+        value = getattr(settings, name)
+        if not low <= value <= high:
+            raise BadSetting(f"{name} is from {low} to {high}, not {value}")
+    if settings.max_sequences < settings.n_seq_max:
+        raise BadSetting(
+            f"max_sequences ({settings.max_sequences}) is less than n_seq_max "
+            f"({settings.n_seq_max}): no context could ever use all of its ids"
+        )
+    if settings.log_level not in _LEVELS:
+        raise BadSetting(f"log_level is one of {', '.join(_LEVELS)}, not {settings.log_level!r}")

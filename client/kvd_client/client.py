@@ -24,7 +24,7 @@ import zmq
 
 from kvd_client import context as ops
 from kvd_client.context import Commit, ContextState, Model, SequenceState, Tokens
-from kvd_client.errors import BadPayload, KvdError
+from kvd_client.errors import BadPayload, DeadlineExceeded, KvdError
 from kvd_client.operations import Ask, ClientState, Connect, Operation, Wait
 from kvd_client.private import start_private_daemon
 from kvd_client.session import Session
@@ -82,12 +82,17 @@ class Sequence(SequenceState):
         self.views.pop().release()
         return size
 
-    def stage(self, n_tokens: int) -> Staged:
+    def stage(self, n_tokens: int, *, wait: float | None = None) -> Staged:
         """Room for the payloads of an append of `n_tokens` tokens, to be written in place.
 
-        Waits for earlier commits if the staging is full; raises StagingFull if it never fits.
+        If the staging is full of earlier commits, waits up to `wait` seconds (None: the client's
+        timeout) for them. Raises StagingFull then, and at once if it can never fit.
         """
-        return self._client.run(ops.stage(self, n_tokens))
+        return self._client.run(ops.stage(self, n_tokens, wait))
+
+    def unstage(self, staged: Staged) -> None:
+        """Give room back that `stage` gave and that will not be appended."""
+        ops.unstage(self, staged)
 
     def append(self, tokens: Tokens, payloads: Staged | Iterable[Payload]) -> Commit:
         """Commit the blocks of `tokens`, which follow the sequence's full blocks.
@@ -124,9 +129,7 @@ class Sequence(SequenceState):
         staged = self.stage(len(packed) // 4)
         sizes = [len(each) for each in buffers]
         if sizes != staged.sizes:
-            session = self.check()
-            assert session.staging is not None
-            session.staging.give_back(staged)
+            self.unstage(staged)
             raise BadPayload(
                 "one payload of the exact size for each block",
                 expected=str(staged.sizes),
@@ -312,6 +315,8 @@ class Client(ClientState):
                 raise session.lost
             left = deadline - time.monotonic()
             if left <= 0:
+                if wait.may_fail:
+                    raise DeadlineExceeded("it took too long", waited_seconds=wait.timeout)
                 raise session.time_out(wait.timeout)
             for ready, _ in self._poller.poll(int(left * 1000) + 1):
                 if ready is session.dealer:

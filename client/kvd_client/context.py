@@ -5,6 +5,7 @@ session: after the daemon was away it is opened again at the next alloc, with th
 still in use.
 """
 
+import time
 from dataclasses import dataclass, field
 from struct import pack, unpack
 from typing import Any
@@ -16,6 +17,7 @@ from kvd_client.arena import Arena
 from kvd_client.errors import (
     BadMessage,
     Closed,
+    DeadlineExceeded,
     KvdError,
     NoSequenceFree,
     ServiceError,
@@ -254,8 +256,11 @@ def alloc(
     return sequence
 
 
-def stage(sequence: SequenceState, n_tokens: int) -> Operation[Staged]:
-    """Room in the staging for the blocks of an append of `n_tokens` tokens."""
+def stage(sequence: SequenceState, n_tokens: int, wait: float | None) -> Operation[Staged]:
+    """Room in the staging for the blocks of an append of `n_tokens` tokens.
+
+    Waits up to `wait` seconds for commits on their way to be finished, then raises StagingFull.
+    """
     session = sequence.check()
     area = session.staging
     if area is None:
@@ -264,22 +269,34 @@ def stage(sequence: SequenceState, n_tokens: int) -> Operation[Staged]:
     block_tokens = context.model.block_tokens
     counts = [min(block_tokens, n_tokens - at) for at in range(0, n_tokens, block_tokens)]
     sizes = [context.payload.size(count) for count in counts]
+    deadline = time.monotonic() + (context.client.timeout if wait is None else wait)
     while True:
         session.receive()
         sequence.check()
         staged = area.take(sizes)
         if staged is not None:
             return staged
+        left = deadline - time.monotonic()
         commit = area.oldest_commit
-        if commit is not None:
-            yield from call(session, Flush(commit), context.client.timeout)
-        elif session.in_flight:
-            # An append's reply tells which commit to wait for.
-            yield Wait(
-                session, lambda: area.has_commits() or not session.in_flight, context.client.timeout
+        if left <= 0 or (commit is None and not session.in_flight):
+            raise StagingFull(
+                "the staging is full of blocks that are not stored yet", staging_bytes=area.size
             )
-        else:
-            raise StagingFull("other blocks are staged and not committed", staging_bytes=area.size)
+        try:
+            if commit is not None:
+                yield from call(session, Flush(commit), left, may_fail=True)
+            else:
+                # An append's reply tells which commit to wait for.
+                yield Wait(session, lambda: area.has_commits() or not session.in_flight, left, True)
+        except DeadlineExceeded:
+            continue  # one more look, then it is said to be full
+
+
+def unstage(sequence: SequenceState, staged: Staged) -> None:
+    """Give room back that was not committed; nothing happens if the session has ended."""
+    session = sequence.session
+    if session is not None and session.lost is None and session.staging is not None:
+        session.staging.give_back(staged)
 
 
 def post_append(sequence: SequenceState, tokens: Tokens, staged: Staged) -> Commit:

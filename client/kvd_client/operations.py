@@ -35,11 +35,16 @@ class Connect(NamedTuple):
 
 
 class Wait(NamedTuple):
-    """Ask the driver to take in replies until `condition` holds, or the deadline has passed."""
+    """Ask the driver to take in replies until `condition` holds, or `timeout` seconds have passed.
+
+    Then the driver raises DeadlineExceeded; and because a daemon that does not answer must not meet
+    us in a state that went on, the session is lost with it, unless `may_fail`.
+    """
 
     session: Session
     condition: Callable[[], object]
     timeout: float
+    may_fail: bool = False
 
 
 Ask = Connect | Wait
@@ -114,11 +119,13 @@ class ClientState:
         return (yield from call(session, message, self.timeout + extra_time))
 
 
-def call(session: Session, message: Message, timeout: float) -> Operation[Any]:
-    """Send a request and wait for its reply; raises what is answered."""
+def call(
+    session: Session, message: Message, timeout: float, *, may_fail: bool = False
+) -> Operation[Any]:
+    """Send a request and wait for its reply; raises what is answered. `may_fail`: see Wait."""
     box: list[Any] = []
     session.send(message, box.append)
-    yield Wait(session, box.__len__, timeout)
+    yield Wait(session, box.__len__, timeout, may_fail)
     body = box[0]
     if isinstance(body, KvdError):
         if body.code == "unknown_session":

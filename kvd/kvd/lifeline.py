@@ -211,9 +211,10 @@ class Listener:
         except (BlockingIOError, ConnectionAbortedError):
             return None
         except OSError as error:
-            if error.errno not in (errno.EMFILE, errno.ENFILE):
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                self._refuse_one()
+            elif error.errno not in (errno.ENOBUFS, errno.ENOMEM):
                 raise
-            self._refuse_one()
             return None
         try:
             return Peer(sock)
@@ -226,7 +227,7 @@ class Listener:
         if self._sock.fileno() < 0:
             return
         self._sock.close()
-        os.close(self._spare)
+        self._give_up_spare()
         try:
             found = os.stat(self.path, follow_symlinks=False)
         except FileNotFoundError:
@@ -237,14 +238,17 @@ class Listener:
     def _refuse_one(self) -> None:
         # Left alone, a client that cannot be accepted keeps a level-triggered loop spinning. So the
         # spare descriptor is given up for a moment, to accept it and let it go.
-        os.close(self._spare)
-        try:
+        self._give_up_spare()
+        with contextlib.suppress(OSError):  # it went away, or another process was faster (ENFILE)
             self._sock.accept()[0].close()
             self.refused += 1
-        except BlockingIOError:
-            pass
-        finally:
+        with contextlib.suppress(OSError):  # the next time, then
             self._spare = _open_spare()
+
+    def _give_up_spare(self) -> None:
+        if self._spare >= 0:
+            os.close(self._spare)
+        self._spare = -1
 
 
 def _open_pidfd(sock: socket.socket, pid: int) -> int:

@@ -25,7 +25,8 @@ KvdError
 └── ServiceError          the other side, or the way there
     ├── UnknownSession        the daemon does not know this session (it was restarted)
     ├── InternalError         a fault of the daemon's own, reported instead of hidden
-    ├── Unavailable           no daemon answers (raised by the client, never on the wire)
+    ├── Unavailable           no daemon answers (raised by the client, never answered); among the
+    │                         failures of a flush: the session that filled the block has ended
     └── DeadlineExceeded      no answer within the deadline (raised by the client)
 """
 
@@ -169,7 +170,9 @@ BY_CODE: Mapping[str, type[KvdError]] = {cls.code: cls for cls in _leaves(KvdErr
 
 
 def from_wire(code: str, message: str, details: dict[str, Detail]) -> KvdError:
-    """The exception for an error reply; a code this version does not know becomes ServiceError."""
+    """The exception for an error reply; a code this version does not know becomes a ServiceError
+    with that code."""
     error = BY_CODE.get(code, ServiceError)(message)
+    error.code = code
     error.details = details
     return error

@@ -10,8 +10,9 @@ Header, 16 KiB, so that the largest legal registration fits:
 
 Record of slot i, at 16384 + i * record_bytes, little-endian:
 
-    0    8  xxh3-64 of bytes 8 .. record_bytes; written last, and zeroed before anything else
-    changes 8    4  number of tokens        12   4  position of the first token
+    0    8  xxh3-64 of bytes 8 .. record_bytes, or 1 where that is 0; zeroed before, and written
+            after everything else
+    8    4  number of tokens        12   4  position of the first token
     16  16  key                     32  16  parent's key
     48   8  generation              56   8  xxh3-64 of the payload
     64  4B  tokens, zeros after the last
@@ -70,7 +71,6 @@ def write_record(directory: memoryview, slot: int, block_tokens: int, record: Re
     """Write a record so that at every moment it is whole or recognisably torn."""
     offset = record_offset(slot, block_tokens)
     end = offset + record_bytes(block_tokens)
-    drop_record(directory, slot, block_tokens)
     body = _BODY.pack(
         len(record.tokens) // TOKEN_BYTES,
         record.start,
@@ -80,13 +80,15 @@ def write_record(directory: memoryview, slot: int, block_tokens: int, record: Re
         record.checksum,
     )
     body += record.tokens.ljust(TOKEN_BYTES * block_tokens, b"\0")
+    drop_record(directory, slot, block_tokens)
     directory[offset + _SUM.size : end] = body
-    _SUM.pack_into(directory, offset, xxhash.xxh3_64_intdigest(body) or 1)
+    directory[offset : offset + _SUM.size] = _SUM.pack(xxhash.xxh3_64_intdigest(body) or 1)
 
 
 def drop_record(directory: memoryview, slot: int, block_tokens: int) -> None:
     """Make the slot's record absent."""
-    _SUM.pack_into(directory, record_offset(slot, block_tokens), 0)
+    offset = record_offset(slot, block_tokens)
+    directory[offset : offset + _SUM.size] = _SUM.pack(0)
 
 
 def read_record(directory: memoryview, slot: int, block_tokens: int) -> Record | None:
@@ -125,13 +127,17 @@ def write_header(directory: memoryview, header: Header) -> None:
 
 def read_header(directory: memoryview) -> Header | None:
     """The header, or None if it is not whole or of another format."""
+    if len(directory) < DIRECTORY_HEADER_BYTES:
+        return None
     fixed = bytes(directory[: _HEADER.size])
     magic, size, block_tokens, slots, length, stride = _HEADER.unpack(fixed)
     (checksum,) = _SUM.unpack_from(directory, _HEADER.size)
     first = _HEADER.size + _SUM.size
-    registration = bytes(directory[first : first + length])
+    end = min(first + length, DIRECTORY_HEADER_BYTES)
+    registration = bytes(directory[first:end])
     if (
         magic != MAGIC
+        or len(registration) != length
         or size != record_bytes(block_tokens)
         or checksum != xxhash.xxh3_64_intdigest(fixed + registration)
     ):

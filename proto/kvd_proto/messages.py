@@ -3,8 +3,8 @@
 A message is a NamedTuple: its fields are the wire's array, in order. `Annotated` carries the check
 that `codec.py` runs once, at the border, so whoever holds a message may trust its types and
 ranges; but for the rows of `layers`, which `Geometry.from_wire` checks. What depends on state (is
-this handle mine?) is the core's to answer. `bytes` fields that
-hold integers are packed little-endian: tokens and slots u32, staged offsets u64.
+this handle mine?) is the core's to answer. `bytes` fields that hold integers are packed
+little-endian: tokens and slots u32, staged offsets u64.
 """
 
 from collections.abc import Mapping
@@ -25,7 +25,8 @@ MAX_FAILURES = 1000
 """A session that never flushes is told of so many failed commits, the latest ones."""
 MAX_ERROR_TEXT = 4000
 MAX_DETAILS = 32
-MAX_DETAIL_TEXT = 400
+MAX_DETAIL_NAME = 40
+MAX_DETAIL_TEXT = 200
 """An error, in letters and entries. So it always fits a datagram of the lifeline, too."""
 
 U32 = Annotated[int, Int(0, (1 << 32) - 1)]
@@ -52,7 +53,6 @@ Report = Annotated[dict[str, Any], Table()]
 
 COMPLETED, FAILED = 0, 1
 """How a released sequence ended, by its owner's word."""
-
 
 Message = tuple[Any, ...]
 """A request or reply: a NamedTuple of this module, so that it packs as an array of its fields."""

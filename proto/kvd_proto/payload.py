@@ -17,7 +17,8 @@ Validation looks at everything but the K/V rows themselves, which have no wrong 
 """
 
 import struct
-from typing import Protocol
+from functools import lru_cache, partial
+from typing import NamedTuple, Protocol
 
 from kvd_proto.errors import BadMessage, BadPayload
 from kvd_proto.geometry import GGML_TYPES, Geometry
@@ -27,6 +28,9 @@ _HEAD = struct.Struct("<IiII")
 _CELL = struct.Struct("<iIi")
 _AFTER_CELLS = struct.Struct("<II")
 _ROWS = struct.Struct("<iQ")
+
+Buffer = bytes | bytearray | memoryview
+"""A payload; of a memoryview the items do not matter, only its bytes."""
 
 
 class PayloadFormat(Protocol):
@@ -40,7 +44,7 @@ class PayloadFormat(Protocol):
         """Exact bytes of a block that holds `n_tokens` tokens (1 to block_tokens)."""
         ...
 
-    def validate(self, payload: memoryview, start: int, n_tokens: int) -> None:
+    def validate(self, payload: Buffer, start: int, n_tokens: int) -> None:
         """Raise BadPayload unless `payload` is a block of positions start .. start+n_tokens-1."""
         ...
 
@@ -57,61 +61,39 @@ class LlamaState:
                 (layer.v_type, layer.v_row_bytes),
             ):
                 _check_row(type_name, row)
-        self._geometry = geometry
+        self._fixed_bytes = _HEAD.size + _AFTER_CELLS.size + 2 * _ROWS.size * len(geometry.layers)
+        self._token_bytes = _CELL.size + geometry.bytes_per_token
         self._block_tokens = block_tokens
-        self._skeletons: dict[int, list[tuple[int, bytes]]] = {}
+        # A few, for full blocks and the lengths in use: all of them can be 100 MB.
+        self._skeleton = lru_cache(maxsize=16)(partial(_skeleton, geometry))
         self.max_bytes = self.size(block_tokens)
 
     def size(self, n_tokens: int) -> int:
         """`16 + 12 N + 8 + 24 L + N * sum(rows)` for N tokens and L layers."""
-        return (
-            _HEAD.size
-            + n_tokens * _CELL.size
-            + _AFTER_CELLS.size
-            + 2 * _ROWS.size * len(self._geometry.layers)
-            + n_tokens * self._geometry.bytes_per_token
-        )
+        return self._fixed_bytes + n_tokens * self._token_bytes
 
-    def validate(self, payload: memoryview, start: int, n_tokens: int) -> None:
-        if len(payload) != self.size(n_tokens):
+    def validate(self, payload: Buffer, start: int, n_tokens: int) -> None:
+        _check_tokens(n_tokens, self._block_tokens)
+        view = memoryview(payload).cast("B")
+        if len(view) != self.size(n_tokens):
             raise BadPayload(
                 "a llama-state block has the wrong size",
                 expected=self.size(n_tokens),
-                got=len(payload),
+                got=len(view),
                 n_tokens=n_tokens,
             )
-        cells = payload[_HEAD.size : _HEAD.size + n_tokens * _CELL.size].cast("i")
+        cells = view[_HEAD.size : _HEAD.size + n_tokens * _CELL.size].cast("i")
         if (
-            payload[: _HEAD.size] != _HEAD.pack(LLAMA_MAGIC, 0, 1, n_tokens)
+            view[: _HEAD.size] != _HEAD.pack(LLAMA_MAGIC, 0, 1, n_tokens)
             or cells[0::3].tolist() != list(range(start, start + n_tokens))
             or cells[1::3].tolist() != [1] * n_tokens
             or cells[2::3].tolist() != [0] * n_tokens
         ):
-            raise BadPayload(_name_fault(payload, start, n_tokens), start=start, n_tokens=n_tokens)
-        for offset, header in self._skeleton(n_tokens):
-            if payload[offset : offset + len(header)] != header:
-                raise BadPayload(
-                    "a layer header does not match the model's geometry",
-                    offset=offset,
-                    expected=header.hex(),
-                    got=bytes(payload[offset : offset + len(header)]).hex(),
-                )
-
-    def _skeleton(self, n_tokens: int) -> list[tuple[int, bytes]]:
-        """Where each constant header of an n-token block lies, and its bytes."""
-        found = self._skeletons.get(n_tokens)
-        if found is None:
-            offset = _HEAD.size + n_tokens * _CELL.size
-            found = [(offset, _AFTER_CELLS.pack(0, len(self._geometry.layers)))]
-            offset += _AFTER_CELLS.size
-            layers = self._geometry.layers
-            rows = [(layer.k_type, layer.k_row_bytes) for layer in layers]
-            rows += [(layer.v_type, layer.v_row_bytes) for layer in layers]
-            for type_name, row_bytes in rows:
-                found.append((offset, _ROWS.pack(GGML_TYPES[type_name].ggml_id, row_bytes)))
-                offset += _ROWS.size + n_tokens * row_bytes
-            self._skeletons[n_tokens] = found
-        return found
+            raise BadPayload(_name_fault(view, start, n_tokens), start=start, n_tokens=n_tokens)
+        skeleton = self._skeleton(n_tokens)
+        found = skeleton.fields.unpack_from(view, _HEAD.size + n_tokens * _CELL.size)
+        if found != skeleton.expected:
+            raise _header_fault(found, skeleton.expected)
 
 
 class ArrayBlock:
@@ -120,16 +102,19 @@ class ArrayBlock:
     name = "array"
 
     def __init__(self, geometry: Geometry, block_tokens: int) -> None:
+        self._block_tokens = block_tokens
         self.max_bytes = geometry.bytes_per_token * block_tokens
 
     def size(self, n_tokens: int) -> int:
         """The same for every number of tokens: an array block always has room for all of them."""
         return self.max_bytes
 
-    def validate(self, payload: memoryview, start: int, n_tokens: int) -> None:
-        if len(payload) != self.max_bytes:
+    def validate(self, payload: Buffer, start: int, n_tokens: int) -> None:
+        _check_tokens(n_tokens, self._block_tokens)
+        n_bytes = memoryview(payload).nbytes
+        if n_bytes != self.max_bytes:
             raise BadPayload(
-                "an array block has the wrong size", expected=self.max_bytes, got=len(payload)
+                "an array block has the wrong size", expected=self.max_bytes, got=n_bytes
             )
 
 
@@ -148,6 +133,33 @@ def make_format(name: str, geometry: Geometry, block_tokens: int) -> PayloadForm
     return cls(geometry, block_tokens)
 
 
+class _Skeleton(NamedTuple):
+    """All constant bytes behind the cells: the fields after them, then each header of rows."""
+
+    fields: struct.Struct
+    """Reads them in one call, beginning at the end of the cells."""
+    expected: tuple[bytes, ...]
+
+
+def _skeleton(geometry: Geometry, n_tokens: int) -> _Skeleton:
+    """The skeleton of a block of `n_tokens` tokens."""
+    rows = [(layer.k_type, layer.k_row_bytes) for layer in geometry.layers]
+    rows += [(layer.v_type, layer.v_row_bytes) for layer in geometry.layers]
+    layout = [f"<{_AFTER_CELLS.size}s"]
+    expected = [_AFTER_CELLS.pack(0, len(geometry.layers))]
+    before = 0
+    for type_name, row_bytes in rows:
+        layout.append(f"{before}x{_ROWS.size}s")
+        expected.append(_ROWS.pack(GGML_TYPES[type_name].ggml_id, row_bytes))
+        before = n_tokens * row_bytes
+    return _Skeleton(struct.Struct("".join(layout)), tuple(expected))
+
+
+def _check_tokens(n_tokens: int, block_tokens: int) -> None:
+    if not 1 <= n_tokens <= block_tokens:
+        raise BadPayload(f"a block holds 1 to {block_tokens} tokens", n_tokens=n_tokens)
+
+
 def _check_row(type_name: str, row_bytes: int) -> None:
     known = GGML_TYPES.get(type_name)
     if known is None:
@@ -156,6 +168,24 @@ def _check_row(type_name: str, row_bytes: int) -> None:
         raise BadMessage(
             f"a row of {type_name} is a multiple of {known.block_bytes} bytes", row_bytes=row_bytes
         )
+
+
+def _header_fault(found: tuple[bytes, ...], expected: tuple[bytes, ...]) -> BadPayload:
+    """Say which constant is wrong; called only when one is."""
+    index = next(
+        at for at, pair in enumerate(zip(found, expected, strict=True)) if len({*pair}) > 1
+    )
+    n_layers = (len(expected) - 1) // 2
+    if index == 0:
+        what = "v_trans and n_layer"
+    else:
+        part = "K" if index <= n_layers else "V"
+        what = f"type and row bytes of {part} in layer {(index - 1) % n_layers}"
+    return BadPayload(
+        f"{what} are not those of the model's geometry",
+        expected=expected[index].hex(),
+        got=found[index].hex(),
+    )
 
 
 def _name_fault(payload: memoryview, start: int, n_tokens: int) -> str:

@@ -4,7 +4,12 @@ machine.py     one mutator: takes an event, returns effects
 events.py      what can happen, and what the shell is asked to do
 tree.py        blocks and the prefix tree: exact and token-exact matches
 budget.py      arenas' slots, leases over ancestors, tail-first LRU, making room
-sequences.py   contexts, sequence ids and generations, waiting for an id
+sequences.py   sessions, contexts, sequence ids and generations
+deadlines.py   whose time is over when
 commits.py     storing blocks: dedup in flight, sealing, failing
+cache.py       all state in one place
+models.py      registering models, opening and closing contexts
+allocating.py  alloc, get, release; waiting for an id
+storing.py     append and flush
 accounting.py  the identities, as code: running totals against a slow recount
 """

@@ -3,7 +3,7 @@
 Every slot of an arena is in one of these places:
 
     fresh      never backed, numbered from `high_water` up
-    punched    was backed once, its memory went to another arena
+    punched    has been used, or was to be, and has no memory now
     free       backed, holds nothing
     filling    set aside or being written
     active     sealed, and held by a lease on it or on a block below it
@@ -112,6 +112,11 @@ class Budget:
         self.lru: OrderedDict[Block, None] = OrderedDict()
         self.evicted_blocks = 0
 
+    @property
+    def directories(self) -> int:
+        """Bytes of all directories, which are never given back."""
+        return sum(arena.directory_bytes for arena in self.arenas.values())
+
     # --- holds: what a living sequence leases is never evicted
 
     def hold(self, block: Block) -> None:
@@ -128,20 +133,19 @@ class Budget:
             node = node.parent
 
     def unhold(self, block: Block, effects: list[Effect]) -> None:
-        """Undo one `hold`. What nobody holds any more becomes the youngest of the LRU, tail
-        first."""
+        """Undo one `hold`. What nobody holds any more becomes the youngest of the LRU, tail first;
+        but not an open tail that a longer block has replaced meanwhile: that goes."""
         node: Block | None = block
         while node is not None and node.parent is not None:
             node.holds -= 1
             if node.holds:
-                return
-            parent = node.parent
+                break
             node.arena.active -= 1
             node.arena.cached += 1
             self.lru[node] = None
-            if node.superseded:
-                self.drop(node, effects)
-            node = parent
+            node = node.parent
+        if block.parent is not None and not block.holds and block.parent.extension(block.tokens):
+            self.drop(block, effects)
 
     # --- room
 
@@ -211,16 +215,17 @@ class Budget:
     def evict(self, name: str, n_blocks: int, effects: list[Effect]) -> int:
         """Drop up to `n_blocks` cached blocks (0: all) of the models called `name` ("": any).
 
-        Oldest first; a walk of the whole LRU, for the administrator. Their memory goes back to the
-        operating system. Returns how many were dropped.
+        Oldest first; a walk of the whole LRU, for the administrator. What is free in these models'
+        arenas then goes back to the operating system. Returns how many were dropped.
         """
         chosen = [block for block in self.lru if not name or block.arena.name == name]
         chosen = chosen[: n_blocks or None]
         for block in chosen:
             self.drop(block, effects)
         self.evicted_blocks += len(chosen)
-        for arena in {block.arena for block in chosen}:
-            self._punch(arena, len(arena.free), effects)
+        for arena in self.arenas.values():
+            if not name or arena.name == name:
+                self._punch(arena, len(arena.free), effects)
         return len(chosen)
 
     def back_effect(self, job: int, arena: Arena, to_back: list[int]) -> Back:
@@ -237,15 +242,17 @@ class Budget:
         fresh = n_slots - len(arena.free) - arena.cached
         if fresh <= 0 or arena.cost_of_fresh(fresh) <= self.unassigned + others:
             return
+        directories = self.directories - arena.directory_bytes + arena.directory_for(n_slots)
         evidence: dict[str, Detail] = {
             "model": arena.name,
             "blocks": n_slots,
             "stride_bytes": arena.stride,
             "budget_bytes": self.n_bytes,
+            "directory_bytes": directories,
             "staging_bytes": self.staging,
             "unassigned_bytes": self.unassigned,
         }
-        if n_slots * arena.stride > self.n_bytes:
+        if n_slots * arena.stride + directories > self.n_bytes:
             raise BudgetTooSmall("so many blocks can never fit the budget", **evidence)
         raise AllLeased("the budget is full and every block in it is in use", **evidence)
 
@@ -255,11 +262,12 @@ class Budget:
             (len(arena.free) + arena.cached) * arena.stride for arena in self.arenas.values()
         )
         if n_bytes > could:
-            kind = BudgetTooSmall if n_bytes > self.n_bytes else AllLeased
+            kind = BudgetTooSmall if n_bytes + self.directories > self.n_bytes else AllLeased
             raise kind(
                 "the budget has no room for this",
                 asked_bytes=n_bytes,
                 budget_bytes=self.n_bytes,
+                directory_bytes=self.directories,
                 available_bytes=could,
             )
         while self.unassigned < n_bytes:

@@ -2,15 +2,16 @@
 allocating.py, storing.py; the dispatch: machine.py.
 """
 
-from collections import deque
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from kvd.core.budget import Arena, Budget
 from kvd.core.commits import Commit
-from kvd.core.events import Effect, SessionId
+from kvd.core.deadlines import Deadlines
+from kvd.core.events import Effect, Reply, SessionId
 from kvd.core.sequences import Context, Sequence, Session, Waiter
 from kvd.core.tree import Block
+from kvd_proto.errors import KvdError
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,7 @@ class Counters:
 
     requests: int = 0
     errors: int = 0
+    """Requests that were answered with an error, at once or later."""
     queried_tokens: int = 0
     hit_tokens: int = 0
     stored_blocks: int = 0
@@ -40,6 +42,8 @@ class Counters:
     joined_blocks: int = 0
     failed_blocks: int = 0
     sequences_opened: int = 0
+    sequences_failed: int = 0
+    """By their owner's word, when it released them."""
     sequences_timed_out: int = 0
     sessions_opened: int = 0
 
@@ -47,7 +51,6 @@ class Counters:
 class AllocBacking(NamedTuple):
     """An alloc whose reserved slots are being backed."""
 
-    session: Session
     correlation: int
     sequence: Sequence
     slots: list[int]
@@ -56,11 +59,13 @@ class AllocBacking(NamedTuple):
 
 
 class AppendBacking(NamedTuple):
-    """An append some of whose slots are being backed."""
+    """An append some of whose slots are being backed. `first` is the first block of all that it
+    names, `blocks` are the new ones."""
 
-    session: Session
     correlation: int
+    sequence: Sequence
     commit: Commit
+    first: Block
     blocks: list[Block]
     to_back: list[int]
     reply: object
@@ -88,9 +93,9 @@ class Cache:
     contexts: dict[int, Context] = field(default_factory=dict)
     models: dict[tuple[str, bytes], Arena] = field(default_factory=dict)
     """By tenant and arena fingerprint."""
-    waiting: deque[Waiter] = field(default_factory=deque)
-    expiring: list[tuple[float, int, int, int]] = field(default_factory=list)
-    """Heap of (when, context, seq_id, generation): a sequence may be idle for too long then."""
+    waiting: dict[Waiter, None] = field(default_factory=dict)
+    """All who wait for an id, in the order of their coming."""
+    deadlines: Deadlines = field(default_factory=Deadlines)
     jobs: dict[int, Job] = field(default_factory=dict)
     counters: Counters = field(default_factory=Counters)
     open_sequences: int = 0
@@ -98,6 +103,8 @@ class Cache:
     next_arena: int = 1
     next_job: int = 1
     next_generation: int = 1
+    """Of blocks, so that a record's slot tells which use of it is meant."""
+    next_ticket: int = 1
 
     def new_job(self, job: Job) -> int:
         """File a job under a new number."""
@@ -105,6 +112,14 @@ class Cache:
         self.next_job += 1
         self.jobs[number] = job
         return number
+
+    def reply(
+        self, session: Session, correlation: int, body: Any, effects: list[Effect]
+    ) -> None:
+        """Answer a request with a message or a KvdError; a session that has ended hears nothing."""
+        self.counters.errors += isinstance(body, KvdError)
+        if session.alive:
+            effects.append(Reply(session.id, correlation, body))
 
     def lease(self, sequence: Sequence, block: Block, effects: list[Effect]) -> None:
         """Move the sequence's lease to `block`, which it holds from now on."""

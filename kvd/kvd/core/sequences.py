@@ -1,4 +1,5 @@
-"""Sessions, contexts, and sequences: ids, generations, states, and waiting for an id.
+"""Sessions, contexts and sequences: ids, generations, states, who waits. What happens to them:
+allocating.py and storing.py.
 
 A sequence handle is (context, seq_id, generation). An id returns to its pool only when its owner
 says that the K/V is gone (release) or has died; only then does the next generation use it.
@@ -19,7 +20,7 @@ from kvd.core.budget import Arena
 from kvd.core.events import SessionId
 from kvd.core.tree import Block
 from kvd_proto.errors import ForeignHandle, StaleHandle, UnknownContext
-from kvd_proto.messages import Alloc
+from kvd_proto.messages import MAX_FAILURES, Alloc
 
 if TYPE_CHECKING:
     from kvd.core.commits import Commit
@@ -60,7 +61,15 @@ class Sequence:
     """Slots set aside for appends to come."""
 
     @property
-    def expires(self) -> float:
+    def is_open(self) -> bool:
+        """Whether it holds its id still."""
+        return self.state is State.PROCESSING or self.state is State.TIMED_OUT
+
+    @property
+    def due(self) -> float | None:
+        """When it will have been idle for too long, if nobody asks for it until then."""
+        if not self.idle_timeout or self.state is not State.PROCESSING:
+            return None
         return self.touched + self.idle_timeout
 
 
@@ -75,6 +84,8 @@ class Context:
     free_ids: deque[int]
     generation: int = 0
     open: dict[int, Sequence] = field(default_factory=dict)
+    waiting: "dict[Waiter, None]" = field(default_factory=dict)
+    """Who waits for one of its ids, first come first."""
 
     def take_id(self, request: str, idle_timeout: float, now: float) -> Sequence:
         """Hand out the id that has been free longest; there is one."""
@@ -96,18 +107,21 @@ class Context:
         self.free_ids.append(sequence.seq_id)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Waiter:
-    """An alloc that waits for an id."""
+    """An alloc that waits for an id. A lower `ticket` came first."""
 
-    session: SessionId
+    ticket: int
     correlation: int
     context: Context
     message: Alloc
     since: float
 
     @property
-    def deadline(self) -> float:
+    def due(self) -> float | None:
+        """Its deadline, while it waits."""
+        if self not in self.context.waiting:
+            return None
         return self.since + self.message.wait_ms / 1000
 
 
@@ -116,6 +130,14 @@ class WaitingFlush(NamedTuple):
 
     commit: int
     correlation: int
+
+
+class Failure(NamedTuple):
+    """A commit that failed after its reply: its number, and the error's code and message."""
+
+    commit: int
+    code: str
+    message: str
 
 
 @dataclass(slots=True, eq=False)
@@ -136,8 +158,8 @@ class Session:
     """Those that are not finished, and finished ones behind them, in order."""
     last_commit: int = 0
     completed: int = 0
-    failures: "list[Commit]" = field(default_factory=list)
-    """Commits that failed after their reply, until a flush tells of them."""
+    failures: deque[Failure] = field(default_factory=lambda: deque(maxlen=MAX_FAILURES))
+    """Until a flush tells of them; the latest ones."""
     flushes: list[WaitingFlush] = field(default_factory=list)
     alive: bool = True
     in_flight: int = 0

@@ -48,7 +48,6 @@ class Block:
         "sources",
         "start",
         "state",
-        "superseded",
         "tokens",
     )
 
@@ -66,7 +65,6 @@ class Block:
         self.holds = 0
         self.generation = 0
         self.checksum = 0
-        self.superseded = False
         self.in_flight = False
         """A job of the shell backs or writes the slot: it is not free before that has ended."""
         self.sources: list[Source] | None = None

@@ -1,0 +1,1 @@
+"""What connects an inference engine with the cache: one package for each engine."""

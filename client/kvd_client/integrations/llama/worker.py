@@ -1,0 +1,299 @@
+"""A worker: a llama.cpp context whose sequences share their prefixes through kvd.
+
+    with LlamaWorker("model.gguf", n_ctx=4096) as worker:
+        with worker.open(worker.engine.tokenize(prompt)) as sequence:
+            sequence.prefill()                  # imports what is cached, computes the rest
+            for token in sequence.generate(64): ...
+
+Covers what happens to one sequence: match, import, decode the rest, export new blocks, release. The
+engine that moves the bytes is engine.py; what may share with what, fingerprint.py. A worker
+belongs to one thread at a time, as its engine and its client do.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as SequenceOf
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from kvd_client.client import DEFAULT_STAGING, Client, Context, Sequence
+from kvd_client.context import Model
+from kvd_client.errors import KvdError, StagingFull
+from kvd_client.integrations.llama.engine import LlamaEngine
+from kvd_client.integrations.llama.errors import ImportFailed, NotExportable
+from kvd_client.integrations.llama.fingerprint import fingerprint
+from kvd_client.integrations.llama.params import kv_type_name
+
+logger = logging.getLogger("kvd_client")
+
+Tokens = npt.NDArray[np.int32]
+Pick = Callable[[npt.NDArray[np.float32]], int]
+"""Chooses the next token from logits, float32 [n_vocab]."""
+
+
+MAX_BLOCKS_AT_ONCE = 256
+"""Of an append: its request stays small beside other workers'."""
+_NO_WAIT = 0.0
+
+
+def model_of(engine: LlamaEngine, block_tokens: int = 32) -> Model:
+    """What the daemon must know of an engine's K/V. Raises NotShareable if it cannot be shared."""
+    layers = tuple(
+        (kv_type_name(row.k_type), row.k_row_bytes, kv_type_name(row.v_type), row.v_row_bytes)
+        for row in engine.layout.layers
+    )
+    return Model(
+        engine.model.path.name, fingerprint(engine).digest, "llama-state", layers, block_tokens
+    )
+
+
+class LlamaWorker:
+    """An engine and its context at the daemon. A context manager."""
+
+    def __init__(
+        self,
+        model_path: str | os.PathLike[str] | None = None,
+        *,
+        engine: LlamaEngine | None = None,
+        client: Client | None = None,
+        runtime_dir: str | os.PathLike[str] | None = None,
+        block_tokens: int = 32,
+        name: str = "llama",
+        **engine_options: Any,
+    ) -> None:
+        """Load `model_path` with `engine_options` (those of LlamaEngine), or take `engine`.
+
+        Without a `client` the worker opens one that fails open: while no daemon answers, the worker
+        computes by itself. Raises NotShareable for a model or options that cannot be shared.
+        """
+        if engine is None:
+            if model_path is None:
+                raise ValueError("give a model_path or an engine")
+            engine = LlamaEngine(model_path=model_path, **engine_options)
+            self._own_engine = True
+        else:
+            self._own_engine = False
+        self.engine = engine
+        self._own_client = client is None
+        try:
+            model = model_of(engine, block_tokens)
+            self.client = client or Client(
+                runtime_dir, name=name, fail_open=True, staging_bytes=DEFAULT_STAGING
+            )
+            self.context: Context = self.client.open_context(model, engine.n_seq_max)
+        except BaseException:
+            self._close_own()
+            raise
+
+    @property
+    def blocks_at_once(self) -> int:
+        """Blocks of one append: two of them fit the staging, so that one is filled while the daemon
+        copies the other. At least 1."""
+        payload = self.context.payload.max_bytes
+        return max(1, min(self.client.staging_bytes // 2 // payload, MAX_BLOCKS_AT_ONCE))
+
+    def open(
+        self, tokens: npt.ArrayLike, *, request: str = "", wait: float = 0.0
+    ) -> "LlamaSequence":
+        """A sequence for a prompt (int [n], n >= 1), with as much of it as is cached.
+
+        At least the last token is left to decode, since logits are not cached. `wait` seconds for
+        a free sequence id. Raises NoSequenceFree, SequenceLimit.
+        """
+        prompt = np.ascontiguousarray(tokens, dtype=np.int32)
+        if prompt.ndim != 1 or prompt.size == 0:
+            raise ValueError("a prompt is a flat array of at least one token")
+        leased = self.context.alloc(prompt[:-1], request=request, wait=wait)
+        sequence = LlamaSequence(self, leased, prompt)
+        try:
+            sequence.import_prefix()
+        except BaseException:
+            sequence.close(store=False, failed=True)
+            raise
+        return sequence
+
+    def decode_each(self, sequences: "SequenceOf[LlamaSequence]", tokens: SequenceOf[int]) -> None:
+        """Append one token to each of several sequences in one batch; `logits` of each are new."""
+        positions = [sequence.length for sequence in sequences]
+        ids = [sequence.seq_id for sequence in sequences]
+        self.engine.decode(np.asarray(tokens, np.int32), positions, ids, True)
+        for row, (sequence, token) in enumerate(zip(sequences, tokens, strict=True)):
+            sequence.took(token, self.engine.logits(row))
+
+    def close(self) -> None:
+        """Give everything back."""
+        try:
+            if self._own_client:
+                self.client.close()
+            elif not self.client.closed:
+                self.context.close()
+        finally:
+            self._close_own()
+
+    def _close_own(self) -> None:
+        if self._own_engine:
+            self.engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class LlamaSequence:
+    """One sequence of a worker. A context manager; its end stores what is new and frees the id.
+
+    `tokens` is the prompt and what came after; `length` of them are in the context.
+    `matched_tokens` came from the cache. `logits` are those after the last decoded token, float32
+    [n_vocab].
+    """
+
+    def __init__(self, worker: LlamaWorker, leased: Sequence, prompt: Tokens) -> None:
+        self._worker = worker
+        self._engine = worker.engine
+        self._leased = leased
+        self._buffer = np.empty(max(self._engine.n_ctx, len(prompt)), np.int32)
+        self._buffer[: len(prompt)] = prompt
+        self._n_tokens = len(prompt)
+        self.seq_id = leased.seq_id
+        self.length = 0
+        self.matched_tokens = 0
+        self.logits: npt.NDArray[np.float32] | None = None
+        self._closed = False
+
+    @property
+    def tokens(self) -> Tokens:
+        """The prompt, and tokens decoded after it; a read-only view."""
+        view = self._buffer[: self._n_tokens]
+        view.flags.writeable = False
+        return view
+
+    def import_prefix(self) -> None:
+        """Bring the leased blocks into the context; called once, by LlamaWorker.open.
+
+        If llama.cpp does not take a block the sequence is emptied, and everything is computed.
+        """
+        leased, engine = self._leased, self._engine
+        block_tokens = self._worker.context.model.block_tokens
+        try:
+            for index in range(leased.n_blocks):
+                block = leased.block(index)
+                is_last = index == leased.n_blocks - 1
+                count = leased.last_block_tokens if is_last else block_tokens
+                address = np.frombuffer(block, np.uint8).ctypes.data
+                start = index * block_tokens
+                engine.import_block(self.seq_id, address, len(block), start, count)
+            if leased.n_blocks:
+                engine.truncate(self.seq_id, leased.matched_tokens)
+            engine.check_range(self.seq_id, 0, leased.matched_tokens)
+        except ImportFailed as error:
+            logger.warning("computing a cached prefix again: %s", error)
+            engine.clear(self.seq_id)
+            return
+        self.length = self.matched_tokens = leased.matched_tokens
+
+    def prefill(self) -> npt.NDArray[np.float32]:
+        """Decode what of the prompt is not in the context; returns the last token's logits."""
+        rest = self._buffer[self.length : self._n_tokens]
+        if rest.size:
+            self._engine.prefill(self.seq_id, rest, self.length)
+            self.length = self._n_tokens
+            self.logits = self._engine.logits()
+        assert self.logits is not None
+        return self.logits
+
+    def decode(self, token: int) -> npt.NDArray[np.float32]:
+        """Append one token; returns the logits after it."""
+        self._worker.decode_each([self], [token])
+        assert self.logits is not None
+        return self.logits
+
+    def took(self, token: int, logits: npt.NDArray[np.float32]) -> None:
+        """A token was decoded for this sequence, by LlamaWorker.decode_each."""
+        self._buffer[self.length] = token
+        self.length += 1
+        self._n_tokens = self.length
+        self.logits = logits
+
+    def generate(self, max_tokens: int, pick: Pick | None = None) -> Iterator[int]:
+        """Up to `max_tokens` next tokens, until the model ends its text; greedy without `pick`.
+
+        What is new is stored after the first token and whenever a block is full, so nothing of that
+        delays the first one.
+        """
+        logits = self.prefill()
+        for _ in range(max_tokens):
+            token = int(logits.argmax()) if pick is None else pick(logits)
+            if self._engine.model.is_eog(token):
+                return
+            yield token
+            self.store(wait=_NO_WAIT)
+            logits = self.decode(token)
+
+    def store(self, *, tail: bool = False, wait: float | None = None) -> None:
+        """Export the full blocks that are new, and with `tail` the open one.
+
+        Waits up to `wait` seconds (None: the client's timeout) if the staging is full of earlier
+        blocks. Does nothing without a daemon. What cannot be stored is left for the next call.
+        """
+        leased = self._leased
+        if not leased.shared:
+            return
+        block_tokens = self._worker.context.model.block_tokens
+        try:
+            while leased.shared:
+                new = self.length - leased.full_tokens
+                if new < block_tokens and not (tail and new > 0):
+                    return
+                batch = min(new, self._worker.blocks_at_once * block_tokens)
+                if new >= block_tokens:
+                    batch -= batch % block_tokens
+                self._export(leased.full_tokens, batch, wait)
+                if batch < block_tokens:
+                    return
+        except StagingFull as error:
+            logger.debug("stored later, if at all: %s", error)
+        except (KvdError, NotExportable) as error:
+            logger.warning("a sequence is not stored: %s", error)
+
+    def close(self, *, store: bool = True, failed: bool = False) -> None:
+        """Store what is new, the open tail included; empty the sequence, and free its id."""
+        if self._closed:
+            return
+        self._closed = True
+        if store:
+            self.store(tail=True)
+        # The id may be handed out again as soon as it is released: first its K/V must be gone.
+        self._engine.clear(self.seq_id)
+        self._leased.release(failed=failed)
+
+    def _export(self, start: int, n_tokens: int, wait: float | None) -> None:
+        leased = self._leased
+        block_tokens = self._worker.context.model.block_tokens
+        staged = leased.stage(n_tokens, wait=wait)
+        try:
+            base = np.frombuffer(staged.buffer, np.uint8).ctypes.data
+            for index, (offset, size) in enumerate(zip(staged.offsets, staged.sizes, strict=True)):
+                first = start + index * block_tokens
+                count = min(block_tokens, start + n_tokens - first)
+                self._engine.export_block(self.seq_id, first, count, base + offset, size)
+        except BaseException:
+            leased.unstage(staged)
+            raise
+        leased.post_append(self._buffer[start : start + n_tokens], staged)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close(store=error is None, failed=error is not None)

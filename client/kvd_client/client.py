@@ -15,6 +15,7 @@ import os
 import threading
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self, TypeVar, cast
 
@@ -242,8 +243,11 @@ class Client(ClientState):
                 raise
         return context
 
-    def flush(self, commit: Commit) -> Flushed:
-        """Wait until `commit` and all before it are visible, or have failed (see `failures`)."""
+    def flush(self, commit: Commit | None = None) -> Flushed:
+        """Wait until `commit` (None: the last one) and all before it are visible, or have failed.
+
+        Raises the error that `commit` was answered with; what failed later is in `failures`.
+        """
         return self.run(self._flush(commit))
 
     def ping(self) -> Pong:
@@ -271,13 +275,19 @@ class Client(ClientState):
         return cast(Evicted, self.run(self.call(Evict(model, blocks))))
 
     def close(self) -> None:
-        """End the session: all that it held is given back. Raises ViewsAlive while views live."""
+        """End the session: all that it held is given back. Raises ViewsAlive while views live.
+
+        Waits, at most the client's timeout, until posted appends are answered: what the daemon has
+        not accepted when a session ends is never stored.
+        """
         if self.closed:
             return
         with self._lock:
             self.check()
             if self.session is not None and self.session.lost is None:
                 self.session.close_mappings()
+                with suppress(KvdError):
+                    self.run(ops.settle(self.session, self.timeout))
                 self.session.lose(KvdError("the client was closed"))
             self.closed = True
 
@@ -324,12 +334,16 @@ class Client(ClientState):
                 else:
                     session.receive_lifeline()
 
-    def _flush(self, commit: Commit) -> Operation[Flushed]:
+    def _flush(self, commit: Commit | None) -> Operation[Flushed]:
         session = yield from self.ensure_session()
-        yield Wait(session, lambda: commit.answered, self.timeout)
-        if commit.error is not None:
-            raise commit.error
-        return cast(Flushed, (yield from self.call(Flush(commit.number))))
+        if commit is None:
+            yield Wait(session, lambda: not session.in_flight, self.timeout)
+        else:
+            yield Wait(session, lambda: commit.answered, self.timeout)
+            if commit.error is not None:
+                raise commit.error
+        number = session.last_commit if commit is None else commit.number
+        return cast(Flushed, (yield from self.call(Flush(number))))
 
     def _report(self, message: Any) -> dict[str, Any]:
         return cast(dict[str, Any], self.run(self.call(message)).report)

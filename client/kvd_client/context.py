@@ -292,6 +292,11 @@ def stage(sequence: SequenceState, n_tokens: int, wait: float | None) -> Operati
             continue  # one more look, then it is said to be full
 
 
+def settle(session: Session, timeout: float) -> Operation[None]:
+    """Wait until every request that was sent is answered, or raise DeadlineExceeded."""
+    yield Wait(session, lambda: not session.in_flight, timeout, may_fail=True)
+
+
 def unstage(sequence: SequenceState, staged: Staged) -> None:
     """Give room back that was not committed; nothing happens if the session has ended."""
     session = sequence.session
@@ -314,6 +319,7 @@ def post_append(sequence: SequenceState, tokens: Tokens, staged: Staged) -> Comm
         commit.answered = True
         if isinstance(body, Appended):
             commit.number, commit.stored = body.commit, body.stored
+            session.last_commit = max(session.last_commit, body.commit)
             commit.present, commit.joined = body.present, body.joined
             area.committed(staged, body.commit)
         else:

@@ -44,6 +44,8 @@ class Session:
         if staging_fd >= 0:
             self.staging = StagingArea(mmap.mmap(staging_fd, welcome.staging_bytes))
             os.close(staging_fd)
+        self.last_commit = 0
+        """The highest commit number that an append was answered with."""
         self._next = 0
         self._asked: dict[int, type[Any]] = {}
         self._then: dict[int, Then] = {}

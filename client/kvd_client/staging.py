@@ -25,6 +25,8 @@ class Staged:
     offsets: list[int]
     sizes: list[int]
     buffer: memoryview
+    kept: bool = False
+    """Its owner goes on reading it after the commit: that the commit has ended frees nothing."""
 
     def block(self, index: int) -> memoryview:
         """A writable view of block `index`. Do not keep it beyond the commit."""
@@ -86,7 +88,9 @@ class StagingArea:
         self._busy.append((commit, staged))
 
     def give_back(self, staged: Staged) -> None:
-        """`staged` is free now: nothing was committed from it."""
+        """`staged` is free now: nothing was committed from it. Does nothing while it is `kept`."""
+        if staged.kept:
+            return
         for offset, size in zip(staged.offsets, staged.sizes, strict=True):
             self._release(offset, offset + round_up(size))
 

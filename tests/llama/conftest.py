@@ -34,6 +34,7 @@ def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_models.write_recurrent(folder / "recurrent.gguf")
     tiny_models.write_encoder(folder / "encoder.gguf")
     tiny_models.write_not_causal(folder / "not-causal.gguf")
+    tiny_models.write_llama(folder / "llama-not-causal.gguf", causal=False)
     tiny_models.write_lora(folder / "lora-6.gguf", seed=6)
     tiny_models.write_lora(folder / "lora-7.gguf", seed=7)
     return folder

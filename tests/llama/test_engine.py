@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from kvd_client.integrations.llama import native
@@ -203,6 +204,7 @@ def test_a_state_with_more_or_less_than_k_and_v_is_refused(
         ("m-rope", {}, Reason.M_ROPE, "without sharing"),
         ("encoder", {}, Reason.ENCODER, "without sharing"),
         ("not-causal", {}, Reason.NOT_CAUSAL, "without sharing"),
+        ("llama-not-causal", {}, Reason.NOT_CAUSAL, "without sharing"),
         ("llama", {"flash_attn": False}, Reason.FLASH_ATTENTION, "flash_attn=True"),
         ("llama", {"kv_unified": False}, Reason.STREAMS, "kv_unified=True"),
         ("llama", {"loras": (6, 7)}, Reason.LORA, "merge"),
@@ -363,24 +365,33 @@ def test_an_export_without_room_writes_nothing(tiny: LlamaModel) -> None:
         engine.prefill(0, prompt(32, N_VOCAB), 0)
         size = engine.layout.state_bytes(32)
         memory = np.full(size, 0xEE, dtype=np.uint8)
-        with pytest.raises(ValueError, match="fit"):
+        with pytest.raises(ValueError, match="no more than"):
             engine.export_block(0, 0, 32, memory.ctypes.data, size - 1)
         assert (memory == 0xEE).all()
 
 
-def test_cells_out_of_order_are_not_exported(tiny: LlamaModel) -> None:
+def test_cells_out_of_order_are_exported_in_the_order_of_positions(tiny: LlamaModel) -> None:
     """A sequence that was continued in cells that another has left, in front of its own."""
     with tiny_engine(tiny) as engine:
         engine.prefill(1, prompt(100, N_VOCAB, seed=1), 0)
         engine.prefill(0, prompt(140, N_VOCAB), 0)
         engine.clear(1)
         engine.prefill(0, prompt(30, N_VOCAB, seed=2), 140)
-        in_order = [export(engine, 0, start, 32) for start in (0, 32, 64, 96)]
-        with pytest.raises(NotExportable, match=r"128 \.\. 159"):
-            export(engine, 0, 128, 32)
-        # The failure changed nothing, and what is in order is still exported.
-        assert engine.length(0) == 170
-        assert same_bytes([export(engine, 0, start, 32) for start in (0, 32, 64, 96)], in_order)
+        scattered = export(engine, 0, 128, 32).payload
+        singles = [export(engine, 0, position, 1).payload for position in range(128, 160)]
+        blocks = export_all(engine, 0)
+        layers = engine.layout.layers
+    # Row by row, the block holds what each position has when it is exported alone.
+    at, at_alone = 16 + 12 * 32 + 8, 16 + 12 + 8
+    for size in [row.k_row_bytes for row in layers] + [row.v_row_bytes for row in layers]:
+        at, at_alone = at + 12, at_alone + 12
+        rows = scattered[at : at + 32 * size].reshape(32, size)
+        assert np.array_equal(rows, [each[at_alone : at_alone + size] for each in singles])
+        at, at_alone = at + 32 * size, at_alone + size
+    # And a context that takes them gives the same bytes again.
+    with tiny_engine(tiny) as other:
+        import_all(other, 0, blocks)
+        assert same_bytes(export_all(other, 0), blocks)
 
 
 # -- sequences ------------------------------------------------------------------------------------
@@ -592,6 +603,20 @@ def test_an_engine_frees_the_model_it_loaded(tiny_dir: Path) -> None:
         model.pointer  # noqa: B018
 
 
+def test_what_an_engine_takes_is_given_back(tiny: LlamaModel) -> None:
+    """Eight contexts of 64 MiB each, half of them refused by their constructor."""
+    process = psutil.Process()
+    tiny_engine(tiny, n_ctx=65_536, type_k="f32", type_v="f32").close()
+    before = process.memory_info().rss
+    for _ in range(4):
+        with tiny_engine(tiny, n_ctx=65_536, type_k="f32", type_v="f32") as engine:
+            assert process.memory_info().rss - before > 48 << 20
+            assert engine.n_ctx == 65_536
+        with pytest.raises(NotShareable):
+            tiny_engine(tiny, n_ctx=65_536, type_k="f32", type_v="f32", flash_attn=False)
+    assert process.memory_info().rss - before < 48 << 20
+
+
 def test_failures_carry_what_llama_cpp_logged_and_nothing_is_printed(
     tiny_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -646,3 +671,7 @@ def test_tokens_and_text(smollm2: LlamaModel) -> None:
     assert not smollm2.is_eog(int(tokens[0]))
     with pytest.raises(ValueError, match="49151"):
         smollm2.detokenize([49152])
+    with tiny_engine(smollm2) as engine:
+        np.testing.assert_array_equal(engine.tokenize(text), tokens)
+        assert engine.detokenize(tokens) == smollm2.detokenize(tokens)
+        assert (engine.n_vocab, engine.is_eog(smollm2.eos)) == (49152, True)

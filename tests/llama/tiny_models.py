@@ -74,10 +74,11 @@ def _decoder(writer: _Writer, heads_kv: Sequence[int]) -> None:
         writer.matrix(f"{prefix}.ffn_gate.weight", N_FF, N_EMBD)
 
 
-def write_llama(path: Path, seed: int = 0) -> Path:
+def write_llama(path: Path, seed: int = 0, causal: bool = True) -> Path:
     """Plain attention with two K/V heads in each of two layers."""
     writer = _Writer(path, "llama", 2, seed)
     writer.attention(2)
+    writer.gguf.add_causal_attention(causal)
     writer.gguf.add_rope_dimension_count(HEAD_DIM)
     _decoder(writer, (2, 2))
     writer.close()

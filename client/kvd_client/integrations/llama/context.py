@@ -79,6 +79,23 @@ class LlamaContext:
         """Tokens of the largest batch that `decode` takes."""
         return self._batch.capacity
 
+    @property
+    def n_vocab(self) -> int:
+        """Token ids are 0 .. n_vocab-1."""
+        return self.model.n_vocab
+
+    def tokenize(self, text: str) -> Tokens:
+        """int32 [n], special tokens recognised; LlamaModel.tokenize has the other ways."""
+        return self.model.tokenize(text)
+
+    def detokenize(self, tokens: npt.ArrayLike) -> str:
+        """The text of the tokens, without special ones."""
+        return self.model.detokenize(tokens)
+
+    def is_eog(self, token: int) -> bool:
+        """Whether the token ends a generation."""
+        return self.model.is_eog(token)
+
     def length(self, seq: int) -> int:
         """Tokens in the sequence, counted from position 0."""
         self._check(seq)

@@ -123,7 +123,7 @@ class LlamaEngine(LlamaContext):
         size = native.state_seq_get_size(self._context, self._scratch)
         state = ctypes.create_string_buffer(size)
         got = native.state_seq_get_data(self._context, state, size, self._scratch)
-        bindings.llama_memory_clear(self._memory, True)
+        native.memory_seq_rm(self._memory, self._scratch, -1, -1)
         if not size or got != size:
             raise LlamaEngineError(f"cannot read the state of a token: {native.take_errors()}")
         try:
@@ -156,10 +156,10 @@ class LlamaEngine(LlamaContext):
         """Write the state of tokens [start, start+n) to memory at `dst_address`; returns its bytes.
 
         That is always layout.state_bytes(n), in the canonical form of state.py; `capacity` must
-        be enough (ValueError, nothing written). Raises NotExportable if the range is not in the
-        sequence as a whole or its cells are not in the order of their positions, as can be in a
-        context where sequences come and go; the memory's content is then undefined. The sequence
-        is not changed.
+        be enough (ValueError, nothing written). Cells that lie in another order, as they can where
+        sequences come and go, are sorted in the destination, at the cost of another copy. Raises
+        NotExportable if the range is not in the sequence as a whole; the memory's content is then
+        undefined. The sequence is not changed.
         """
         self._check(seq)
         form = self._form(n)
@@ -170,7 +170,7 @@ class LlamaEngine(LlamaContext):
         end = native.memory_seq_pos_max(memory, seq) + 1
         if not 0 <= start <= end - n:
             raise NotExportable(
-                f"sequence {seq} ends at {end}: no tokens {start} .. {start + n - 1}"
+                f"sequence {seq} ends at {end}, before tokens {start} .. {start + n - 1}"
             )
         try:
             native.memory_seq_cp(memory, seq, scratch, start, start + n)
@@ -182,10 +182,11 @@ class LlamaEngine(LlamaContext):
             form.canonicalise(header)
             if form.is_canonical(header, start):
                 return size
+            if form.sort(dst_address, start) and form.is_canonical(header, start):
+                return size
         native.take_errors()
         raise NotExportable(
-            f"tokens {start} .. {start + n - 1} of sequence {seq} are not {n} cells in the order of "
-            "their positions"
+            f"the state of tokens {start} .. {start + n - 1} of sequence {seq} is not {n} cells"
         )
 
     def import_block(self, seq: int, src_address: int, n_bytes: int, start: int, n: int) -> None:

@@ -40,7 +40,7 @@ class NotShareable(LlamaEngineError):
 
 
 class NotExportable(LlamaEngineError):
-    """The range is not in the sequence, or its cells are not in the order of their positions."""
+    """The range is not in the sequence as a whole."""
 
 
 class ImportFailed(LlamaEngineError):

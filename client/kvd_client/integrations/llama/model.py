@@ -6,7 +6,6 @@ mixed with what other workers computed, and nothing here is tested on one.
 
 import ctypes
 import os
-from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 
@@ -94,7 +93,7 @@ class LlamaModel:
             )
         )
 
-    def detokenize(self, tokens: Tokens | Iterable[int], *, special: bool = False) -> str:
+    def detokenize(self, tokens: npt.ArrayLike, *, special: bool = False) -> str:
         """The text of the tokens, special ones shown only if asked; broken UTF-8 becomes U+FFFD."""
         ids = np.ascontiguousarray(tokens, dtype=np.int32)
         if ids.size and not 0 <= ids.min() <= ids.max() < self.n_vocab:

@@ -129,6 +129,14 @@ class BlockForm:
         cells = self._canonical[_HEAD_WORDS:-_TAIL_WORDS].reshape(n_tokens, _CELL_WORDS)
         cells[:, 1] = 1
         self._positions = cells[:, 0]
+        self._rows: list[tuple[int, int]] = []  # (byte offset of N rows, bytes of each)
+        offset = 4 * n_words
+        row_sizes = [row.k_row_bytes for row in layout.layers]
+        row_sizes += [row.v_row_bytes for row in layout.layers]
+        for size in row_sizes:
+            offset += _ROW_HEADER.size
+            self._rows.append((offset, size))
+            offset += n_tokens * size
         self._from_zero = np.arange(n_tokens, dtype=np.int32)
 
     def header(self, address: int) -> Words:
@@ -140,6 +148,26 @@ class BlockForm:
         """Set the ignored ids to 0, in place."""
         header[1] = 0
         header[_HEAD_WORDS + 2 : -_TAIL_WORDS : _CELL_WORDS] = 0
+
+    def sort(self, address: int, start: int) -> bool:
+        """Sort the cells at `address`, and their rows, by position, in place.
+
+        llama.cpp writes cells in the order in which they lie in the context. Returns False, and
+        changes nothing, unless they are positions start .. start+n_tokens-1 in some order.
+        """
+        header = self.header(address)
+        positions = header[_HEAD_WORDS:-_TAIL_WORDS:_CELL_WORDS]
+        order = np.argsort(positions)
+        if not np.array_equal(positions[order], self._from_zero + start):
+            return False
+        for offset, size in self._rows:
+            if size:
+                kind: Any = ctypes.c_uint8 * (order.size * size)
+                memory = kind.from_address(address + offset)
+                rows = np.frombuffer(memory, dtype=np.uint8).reshape(order.size, size)
+                rows[:] = rows[order]
+        positions[:] = positions[order]
+        return True
 
     def is_canonical(self, header: Words, start: int) -> bool:
         """Whether this is the header of positions start .. start+n_tokens-1, in this order."""

@@ -154,9 +154,9 @@ class LlamaSequence:
     """
 
     def __init__(self, worker: LlamaWorker, leased: Sequence, prompt: Tokens) -> None:
-        self._worker = worker
+        self.worker = worker
         self._engine = worker.engine
-        self._leased = leased
+        self.leased = leased
         self._buffer = np.empty(max(self._engine.n_ctx, len(prompt)), np.int32)
         self._buffer[: len(prompt)] = prompt
         self._n_tokens = len(prompt)
@@ -178,8 +178,8 @@ class LlamaSequence:
 
         If llama.cpp does not take a block the sequence is emptied, and everything is computed.
         """
-        leased, engine = self._leased, self._engine
-        block_tokens = self._worker.context.model.block_tokens
+        leased, engine = self.leased, self._engine
+        block_tokens = self.worker.context.model.block_tokens
         try:
             for index in range(leased.n_blocks):
                 block = leased.block(index)
@@ -209,7 +209,7 @@ class LlamaSequence:
 
     def decode(self, token: int) -> npt.NDArray[np.float32]:
         """Append one token; returns the logits after it."""
-        self._worker.decode_each([self], [token])
+        self.worker.decode_each([self], [token])
         assert self.logits is not None
         return self.logits
 
@@ -241,16 +241,16 @@ class LlamaSequence:
         Waits up to `wait` seconds (None: the client's timeout) if the staging is full of earlier
         blocks. Does nothing without a daemon. What cannot be stored is left for the next call.
         """
-        leased = self._leased
+        leased = self.leased
         if not leased.shared:
             return
-        block_tokens = self._worker.context.model.block_tokens
+        block_tokens = self.worker.context.model.block_tokens
         try:
             while leased.shared:
                 new = self.length - leased.full_tokens
                 if new < block_tokens and not (tail and new > 0):
                     return
-                batch = min(new, self._worker.blocks_at_once * block_tokens)
+                batch = min(new, self.worker.blocks_at_once * block_tokens)
                 if new >= block_tokens:
                     batch -= batch % block_tokens
                 self._export(leased.full_tokens, batch, wait)
@@ -270,11 +270,11 @@ class LlamaSequence:
             self.store(tail=True)
         # The id may be handed out again as soon as it is released: first its K/V must be gone.
         self._engine.clear(self.seq_id)
-        self._leased.release(failed=failed)
+        self.leased.release(failed=failed)
 
     def _export(self, start: int, n_tokens: int, wait: float | None) -> None:
-        leased = self._leased
-        block_tokens = self._worker.context.model.block_tokens
+        leased = self.leased
+        block_tokens = self.worker.context.model.block_tokens
         staged = leased.stage(n_tokens, wait=wait)
         try:
             base = np.frombuffer(staged.buffer, np.uint8).ctypes.data

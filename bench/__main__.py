@@ -1,0 +1,24 @@
+"""Measure everything and write bench/report.json.
+
+make bench          or: python -m bench [--quick]
+"""
+
+import argparse
+
+from bench import first_token, report, roundtrip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="bench", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="few repeats: does it run at all?")
+    quick = parser.parse_args().quick
+    n_requests, n_hits = (200, 3) if quick else (5000, 25)
+    print("round trips ...", flush=True)
+    rows = roundtrip.measure(n_requests)
+    print("first tokens ...", flush=True)
+    rows += first_token.measure(n_hits)
+    report.write(rows, n_hits)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,30 @@
+"""A daemon for the length of a measurement."""
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def running_daemon(max_memory: str) -> Iterator[str]:
+    """Run `kvd serve` and yield its runtime directory."""
+    with tempfile.TemporaryDirectory(prefix="kvd-bench-") as directory:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ready:
+            address = os.path.join(directory, "ready")
+            ready.bind(address)
+            ready.settimeout(20)
+            command = [sys.executable, "-m", "kvd", "serve", "--runtime-dir", directory]
+            command += ["--instance", f"bench-{os.getpid()}", "--max-memory", max_memory]
+            command += ["--log-level", "warning"]
+            process = subprocess.Popen(command, env={**os.environ, "NOTIFY_SOCKET": address})
+            while b"READY=1" not in ready.recv(4096):
+                pass
+        try:
+            yield directory
+        finally:
+            process.terminate()
+            process.wait()

@@ -1,0 +1,84 @@
+"""One block of a sequence of arrays: its memory, and the arrays that show it.
+
+The memory is in the arena once the block is sealed, before that in the staging, or the process's
+own when there is no staging. Who moves it from one to the next: array_storage.py.
+"""
+
+from kvd_client.array_model import KV, ArrayModel
+from kvd_client.errors import ViewsAlive
+from kvd_client.staging import Staged
+
+
+class Block:
+    """Memory for block_tokens tokens. `staged` is set while it lies in the staging.
+
+    Arrays that users get are made over `_window`, a view of the memory of its own: it can be
+    released only when the last of them is gone, and that is how we know.
+    """
+
+    __slots__ = ("_memory", "_model", "_rows", "_shown", "_window", "staged")
+
+    def __init__(self, model: ArrayModel, memory: memoryview, staged: Staged | None = None) -> None:
+        self._model = model
+        self._memory = memory
+        self.staged = staged
+        self._window: memoryview | None = None
+        self._shown: dict[int, KV] = {}
+        self._rows: dict[int, KV] = {}
+
+    @property
+    def memory(self) -> memoryview:
+        """All bytes of the block."""
+        return self._memory
+
+    def show(self, layer: int) -> KV:
+        """Read-only arrays of the layer with room for block_tokens tokens, without a copy."""
+        shown = self._shown.get(layer)
+        if shown is None:
+            if self._window is None:
+                self._window = self._memory.toreadonly()
+            shown = self._shown[layer] = self._model.show(layer, self._window)
+        return shown
+
+    def rows(self, layer: int) -> KV:
+        """The same, writable: for the sequence itself, and only before the block is committed."""
+        rows = self._rows.get(layer)
+        if rows is None:
+            rows = self._rows[layer] = self._model.show(layer, self._memory)
+        return rows
+
+    def clear_rows(self, start: int) -> None:
+        """Fill the rows from token `start` on with zeros: what was in the memory before is no part
+        of the block, and equal blocks shall be equal bytes."""
+        for layer in range(len(self._model.layers)):
+            for plane in self.rows(layer):
+                plane[start:] = 0
+
+    def hide(self) -> None:
+        """Make sure that nobody looks at the block. Raises ViewsAlive if somebody does; it can be
+        shown again in both cases."""
+        self._shown.clear()
+        if self._window is None:
+            return
+        try:
+            self._window.release()
+        except BufferError:
+            raise ViewsAlive(
+                "arrays over this sequence's blocks are still alive: drop them first"
+            ) from None
+        self._window = None
+
+    def move(self, memory: memoryview, staged: Staged | None = None) -> None:
+        """Be in other memory with the same content from now on. Arrays that are alive stay with the
+        memory before."""
+        self._shown.clear()
+        self._rows.clear()
+        self._window = None
+        self._memory = memory
+        self.staged = staged
+
+    def close(self) -> None:
+        """Let go of the memory; nobody looks at the block any more."""
+        self.hide()
+        self._rows.clear()
+        self._memory.release()

@@ -1,0 +1,310 @@
+"""The blocks of one sequence of arrays, and their way into the arena.
+
+    own memory ──commit──► posted ──sealed, and nobody looks──► arena
+    (staging, or the process's when there is none)
+
+A block that is posted is read where it lies until the daemon has sealed its copy; then it moves to
+the arena, and its staging is free. Nothing here fails for want of the daemon or of room: storing
+stops (`error` says why), and the sequence goes on in memory of its own.
+
+Rows, layers and what an engine calls: arrays.py.
+"""
+
+import logging
+import os
+import weakref
+from collections import deque
+from dataclasses import dataclass
+
+from kvd_client import context as ops
+from kvd_client.array_block import Block
+from kvd_client.array_model import ArrayModel
+from kvd_client.context import Commit, SequenceState
+from kvd_client.errors import KvdError, ResourceError, ServiceError, StagingFull, ViewsAlive
+from kvd_client.operations import Operation, Wait, call
+from kvd_client.session import Session
+from kvd_client.staging import Staged
+from kvd_proto.keys import TOKEN_BYTES
+from kvd_proto.messages import Flush
+
+logger = logging.getLogger("kvd_client")
+
+
+@dataclass(slots=True, eq=False)
+class Posted:
+    """An append on its way: blocks number `first` to `end`-1, read in the staging until sealed."""
+
+    commit: Commit
+    first: int
+    end: int
+    lent: Staged
+
+
+class Storage:
+    """Blocks number 0 .. sealed-1 are in the arena, up to committed-1 posted, the others open.
+
+    The operations are run by the client (`Client.run`); one thread at a time.
+    """
+
+    def __init__(
+        self, model: ArrayModel, sequence: SequenceState, peers: "list[Storage]", tokens: bytes
+    ) -> None:
+        """`peers` are all storages that share the staging; `tokens` those that were matched."""
+        self._model = model
+        self._sequence = sequence
+        self._peers = peers
+        self._tokens = bytearray(tokens)
+        self._posted: deque[Posted] = deque()
+        self._block_token_bytes = model.block_tokens * TOKEN_BYTES
+        self.blocks: list[Block] = []
+        self.sealed = 0
+        self.committed = 0
+        self.error: KvdError | None = None
+        # The daemon gives our leases back when the lifeline ends, and so it must not end before we
+        # stop reading: a session that we give up because the daemon hangs closes only its own copy.
+        self._let_go = lambda: None
+        if sequence.session is not None:
+            lifeline = os.dup(sequence.session.lifeline_fd)
+            self._let_go = weakref.finalize(self, os.close, lifeline)
+        peers.append(self)
+
+    def take_match(self) -> Operation[None]:
+        """Begin with the blocks that alloc matched. Of one that goes on otherwise, the rows that
+        agree are copied into an open block of our own."""
+        sequence = self._sequence
+        n_full = sequence.full_tokens // self._model.block_tokens
+        self.blocks = [
+            Block(self._model, ops.block_view(sequence, index)) for index in range(n_full)
+        ]
+        self.sealed = self.committed = n_full
+        n_rows = sequence.matched_tokens - sequence.full_tokens
+        if not n_rows:
+            return
+        sibling = Block(self._model, ops.block_view(sequence, n_full))
+        yield from self.grow(1)
+        for layer in range(len(self._model.layers)):
+            own, found = self.blocks[-1].rows(layer), sibling.show(layer)
+            own.k[:n_rows] = found.k[:n_rows]
+            own.v[:n_rows] = found.v[:n_rows]
+        del found
+        sibling.close()
+
+    def add_tokens(self, tokens: bytes) -> None:
+        """The sequence goes on with `tokens`; what `commit` counts."""
+        self._tokens += tokens
+
+    def grow(self, n_blocks: int) -> Operation[None]:
+        """Add open blocks. Waits for room in the staging while blocks are being sealed."""
+        yield from self.collect()
+        patient = True
+        for _ in range(n_blocks):
+            staged = yield from self._take(patient)
+            if staged is None:
+                patient = False
+                memory = memoryview(bytearray(self._model.block_bytes))
+            else:
+                memory = staged.block(0)
+            self.blocks.append(Block(self._model, memory, staged))
+
+    def commit(self, n_tokens: int) -> Operation[Commit | None]:
+        """Post all blocks that are not posted, up to position `n_tokens`; the last may be shorter.
+
+        Waits only when a block has no staging yet. None if there was nothing to post, or storing
+        has stopped.
+        """
+        end = -(-n_tokens // self._model.block_tokens)
+        for index in range(self.committed, end):
+            block = self.blocks[index]
+            if block.staged is None and self.error is None:
+                self._post(index, n_tokens)  # so that what comes before it can make room
+                staged = yield from self._take(patient=True)
+                if staged is None:
+                    self._stop(StagingFull("the staging has no room, and got none in time"))
+                    break
+                memory = staged.block(0)
+                memory[:] = block.memory
+                # Arrays that users hold keep the memory before, which nobody will write again.
+                block.move(memory, staged)
+        return self._post(end, n_tokens)
+
+    def seal_tail(self, n_tokens: int) -> Operation[Commit | None]:
+        """Post the open block as a shorter one, if it has tokens that were not matched."""
+        rest = n_tokens % self._model.block_tokens
+        if not rest or n_tokens == self._sequence.matched_tokens or self.error is not None:
+            return None
+        self.blocks[n_tokens // self._model.block_tokens].clear_rows(rest)
+        return (yield from self.commit(n_tokens))
+
+    def collect(self) -> Operation[bool]:
+        """Move blocks that are sealed by now into the arena; returns whether some were.
+
+        Never waits for a copy. Blocks at which somebody still looks stay where they are.
+        """
+        session = self._sequence.session
+        if not self._posted or session is None:
+            return False
+        session.receive()
+        session.receive_lifeline()
+        if session.lost is not None:
+            self._stop(session.lost)
+            return False
+        assert session.staging is not None
+        ready = self._ready(session.staging.completed)
+        if not ready:
+            return False
+        try:
+            reply = yield from ops.refresh(self._sequence, self.sealed)
+            for posted in ready:
+                if reply.sealed_tokens < posted.end * self._model.block_tokens:
+                    raise ResourceError(
+                        "blocks that the daemon had accepted were not stored after all",
+                        sealed_tokens=reply.sealed_tokens,
+                        committed_tokens=posted.end * self._model.block_tokens,
+                    )
+                for index in range(posted.first, posted.end):
+                    block = self.blocks[index]
+                    staged = block.staged
+                    assert staged is not None
+                    block.move(ops.block_view(self._sequence, index))
+                    session.staging.give_back(staged)
+                self._posted.popleft()
+                self.sealed = posted.end
+        except KvdError as error:
+            self._stop(error)
+            return False
+        return True
+
+    def flush(self) -> Operation[None]:
+        """Wait until what is posted is sealed, at most the client's timeout without progress."""
+        yield from self.collect()
+        while self.sealed < self.committed and (yield from self._wait_for_a_seal([self])):
+            yield from self.collect()
+
+    def hide(self) -> None:
+        """Raises ViewsAlive, and changes nothing, while somebody looks at a block."""
+        for block in self.blocks:
+            block.hide()
+
+    def close(self) -> None:
+        """Let go of all blocks; call `hide` first. What is posted is stored nevertheless."""
+        for block in self.blocks:
+            block.close()
+        session = self._sequence.session
+        if session is not None and session.lost is None:
+            self._give_back_staging(session)
+        self._peers.remove(self)
+        self._let_go()
+
+    def _ready(self, completed: int) -> list[Posted]:
+        """The leading posted appends that are finished, and at whose blocks nobody looks."""
+        ready: list[Posted] = []
+        for posted in self._posted:
+            commit = posted.commit
+            if commit.error is not None:
+                self._stop(commit.error)
+                break
+            if not commit.answered or commit.number > completed:
+                break
+            try:
+                for block in self.blocks[posted.first : posted.end]:
+                    block.hide()
+            except ViewsAlive:
+                break
+            ready.append(posted)
+        return ready
+
+    def _post(self, end: int, n_tokens: int) -> Commit | None:
+        """Post blocks committed .. end-1, which are all in the staging."""
+        blocks = [block.staged for block in self.blocks[self.committed : end]]
+        staged = [each for each in blocks if each is not None]
+        if not staged or self.error is not None:
+            return None
+        assert len(staged) == len(blocks)
+        size = self._block_token_bytes
+        tokens = self._tokens[self.committed * size : min(end * size, n_tokens * TOKEN_BYTES)]
+        lent = Staged(
+            [each.offsets[0] for each in staged],
+            [each.sizes[0] for each in staged],
+            staged[0].buffer,
+            kept=True,
+        )
+        try:
+            commit = ops.post_append(self._sequence, bytes(tokens), lent)
+        except KvdError as error:
+            self._stop(error)
+            return None
+        self._posted.append(Posted(commit, self.committed, end, lent))
+        self.committed = end
+        return commit
+
+    def _take(self, patient: bool) -> Operation[Staged | None]:
+        """Room for one block in the staging. None if there is none, or, if `patient`, if nothing
+        that is on its way makes room in time."""
+        while self.error is None and self._sequence.shared:
+            session = self._sequence.session
+            if session is None or session.staging is None:
+                return None
+            try:
+                staged = session.staging.take([self._model.block_bytes])
+            except StagingFull:
+                return None  # not even one block fits
+            if staged is not None:
+                return staged
+            moved = False
+            for peer in list(self._peers):
+                moved |= yield from peer.collect()
+            if not moved and not (patient and (yield from self._wait_for_a_seal(self._peers))):
+                return None
+        return None
+
+    def _wait_for_a_seal(self, storages: "list[Storage]") -> Operation[bool]:
+        """Wait for the oldest append of `storages` that is on its way. False if there is none, or
+        if it takes longer than the client's timeout."""
+        session = self._sequence.session
+        if session is None or session.lost is not None or session.staging is None:
+            return False
+        completed = session.staging.completed
+        waiting = [
+            posted.commit
+            for storage in storages
+            if storage._sequence.session is session
+            for posted in storage._posted
+            if posted.commit.error is None
+            and not (posted.commit.answered and posted.commit.number <= completed)
+        ]
+        if not waiting:
+            return False
+        # Those that are not answered yet have no number, and are the youngest.
+        first = min(waiting, key=lambda commit: (not commit.answered, commit.number))
+        timeout = self._sequence.context.client.timeout
+        try:
+            if first.answered:
+                yield from call(session, Flush(first.number), timeout, may_fail=True)
+            else:
+                yield Wait(session, lambda: first.answered, timeout, may_fail=True)
+        except ServiceError:
+            return False
+        return True
+
+    def _give_back_staging(self, session: Session) -> None:
+        """Free it now, or as soon as the appends that still use it have ended."""
+        area = session.staging
+        if area is None:
+            return
+        for posted in self._posted:
+            lent, commit = posted.lent, posted.commit
+            if commit.answered and commit.error is None:
+                area.committed(Staged(lent.offsets, lent.sizes, lent.buffer), commit.number)
+                continue
+            lent.kept = False
+            if commit.answered:
+                area.give_back(lent)
+        for block in self.blocks[self.committed :]:
+            if block.staged is not None:
+                area.give_back(block.staged)
+
+    def _stop(self, error: KvdError) -> None:
+        """Store no more of this sequence."""
+        if self.error is None:
+            self.error = error
+            logger.info("sequence %d is not stored any further: %s", self._sequence.seq_id, error)

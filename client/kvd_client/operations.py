@@ -95,7 +95,12 @@ class ClientState:
         return session
 
     def note_outage(self, error: KvdError) -> None:
-        """The daemon is not to be had: warn once, and look again after a pause."""
+        """The daemon is not to be had: warn once, and look again after a pause.
+
+        An outage that is noted already is not a new one: its pause goes on.
+        """
+        if error is self._outage:
+            return
         if self._outage is None and self.fail_open:
             logger.warning("going on without the shared K/V cache: %s", error)
         self._outage = error

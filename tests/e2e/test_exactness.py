@@ -45,7 +45,7 @@ def pair(request: pytest.FixtureRequest, daemon: Daemon, smollm2: Path) -> Itera
     options: dict[str, Any] = {**OPTIONS, "type_k": kv_type, "type_v": kv_type}
     with (
         worker_process(store_prompts, smollm2, daemon.runtime_dir, kv_type) as storer,
-        LlamaWorker(smollm2, runtime_dir=daemon.runtime_dir, **options) as worker,
+        LlamaWorker(smollm2, runtime_dir=daemon.runtime_dir, timeout=10, **options) as worker,
         LlamaEngine(model=worker.engine.model, **options) as private,
     ):
         assert storer.recv() == "ready"

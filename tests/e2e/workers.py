@@ -15,6 +15,7 @@ from kvd_client.integrations.llama.worker import LlamaWorker
 # One thread: the last bits of one-token decodes depend on their number, and two wait for each
 # other on a busy machine.
 OPTIONS: dict[str, Any] = {"n_ctx": 2048, "n_threads": 1, "n_seq_max": 4}
+TINY_OPTIONS: dict[str, Any] = {"n_ctx": 512, "n_threads": 1, "n_seq_max": 4}
 
 
 @contextlib.contextmanager
@@ -41,7 +42,9 @@ def worker_process(function: Any, *arguments: Any) -> Iterator[Connection]:
 def store_prompts(pipe: Connection, model: Path, runtime_dir: Path, kv_type: str) -> None:
     """For each prompt (int32 tokens) that comes: compute it, store it, answer with its logits."""
     options = {**OPTIONS, "type_k": kv_type, "type_v": kv_type}
-    with LlamaWorker(model, runtime_dir=runtime_dir, name="storer", **options) as worker:
+    with LlamaWorker(
+        model, runtime_dir=runtime_dir, name="storer", timeout=10, **options
+    ) as worker:
         pipe.send("ready")
         with contextlib.suppress(EOFError):
             while True:
@@ -51,3 +54,16 @@ def store_prompts(pipe: Connection, model: Path, runtime_dir: Path, kv_type: str
                     matched = sequence.matched_tokens
                 worker.client.flush()
                 pipe.send((matched, logits))
+
+
+def store_at_once(pipe: Connection, model: Path, runtime_dir: Path) -> None:
+    """Compute a prompt, wait for the word, store it; answer with how the append was taken."""
+    with LlamaWorker(model, runtime_dir=runtime_dir, timeout=10, **TINY_OPTIONS) as worker:
+        prompt: np.ndarray = pipe.recv()
+        with worker.open(prompt) as sequence:
+            sequence.prefill()
+            pipe.send(sequence.matched_tokens)
+            pipe.recv()
+        pipe.send(worker.client.flush().failures)
+        with contextlib.suppress(EOFError):
+            pipe.recv()

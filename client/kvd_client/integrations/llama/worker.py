@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvd_client.client import DEFAULT_STAGING, Client, Context, Sequence
-from kvd_client.context import Model
+from kvd_client.context import Commit, Model
 from kvd_client.errors import KvdError, StagingFull
 from kvd_client.integrations.llama.engine import LlamaEngine
 from kvd_client.integrations.llama.errors import ImportFailed, NotExportable
@@ -61,14 +61,16 @@ class LlamaWorker:
         engine: LlamaEngine | None = None,
         client: Client | None = None,
         runtime_dir: str | os.PathLike[str] | None = None,
+        timeout: float | None = None,
         block_tokens: int = 32,
         name: str = "llama",
         **engine_options: Any,
     ) -> None:
         """Load `model_path` with `engine_options` (those of LlamaEngine), or take `engine`.
 
-        Without a `client` the worker opens one that fails open: while no daemon answers, the worker
-        computes by itself. Raises NotShareable for a model or options that cannot be shared.
+        Without a `client` the worker opens one that fails open: while no daemon answers within
+        `timeout` seconds (None: 0.05), the worker computes by itself. Raises NotShareable for a
+        model or options that cannot be shared.
         """
         if engine is None:
             if model_path is None:
@@ -82,7 +84,11 @@ class LlamaWorker:
         try:
             model = model_of(engine, block_tokens)
             self.client = client or Client(
-                runtime_dir, name=name, fail_open=True, staging_bytes=DEFAULT_STAGING
+                runtime_dir,
+                name=name,
+                fail_open=True,
+                timeout=timeout,
+                staging_bytes=DEFAULT_STAGING,
             )
             self.context: Context = self.client.open_context(model, engine.n_seq_max)
         except BaseException:
@@ -165,6 +171,8 @@ class LlamaSequence:
         self.matched_tokens = 0
         self.logits: npt.NDArray[np.float32] | None = None
         self._closed = False
+        self._commit: Commit | None = None
+        self._unstorable = False
 
     @property
     def tokens(self) -> Tokens:
@@ -223,26 +231,31 @@ class LlamaSequence:
     def generate(self, max_tokens: int, pick: Pick | None = None) -> Iterator[int]:
         """Up to `max_tokens` next tokens, until the model ends its text; greedy without `pick`.
 
+        The last one is not decoded: append it with `decode` to go on.
         What is new is stored after the first token and whenever a block is full, so nothing of that
         delays the first one.
         """
         logits = self.prefill()
-        for _ in range(max_tokens):
+        for left in range(max_tokens - 1, -1, -1):
             token = int(logits.argmax()) if pick is None else pick(logits)
-            if self._engine.model.is_eog(token):
+            if self._engine.is_eog(token):
                 return
             yield token
             self.store(wait=_NO_WAIT)
-            logits = self.decode(token)
+            if left:
+                logits = self.decode(token)
 
     def store(self, *, tail: bool = False, wait: float | None = None) -> None:
         """Export the full blocks that are new, and with `tail` the open one.
 
         Waits up to `wait` seconds (None: the client's timeout) if the staging is full of earlier
-        blocks. Does nothing without a daemon. What cannot be stored is left for the next call.
+        blocks, and leaves the rest for the next call then. Does nothing without a daemon. After a
+        commit that failed the sequence goes on and is stored no further.
         """
         leased = self.leased
-        if not leased.shared:
+        if self._commit is not None and self._commit.error is not None:
+            self._give_up_storing(self._commit.error)
+        if self._unstorable or not leased.shared:
             return
         block_tokens = self.worker.context.model.block_tokens
         try:
@@ -259,7 +272,7 @@ class LlamaSequence:
         except StagingFull as error:
             logger.debug("stored later, if at all: %s", error)
         except (KvdError, NotExportable) as error:
-            logger.warning("a sequence is not stored: %s", error)
+            self._give_up_storing(error)
 
     def close(self, *, store: bool = True, failed: bool = False) -> None:
         """Store what is new, the open tail included; empty the sequence, and free its id."""
@@ -271,6 +284,11 @@ class LlamaSequence:
         # The id may be handed out again as soon as it is released: first its K/V must be gone.
         self._engine.clear(self.seq_id)
         self.leased.release(failed=failed)
+
+    def _give_up_storing(self, error: Exception) -> None:
+        if not self._unstorable:
+            self._unstorable = True
+            logger.warning("a sequence is not stored beyond %d: %s", self.leased.full_tokens, error)
 
     def _export(self, start: int, n_tokens: int, wait: float | None) -> None:
         leased = self.leased
@@ -285,7 +303,7 @@ class LlamaSequence:
         except BaseException:
             leased.unstage(staged)
             raise
-        leased.post_append(self._buffer[start : start + n_tokens], staged)
+        self._commit = leased.post_append(self._buffer[start : start + n_tokens], staged)
 
     def __enter__(self) -> Self:
         return self

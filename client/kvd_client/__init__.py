@@ -6,8 +6,9 @@ like. For engines: `arrays` (NumPy and the like), `integrations.llama` (llama-cp
 
 from kvd_client import errors
 from kvd_client.client import Client, Context, Sequence, connect
-from kvd_client.context import Commit, Model
+from kvd_client.session import Commit
 from kvd_client.staging import Staged
+from kvd_client.state import Model
 
 __all__ = [
     "Client",

@@ -4,10 +4,17 @@ The mapping comes from a descriptor that the daemon sent, never from a name. Onl
 lease are touched: a read of anything else would fill a hole of the daemon's memory.
 """
 
-import contextlib
+import gc
 import mmap
 import os
+from collections.abc import Sequence
+from contextlib import suppress
 from itertools import pairwise
+from typing import Any, cast
+from weakref import WeakValueDictionary
+
+import numpy as np
+import numpy.typing as npt
 
 from kvd_client.errors import ViewsAlive
 
@@ -26,29 +33,30 @@ class Arena:
         self._mapping: mmap.mmap | None = None
         self._populated: set[int] = set()
 
-    def view(self, offset: int, length: int) -> memoryview:
-        """A read-only view of leased bytes. Valid as long as the lease; release it before that
-        ends."""
-        return memoryview(self._map())[offset : offset + length]
+    def read(self, offset: int, length: int) -> npt.NDArray[np.uint8]:
+        """A read-only array over leased bytes, without a copy. Valid as long as the lease."""
+        return np.frombuffer(self._map(), np.uint8, length, offset)
 
-    def populate(self, slots: list[int], stride: int) -> None:
+    def populate(self, slots: Sequence[int], stride: int) -> None:
         """Map the pages of leased slots now, so that reading them takes no faults.
 
-        Once for each slot: asking again for pages that are mapped costs 70 us a MiB. A slot that
-        was punched and backed since then is faulted in as it is read.
+        A slot that was mapped before is passed over: its pages are still mapped, unless the slot
+        has had other memory since, and then reading it takes faults, and nothing else.
         """
+        if self._populated.issuperset(slots):
+            return
+        new = sorted(set(slots).difference(self._populated))
         mapping = self._map()
-        ordered = sorted(set(slots) - self._populated)
-        self._populated.update(ordered)
-        starts = [slot for before, slot in pairwise([-2, *ordered]) if slot != before + 1]
-        ends = [slot + 1 for slot, after in pairwise([*ordered, -2]) if after != slot + 1]
+        starts = [slot for before, slot in pairwise([-2, *new]) if slot != before + 1]
+        ends = [slot + 1 for slot, after in pairwise([*new, -2]) if after != slot + 1]
         for start, end in zip(starts, ends, strict=True):
             # An older kernel faults the pages in one by one instead.
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 mapping.madvise(_MADV_POPULATE_READ, start * stride, (end - start) * stride)
+        self._populated.update(new)
 
     def unmap(self) -> None:
-        """Unmap until the next view. Raises ViewsAlive, and changes nothing, while one is alive."""
+        """Unmap until the next read. Raises ViewsAlive, and changes nothing, while a view lives."""
         if self._mapping is not None:
             try:
                 self._mapping.close()
@@ -68,3 +76,50 @@ class Arena:
         if self._mapping is None:
             self._mapping = mmap.mmap(self._fd, self._size, mmap.MAP_SHARED, mmap.PROT_READ)
         return self._mapping
+
+
+class Views:
+    """The views of one sequence's blocks that were handed out, as long as they live.
+
+    A memoryview can be made invalid, and whoever uses it then gets a ValueError. Slices of it and
+    arrays over it cannot; but they keep the array below them alive, which tells that they exist.
+    """
+
+    def __init__(self) -> None:
+        self._next = 0
+        self._payloads: WeakValueDictionary[tuple[int, int], npt.NDArray[np.uint8]]
+        self._payloads = WeakValueDictionary()
+        self._views: WeakValueDictionary[tuple[int, int], memoryview] = WeakValueDictionary()
+
+    def __len__(self) -> int:
+        """Payloads over which something is alive."""
+        return len(self._payloads)
+
+    def hand_out(self, block: int, payload: npt.NDArray[np.uint8]) -> memoryview:
+        """A view of a block's payload."""
+        view = memoryview(cast(Any, payload))
+        key = (block, self._next)
+        self._next += 1
+        self._payloads[key] = payload
+        self._views[key] = view
+        return view
+
+    def invalidate(self, first_block: int = 0) -> bool:
+        """Make the memoryviews from block `first_block` on invalid. False if there are slices of
+        them or arrays over them: those stay as they are."""
+        if not self._payloads:
+            return True
+        self._release(first_block)
+        if self._is_alive(first_block):
+            # Perhaps only in a cycle, of an exception's frames for instance.
+            gc.collect()
+        return not self._is_alive(first_block)
+
+    def _release(self, first_block: int) -> None:
+        for (block, _), view in list(self._views.items()):
+            if block >= first_block:
+                with suppress(BufferError):
+                    view.release()
+
+    def _is_alive(self, first_block: int) -> bool:
+        return any(block >= first_block for block, _ in self._payloads)

@@ -4,25 +4,29 @@ The memory is in the arena once the block is sealed, before that in the staging,
 own when there is no staging. Who moves it from one to the next: array_storage.py.
 """
 
+import weakref
+
+import numpy as np
+import numpy.typing as npt
+
 from kvd_client.array_model import KV, ArrayModel
-from kvd_client.errors import ViewsAlive
 from kvd_client.staging import Staged
 
 
 class Block:
     """Memory for block_tokens tokens. `staged` is set while it lies in the staging.
 
-    Arrays that users get are made over `_window`, a view of the memory of its own: it can be
-    released only when the last of them is gone, and that is how we know.
+    Arrays that users get are all made from one array over the block, and keep it alive. We hold it
+    only while it is shown, so when we let go of it and it stays, somebody looks at the block.
     """
 
-    __slots__ = ("_memory", "_model", "_rows", "_shown", "_window", "staged")
+    __slots__ = ("_memory", "_model", "_rows", "_shown", "_whole", "staged")
 
     def __init__(self, model: ArrayModel, memory: memoryview, staged: Staged | None = None) -> None:
         self._model = model
         self._memory = memory
         self.staged = staged
-        self._window: memoryview | None = None
+        self._whole: npt.NDArray[np.uint8] | None = None
         self._shown: dict[int, KV] = {}
         self._rows: dict[int, KV] = {}
 
@@ -35,16 +39,17 @@ class Block:
         """Read-only arrays of the layer with room for block_tokens tokens, without a copy."""
         shown = self._shown.get(layer)
         if shown is None:
-            if self._window is None:
-                self._window = self._memory.toreadonly()
-            shown = self._shown[layer] = self._model.show(layer, self._window)
+            if self._whole is None:
+                self._whole = np.frombuffer(self._memory.toreadonly(), np.uint8)
+            shown = self._shown[layer] = self._model.show(layer, self._whole)
         return shown
 
     def rows(self, layer: int) -> KV:
         """The same, writable: for the sequence itself, and only before the block is committed."""
         rows = self._rows.get(layer)
         if rows is None:
-            rows = self._rows[layer] = self._model.show(layer, self._memory)
+            whole = np.frombuffer(self._memory, np.uint8)
+            rows = self._rows[layer] = self._model.show(layer, whole)
         return rows
 
     def clear_rows(self, start: int) -> None:
@@ -54,31 +59,25 @@ class Block:
             for plane in self.rows(layer):
                 plane[start:] = 0
 
-    def hide(self) -> None:
-        """Make sure that nobody looks at the block. Raises ViewsAlive if somebody does; it can be
-        shown again in both cases."""
+    def hide(self) -> bool:
+        """Whether nobody looks at the block any more. It can be shown again in both cases."""
         self._shown.clear()
-        if self._window is None:
-            return
-        try:
-            self._window.release()
-        except BufferError:
-            raise ViewsAlive(
-                "arrays over this sequence's blocks are still alive: drop them first"
-            ) from None
-        self._window = None
+        if self._whole is None:
+            return True
+        still_alive = weakref.ref(self._whole)
+        self._whole = None
+        self._whole = still_alive()
+        return self._whole is None
 
     def move(self, memory: memoryview, staged: Staged | None = None) -> None:
         """Be in other memory with the same content from now on. Arrays that are alive stay with the
         memory before."""
         self._shown.clear()
         self._rows.clear()
-        self._window = None
+        self._whole = None
         self._memory = memory
         self.staged = staged
 
     def close(self) -> None:
-        """Let go of the memory; nobody looks at the block any more."""
-        self.hide()
-        self._rows.clear()
-        self._memory.release()
+        """Let go of the memory."""
+        self.move(memoryview(b""))

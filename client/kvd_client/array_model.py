@@ -7,6 +7,7 @@ Covers geometry, element types and the fingerprint. The memory of blocks is arra
 what an engine calls is in arrays.py.
 """
 
+import math
 import struct
 from collections.abc import Iterable
 from hashlib import blake2b
@@ -48,11 +49,10 @@ class KV(NamedTuple):
 
 
 class Plane(NamedTuple):
-    """The K or V rows of one layer in a block: byte offset, shape and number of elements."""
+    """The K or V rows of one layer in a block: where they begin, in bytes, and their shape."""
 
     offset: int
     shape: tuple[int, int, int]
-    count: int
 
 
 class LayerPlanes(NamedTuple):
@@ -110,13 +110,15 @@ class ArrayModel:
         self.block_bytes = self.model.format().max_bytes
         self.planes = self._lay_out()
 
-    def show(self, layer: int, block: memoryview) -> KV:
-        """The layer's arrays over the memory of a whole block, as writable as that is."""
+    def show(self, layer: int, block: npt.NDArray[np.uint8]) -> KV:
+        """The layer's arrays in a whole block of `block_bytes` bytes, as writable as that is."""
         k, v = self.planes[layer]
         return KV(self._array(block, k), self._array(block, v))
 
-    def _array(self, block: memoryview, plane: Plane) -> npt.NDArray[Any]:
-        return np.frombuffer(block, self.dtype, plane.count, plane.offset).reshape(plane.shape)
+    def _array(self, block: npt.NDArray[np.uint8], plane: Plane) -> npt.NDArray[Any]:
+        n_bytes = math.prod(plane.shape) * self.dtype.itemsize
+        flat = block[plane.offset : plane.offset + n_bytes].view(self.dtype)
+        return flat.reshape(plane.shape)
 
     def _lay_out(self) -> tuple[LayerPlanes, ...]:
         planes: list[LayerPlanes] = []
@@ -125,9 +127,8 @@ class ArrayModel:
             pair: list[Plane] = []
             for dim in (k_dim, v_dim):
                 shape = (self.block_tokens, heads, dim)
-                count = self.block_tokens * heads * dim
-                pair.append(Plane(offset, shape, count))
-                offset += count * self.dtype.itemsize
+                pair.append(Plane(offset, shape))
+                offset += math.prod(shape) * self.dtype.itemsize
             planes.append(LayerPlanes(*pair))
         return tuple(planes)
 

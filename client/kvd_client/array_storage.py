@@ -10,10 +10,12 @@ stops (`error` says why), and the sequence goes on in memory of its own.
 Rows, layers and what an engine calls: arrays.py.
 """
 
+import gc
 import logging
 import os
 import weakref
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from kvd_client import context as ops
@@ -62,8 +64,8 @@ class Storage:
         self.error: KvdError | None = None
         # The daemon gives our leases back when the lifeline ends, and so it must not end before we
         # stop reading: a session that we give up because the daemon hangs closes only its own copy.
-        self._let_go = lambda: None
-        if sequence.session is not None:
+        self._let_go: Callable[[], object] = lambda: None
+        if sequence.session is not None and sequence.shared:
             lifeline = os.dup(sequence.session.lifeline_fd)
             self._let_go = weakref.finalize(self, os.close, lifeline)
         peers.append(self)
@@ -86,7 +88,6 @@ class Storage:
             own, found = self.blocks[-1].rows(layer), sibling.show(layer)
             own.k[:n_rows] = found.k[:n_rows]
             own.v[:n_rows] = found.v[:n_rows]
-        del found
         sibling.close()
 
     def add_tokens(self, tokens: bytes) -> None:
@@ -182,16 +183,21 @@ class Storage:
 
     def hide(self) -> None:
         """Raises ViewsAlive, and changes nothing, while somebody looks at a block."""
-        for block in self.blocks:
-            block.hide()
+        if not self._is_hidden(0, len(self.blocks)):
+            gc.collect()  # perhaps they live only in a cycle, of an exception's frames for instance
+            if not self._is_hidden(0, len(self.blocks)):
+                raise ViewsAlive(
+                    "arrays over this sequence's blocks are still alive: drop them first",
+                    seq_id=self._sequence.seq_id,
+                )
 
     def close(self) -> None:
         """Let go of all blocks; call `hide` first. What is posted is stored nevertheless."""
-        for block in self.blocks:
-            block.close()
         session = self._sequence.session
         if session is not None and session.lost is None:
             self._give_back_staging(session)
+        for block in self.blocks:
+            block.close()
         self._peers.remove(self)
         self._let_go()
 
@@ -205,13 +211,14 @@ class Storage:
                 break
             if not commit.answered or commit.number > completed:
                 break
-            try:
-                for block in self.blocks[posted.first : posted.end]:
-                    block.hide()
-            except ViewsAlive:
+            if not self._is_hidden(posted.first, posted.end):
                 break
             ready.append(posted)
         return ready
+
+    def _is_hidden(self, first: int, end: int) -> bool:
+        """Whether nobody looks at these blocks."""
+        return all(block.hide() for block in self.blocks[first:end])
 
     def _post(self, end: int, n_tokens: int) -> Commit | None:
         """Post blocks committed .. end-1, which are all in the staging."""

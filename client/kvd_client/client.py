@@ -8,32 +8,43 @@
 Threads: one thread at a time uses a client and what it opened; calls from several are put in a
 queue behind each other, so a thread that waits for a sequence id holds up the others. Give each
 thread a client of its own. Views of blocks are read-only memory and may be read from anywhere.
-Processes: a client does not survive a fork; the child gets `Forked` and opens its own.
+Processes: a client does not survive a fork; the child gets `Forked` and opens its own. Interrupts:
+KeyboardInterrupt may end any wait, and what was asked for is given back when the reply comes.
+
+Errors: every call can raise Unavailable and DeadlineExceeded (see `Client` for fail_open) besides
+those named. `StaleHandle` is what a sequence raises after the session in which it was opened has
+ended; release works nevertheless.
 """
 
 import os
+import select
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self, TypeVar, cast
 
-import numpy as np
 import numpy.typing as npt
-import zmq
 
+from kvd_client import appending
 from kvd_client import context as ops
-from kvd_client.context import Commit, ContextState, Model, SequenceState, Tokens
-from kvd_client.errors import BadPayload, DeadlineExceeded, KvdError
-from kvd_client.operations import Ask, ClientState, Connect, Operation, Wait
+from kvd_client.appending import Payload
+from kvd_client.errors import KvdError, copy_error
+from kvd_client.operations import (
+    DEFAULT_STAGING,
+    ClientState,
+    Operation,
+    Wait,
+    settle_appends,
+)
 from kvd_client.private import start_private_daemon
-from kvd_client.session import Session
+from kvd_client.session import Commit, Session, Source
 from kvd_client.staging import Staged
+from kvd_client.state import ContextState, Model, SequenceState, Tokens
 from kvd_proto.messages import (
     Evict,
     Evicted,
-    Flush,
     Flushed,
     ListClients,
     ListSequences,
@@ -43,21 +54,18 @@ from kvd_proto.messages import (
     Verify,
 )
 
-T = TypeVar("T")
-DEFAULT_STAGING = 64 << 20
-"""Bytes: a prompt of a few thousand tokens of a small model at once, larger ones in pieces."""
-DEFAULT_TIMEOUT = 5.0
-FAIL_OPEN_TIMEOUT = 0.05
-"""Seconds that a worker loses at most when the daemon hangs; it computes by itself then."""
+__all__ = ["DEFAULT_STAGING", "Client", "Context", "Sequence", "connect"]
 
-Payload = bytes | bytearray | memoryview | npt.NDArray[Any]
+T = TypeVar("T")
 
 
 class Sequence(SequenceState):
     """An open sequence: its cached prefix, and room for what comes after. A context manager.
 
-    `matched_tokens` tokens of the prompt are in `slots`' blocks, all full but perhaps the last. The
-    blocks are leased until release; one beyond the last full match, until the first append.
+    `matched_tokens` tokens of the prompt are in `slots`' blocks, all full but perhaps the last,
+    which holds `last_block_tokens` (some of them perhaps of another continuation). The blocks are
+    leased until release; one beyond the last full match, until the first append. `full_tokens` is
+    where the next append starts. `shared` is False once the daemon knows nothing of the sequence.
     """
 
     __slots__ = ()
@@ -68,20 +76,21 @@ class Sequence(SequenceState):
         return len(self.slots)
 
     def block(self, index: int) -> memoryview:
-        """The payload of a block, read-only and without a copy; valid until release."""
-        return ops.block_view(self, index)
+        """The payload of a block: read-only bytes, without a copy.
 
-    def read_into(self, index: int, target: memoryview | npt.NDArray[np.uint8]) -> int:
-        """Copy the payload of a block to the start of `target` (bytes); returns its length."""
-        payload = np.frombuffer(ops.block_view(self, index), np.uint8)
-        room = np.frombuffer(target, np.uint8)
-        if room.size < payload.size:
-            raise BadPayload("the buffer is too small", needs=payload.size, has=room.size)
-        np.copyto(room[: payload.size], payload)
-        size = payload.size
-        del payload
-        self.views.pop().release()
-        return size
+        Valid as long as the block's lease (see the class). At the lease's end the memoryview
+        becomes invalid; arrays over it must be gone by then (ViewsAlive). If the daemon has gone
+        the bytes stay readable; once `shared` is False, they may be another block's.
+        """
+        with self._client.lock:
+            return ops.block_view(self, index)
+
+    def read_into(self, index: int, target: memoryview | npt.NDArray[Any]) -> int:
+        """Copy the payload of a block to the start of `target`; returns its length in bytes.
+
+        Raises BadPayload if `target` is too small, or not writable contiguous memory.
+        """
+        return ops.read_into(self, index, target)
 
     def stage(self, n_tokens: int, *, wait: float | None = None) -> Staged:
         """Room for the payloads of an append of `n_tokens` tokens, to be written in place.
@@ -89,56 +98,46 @@ class Sequence(SequenceState):
         If the staging is full of earlier commits, waits up to `wait` seconds (None: the client's
         timeout) for them. Raises StagingFull then, and at once if it can never fit.
         """
-        return self._client.run(ops.stage(self, n_tokens, wait))
+        return self._client.run(appending.stage(self, n_tokens, wait))
 
     def unstage(self, staged: Staged) -> None:
-        """Give room back that `stage` gave and that will not be appended."""
-        ops.unstage(self, staged)
+        """Give back what `stage` gave and no append will use. Afterwards that does nothing."""
+        with self._client.lock:
+            appending.unstage(self, staged)
 
     def append(self, tokens: Tokens, payloads: Staged | Iterable[Payload]) -> Commit:
         """Commit the blocks of `tokens`, which follow the sequence's full blocks.
 
         `payloads` is what `stage` gave, written; or one buffer for each block, which is copied. The
-        last block may be shorter than block_tokens; a later append replaces it. One round trip; the
-        blocks are visible to others after `Client.flush`, or a moment later.
+        last block may be shorter than block_tokens; a later append, from the same start, replaces
+        it. One round trip; the blocks are visible to others after `Client.flush`, or a moment
+        later. Raises BadPayload, BadPosition, ReservationExceeded, SequenceEnded, AllLeased,
+        BudgetTooSmall, NoSpace; ViewsAlive while arrays are alive over a block that it replaces.
         """
-        packed = ops.pack_tokens(tokens)
-        staged = self._staged(packed, payloads)
-        return self._client.run(ops.append(self, packed, staged))
+        return self._client.run(appending.append(self, tokens, payloads))
 
     def post_append(self, tokens: Tokens, payloads: Staged | Iterable[Payload]) -> Commit:
-        """Like append, without waiting: the commit's `error` is known once it is `answered`."""
-        packed = ops.pack_tokens(tokens)
-        return ops.post_append(self, packed, self._staged(packed, payloads))
+        """Like append, without waiting for the reply: the commit's `error` is known once it is
+        `answered`, which any later call of the client may find out. After an error `full_tokens`
+        is back where the append started."""
+        return self._client.run(appending.post(self, tokens, payloads))
 
     def refresh(self, first_block: int = 0) -> int:
-        """Learn the slots of appended blocks that are sealed by now; returns the sealed tokens."""
+        """Learn the slots of appended blocks that are sealed by now, from `first_block` (at most
+        n_blocks) on; returns how many tokens of the sequence are sealed."""
         return self._client.run(ops.refresh(self, first_block)).sealed_tokens
 
     def release(self, *, failed: bool = False) -> None:
-        """Say that the engine has removed the sequence's K/V. Its id may be handed out again."""
+        """Say that the engine has removed the sequence's K/V. Its id may be handed out again.
+
+        Works without a daemon, too. Raises ViewsAlive, and the sequence goes on, while arrays over
+        its blocks are alive.
+        """
         self._client.run(ops.release(self, failed))
 
     @property
     def _client(self) -> "Client":
         return cast(Client, self.context.client)
-
-    def _staged(self, packed: bytes, payloads: Staged | Iterable[Payload]) -> Staged:
-        if isinstance(payloads, Staged):
-            return payloads
-        buffers = [memoryview(cast(Any, each)).cast("B") for each in payloads]
-        staged = self.stage(len(packed) // 4)
-        sizes = [len(each) for each in buffers]
-        if sizes != staged.sizes:
-            self.unstage(staged)
-            raise BadPayload(
-                "one payload of the exact size for each block",
-                expected=str(staged.sizes),
-                got=str(sizes),
-            )
-        for index, buffer in enumerate(buffers):
-            staged.block(index)[:] = buffer
-        return staged
 
     def __enter__(self) -> Self:
         return self
@@ -149,7 +148,7 @@ class Sequence(SequenceState):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if not self.released:
+        if not self.released and not self.context.client.forked:
             self.release(failed=error is not None)
 
 
@@ -169,24 +168,26 @@ class Context(ContextState):
     ) -> Sequence:
         """A sequence id, and the longest cached prefix of `tokens`, leased. One round trip.
 
-        `wait` seconds for an id if none is free; `reserve_tokens` sets room aside; a sequence that
-        nobody touches for `idle_timeout` seconds (0: never) takes no more appends. With fail_open
-        and no daemon: a sequence that matches nothing, and whose `shared` is False.
-        Raises NoSequenceFree, SequenceLimit, AllLeased, BudgetTooSmall.
+        `wait` seconds for an id if none is free; `reserve_tokens` sets room aside after the last
+        full matched block; a sequence that nobody touches for `idle_timeout` seconds (0: never)
+        takes no more appends. With fail_open and no daemon: a sequence that matches nothing, and
+        whose `shared` is False. Raises NoSequenceFree, SequenceLimit, AllLeased, BudgetTooSmall.
         """
         operation = ops.alloc(self, tokens, request, reserve_tokens, wait, idle_timeout, Sequence)
-        found: Sequence = cast(Client, self.client).run(operation)
-        return found
+        return cast(Client, self.client).run(operation)
 
     def close(self) -> None:
-        """Give back the context and all of its sequences."""
+        """Give back the context and all of its sequences. Works without a daemon, too.
+
+        Raises ViewsAlive, and everything goes on, while arrays over blocks are alive.
+        """
         cast(Client, self.client).run(ops.close_context(self))
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if not self.client.closed:
+        if not self.closed and not self.client.forked:
             self.close()
 
 
@@ -207,52 +208,57 @@ class Client(ClientState):
     ) -> None:
         """Connect. Raises Unavailable without a daemon, unless `fail_open` or `start_private`.
 
+        `runtime_dir` is where the daemon's sockets are; by default wherever `instance` listens.
         `staging_bytes` is the memory for commits on their way (0: none, for readers). `timeout` is
-        for each answer, in seconds: 5, or 0.05 with fail_open. `fail_open` makes alloc go on
-        without a daemon, and come back to it by itself. `start_private` starts a daemon with
-        `max_memory` if none runs there; it stops by itself some seconds after its last client.
+        for each answer, in seconds: 5; with fail_open 0.05 for what a request waits for, and 1 for
+        the first welcome. `fail_open` makes alloc go on without a daemon, and come back to it by
+        itself. `start_private` starts a daemon with `max_memory` if none runs there; it stops by
+        itself some seconds after its last client.
         """
-        if timeout is None:
-            timeout = FAIL_OPEN_TIMEOUT if fail_open else DEFAULT_TIMEOUT
-        super().__init__(runtime_dir, instance, name, staging_bytes, timeout, fail_open)
-        self._lock = threading.RLock()
-        self._polled: Session | None = None
-        self._poller = zmq.Poller()
-        if start_private:
-            start_private_daemon(self.path, instance, max_memory)
+        super().__init__(
+            runtime_dir,
+            instance=instance,
+            name=name,
+            staging_bytes=staging_bytes,
+            timeout=timeout,
+            fail_open=fail_open,
+        )
+        self.lock = threading.RLock()
+        self._polled: Source | None = None
+        self._poll = select.poll()
+        self._readers: dict[int, Callable[[], None]] = {}
         try:
-            # The first welcome may take longer than an answer: staging is given memory.
-            self.timeout = max(timeout, DEFAULT_TIMEOUT)
-            self.run(self.ensure_session())
-        except KvdError:
-            if not fail_open:
+            if start_private:
+                start_private_daemon(self.runtime_dirs, instance, max_memory)
+            self.run(self.first_session())
+        except BaseException as error:
+            if not (isinstance(error, KvdError) and fail_open):
+                self.shut_down()
                 raise
-        finally:
-            self.timeout = timeout
 
     def open_context(self, model: Model, n_seq_max: int = 8) -> Context:
         """Register `model` and open a context with sequence ids 0 .. n_seq_max-1.
 
-        With fail_open and no daemon the context opens later by itself.
+        With fail_open and no daemon the context opens later by itself. Raises GeometryMismatch,
+        ModelTooLarge, NoSpace, and BadMessage for a model or n_seq_max that cannot be.
         """
         context = Context(self, model, n_seq_max)
-        try:
-            self.run(ops.open_context(context))
-        except KvdError:
-            if not self.fail_open or (self.session is not None and self.session.lost is None):
-                raise
+        self.run(ops.open_new_context(context))
         return context
 
-    def flush(self, commit: Commit | None = None) -> Flushed:
+    def flush(self, commit: Commit | None = None, timeout: float | None = None) -> Flushed:
         """Wait until `commit` (None: the last one) and all before it are visible, or have failed.
 
-        Raises the error that `commit` was answered with; what failed later is in `failures`.
+        `failures` of the result are [commit number, error code, message] of all that have failed
+        since the last flush; the commits' `error` tells the same. Raises the commit's error if it
+        was refused, and Unavailable if its session has ended. `timeout` in seconds: as the
+        client's, but 5 with fail_open.
         """
-        return self.run(self._flush(commit))
+        return self.run(self.flush_commit(commit, timeout))
 
     def ping(self) -> Pong:
         """Who answers."""
-        return cast(Pong, self.run(self.call(Ping())))
+        return cast(Pong, self.run(self.ask(Ping())))
 
     def status(self) -> dict[str, Any]:
         """The map of `kvctl status --json`."""
@@ -272,81 +278,72 @@ class Client(ClientState):
 
     def evict(self, model: str = "", blocks: int = 0) -> Evicted:
         """Drop cached blocks that nobody leases: of one model ("": all), so many (0: all)."""
-        return cast(Evicted, self.run(self.call(Evict(model, blocks))))
+        return cast(Evicted, self.run(self.ask(Evict(model, blocks))))
 
     def close(self) -> None:
-        """End the session: all that it held is given back. Raises ViewsAlive while views live.
+        """End the session: all that it held is given back. Closing again does nothing.
 
         Waits, at most the client's timeout, until posted appends are answered: what the daemon has
-        not accepted when a session ends is never stored.
+        not accepted when a session ends is never stored. Raises ViewsAlive, and everything goes on,
+        while views of blocks are alive. In a forked child it closes what is the child's; the
+        parent's session goes on.
         """
-        if self.closed:
+        if self.closed or self.forked:
+            self.shut_down()
             return
-        with self._lock:
-            self.check()
-            if self.session is not None and self.session.lost is None:
-                self.session.close_mappings()
+        with self.lock:
+            session = self.session
+            if session is not None and session.lost is None:
                 with suppress(KvdError):
-                    self.run(ops.settle(self.session, self.timeout))
-                self.session.lose(KvdError("the client was closed"))
-            self.closed = True
+                    self.run(settle_appends(session, self.timeout))
+            self.shut_down()
 
     def run(self, operation: Operation[T]) -> T:
         """Drive an operation to its end."""
-        with self._lock:
+        self.check()  # before the lock, which a thread of the parent may have held at a fork
+        with self.lock:
             try:
-                ask = next(operation)
+                wait = next(operation)
                 while True:
                     try:
-                        answer = self._answer(ask)
-                    except KvdError as error:
-                        ask = operation.throw(error)
+                        self._wait(wait)
+                    except BaseException as error:
+                        wait = operation.throw(error)
                     else:
-                        ask = operation.send(answer)
+                        wait = next(operation)
             except StopIteration as stop:
                 return cast(T, stop.value)
 
-    def _answer(self, ask: Ask) -> Session | None:
-        if isinstance(ask, Connect):
-            return Session.connect(ask.path, ask.client, ask.staging_bytes, ask.timeout)
-        self._wait(ask)
-        return None
-
     def _wait(self, wait: Wait) -> None:
-        session = wait.session
-        if session is not self._polled and session.lost is None:
-            self._polled = session
-            self._poller = zmq.Poller()
-            self._poller.register(session.dealer, zmq.POLLIN)
-            self._poller.register(session.lifeline_fd, zmq.POLLIN)
-        deadline = time.monotonic() + wait.timeout
-        while not wait.condition():
-            if session.lost is not None:
-                raise session.lost
-            left = deadline - time.monotonic()
-            if left <= 0:
-                if wait.may_fail:
-                    raise DeadlineExceeded("it took too long", waited_seconds=wait.timeout)
-                raise session.time_out(wait.timeout)
-            for ready, _ in self._poller.poll(int(left * 1000) + 1):
-                if ready is session.dealer:
-                    session.receive()
-                else:
-                    session.receive_lifeline()
-
-    def _flush(self, commit: Commit | None) -> Operation[Flushed]:
-        session = yield from self.ensure_session()
-        if commit is None:
-            yield Wait(session, lambda: not session.in_flight, self.timeout)
+        source, condition = wait.source, wait.condition
+        if isinstance(source, Session) and wait.timeout > 0:
+            # A poll of both descriptors would cost half as much as the round trip.
+            while not condition() and source.lost is None and source.receive_soon():
+                pass
         else:
-            yield Wait(session, lambda: commit.answered, self.timeout)
-            if commit.error is not None:
-                raise commit.error
-        number = session.last_commit if commit is None else commit.number
-        return cast(Flushed, (yield from self.call(Flush(number))))
+            source.receive()
+        deadline = time.monotonic() + wait.timeout
+        while not condition():
+            if source.lost is not None:
+                raise copy_error(source.lost)
+            if source is not self._polled:
+                self._watch(source)
+            left = deadline - time.monotonic()
+            ready = self._poll.poll(max(0, int(left * 1000) + 1) if left > 0 else 0)
+            if not ready and left <= 0:
+                raise wait.expire()
+            for fd, _ in ready:
+                self._readers[fd]()
+
+    def _watch(self, source: Source) -> None:
+        self._polled = source
+        self._readers = source.readers()
+        self._poll = select.poll()
+        for fd in self._readers:
+            self._poll.register(fd, select.POLLIN)
 
     def _report(self, message: Any) -> dict[str, Any]:
-        return cast(dict[str, Any], self.run(self.call(message)).report)
+        return cast(dict[str, Any], self.run(self.ask(message)).report)
 
     def __enter__(self) -> Self:
         return self

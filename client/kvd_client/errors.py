@@ -65,6 +65,7 @@ __all__ = [
     "UnknownSession",
     "UnsupportedVersion",
     "ViewsAlive",
+    "copy_error",
 ]
 
 
@@ -81,7 +82,7 @@ class Forked(RequestError):
 
 
 class ViewsAlive(RequestError):
-    """Views of shared memory are still alive: drop them before what they show is let go."""
+    """Arrays or slices over shared memory are still alive: drop them before it is let go."""
 
     code = "views_alive"
 
@@ -90,3 +91,15 @@ class StagingFull(ResourceError):
     """The session's staging has no room for this, and what fills it did not finish in time."""
 
     code = "staging_full"
+
+
+def copy_error(error: KvdError) -> KvdError:
+    """The same error to raise once more, or to keep.
+
+    An exception that is kept, or raised a second time, holds the frames of the first time and all
+    that their variables hold, views of blocks among it.
+    """
+    copy = type(error)(error.message)
+    copy.code = error.code
+    copy.details = dict(error.details)
+    return copy

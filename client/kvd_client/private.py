@@ -5,6 +5,9 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
+import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,19 +19,19 @@ LINGER_SECONDS = 10
 _START_SECONDS = 20.0
 _INSTANCE_BUSY = 3
 """`kvd serve` exits so when another daemon has the instance: that one is as good."""
+_LOOK_AGAIN = 0.02
 
 
-_started: list[subprocess.Popen[bytes]] = []
-"""Kept, so that Python does not complain that they still run when we let go of them."""
+def start_private_daemon(runtime_dirs: Sequence[Path], instance: str, max_memory: str) -> None:
+    """Start a daemon unless one answers in one of `runtime_dirs`, and wait until it is ready.
 
-
-def start_private_daemon(path: Path, instance: str, max_memory: str) -> None:
-    """Start a daemon at `path` unless one answers there, and wait until it is ready.
-
-    Raises Unavailable with what it said if it does not start.
+    Several processes may do this at once: one daemon is started. Raises Unavailable with what it
+    said if it does not start.
     """
-    if _listens(path):
+    if _listens(runtime_dirs):
         return
+    path = _place(runtime_dirs).absolute()
+    deadline = time.monotonic() + _START_SECONDS
     with (
         tempfile.TemporaryDirectory(prefix="kvd-start-") as directory,
         socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ready,
@@ -37,12 +40,13 @@ def start_private_daemon(path: Path, instance: str, max_memory: str) -> None:
         # The daemon says READY as it would to systemd.
         address = os.path.join(directory, "ready")
         ready.bind(address)
-        ready.settimeout(0.1)
+        ready.settimeout(_LOOK_AGAIN)
         process = subprocess.Popen(
             [
-                *(sys.executable, "-m", "kvd", "serve", "--instance", instance),
+                # -P: whatever the working directory holds is not the daemon's code.
+                *(sys.executable, "-P", "-m", "kvd", "serve", "--instance", instance),
                 *("--runtime-dir", str(path), "--max-memory", max_memory),
-                *("--linger-seconds", str(LINGER_SECONDS)),
+                *("--linger-seconds", str(LINGER_SECONDS), "--log-level", "warning"),
             ],
             env={**os.environ, "NOTIFY_SOCKET": address},
             stdin=subprocess.DEVNULL,
@@ -50,30 +54,47 @@ def start_private_daemon(path: Path, instance: str, max_memory: str) -> None:
             stderr=said,
             start_new_session=True,
         )
-        _started.append(process)
-        waited = 0.0
-        while waited < _START_SECONDS:
+        # It outlives this call, and perhaps us; if it does not, somebody has to take its exit code.
+        threading.Thread(target=process.wait, name="kvd-private", daemon=True).start()
+        while time.monotonic() < deadline:
             with suppress(TimeoutError):
                 if b"READY=1" in ready.recv(4096):
                     return
-            waited += 0.1
-            if process.poll() is not None:
-                if process.returncode == _INSTANCE_BUSY and _listens(path):
-                    return
-                said.seek(0)
-                raise Unavailable(
-                    "the private daemon did not start: " + said.read().decode(errors="replace"),
-                    exit_code=process.returncode,
-                )
-        process.kill()
-        raise Unavailable("the private daemon was not ready in time", waited=_START_SECONDS)
+            if process.returncode is None:
+                continue
+            if process.returncode != _INSTANCE_BUSY:
+                break
+            # Somebody else starts one at this moment: its lock comes first, its socket later.
+            if _listens(runtime_dirs):
+                return
+        if process.returncode is None:
+            process.kill()
+        said.seek(0)
+        raise Unavailable(
+            "the private daemon did not start: " + said.read().decode(errors="replace").strip(),
+            exit_code=process.returncode,
+            runtime_dir=str(path),
+        )
 
 
-def _listens(path: Path) -> bool:
-    """Whether somebody accepts connections there."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
-        try:
-            probe.connect(str(path / LIFELINE_SOCKET))
-        except OSError:
-            return False
-    return True
+def _place(runtime_dirs: Sequence[Path]) -> Path:
+    """Where `kvd serve` would put itself: the first directory that is this user's, or whose parent
+    is; in /run only if it is there already."""
+    for path in runtime_dirs[:-1]:
+        for place in (path, path.parent):
+            with suppress(OSError):
+                if place.stat().st_uid == os.geteuid() and place != Path("/run"):
+                    return path
+    return runtime_dirs[-1]
+
+
+def _listens(runtime_dirs: Sequence[Path]) -> bool:
+    """Whether somebody accepts connections in one of these directories."""
+    for path in runtime_dirs:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
+            try:
+                probe.connect(str(path / LIFELINE_SOCKET))
+            except OSError:
+                continue
+        return True
+    return False

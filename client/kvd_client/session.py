@@ -1,94 +1,128 @@
 """One session with a daemon: the lifeline, the request socket, correlations. It never waits.
 
-Covers what a connection is made of, sending, and taking in what has arrived. Waiting for it, with
-deadlines, is the blocking client's (client.py) and the asyncio client's (aio.py).
+Covers what a connection is made of, sending, and taking in what has arrived. How it begins:
+handshake.py. Waiting for it, with deadlines, is the blocking client's (client.py) and the asyncio
+client's (aio.py).
 """
 
-import contextlib
-import mmap
 import os
 import select
 import socket
-import time
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+from weakref import WeakValueDictionary
 
 import zmq
 
 from kvd_client.arena import Arena
-from kvd_client.errors import DeadlineExceeded, KvdError, Unavailable
+from kvd_client.errors import KvdError, Unavailable, copy_error
+from kvd_client.lifeline import Received, receive_datagram
 from kvd_client.staging import StagingArea
-from kvd_proto import PROTOCOL_VERSION, codec
+from kvd_proto import codec
 from kvd_proto.errors import from_wire
-from kvd_proto.messages import Hello, Message, Refused, SegmentShared, Welcome
-from kvd_proto.paths import LIFELINE_SOCKET, REQUESTS_SOCKET
+from kvd_proto.messages import MAX_FAILURES, Flushed, Message, SegmentShared, Welcome
+from kvd_proto.paths import REQUESTS_SOCKET
 
-_MAX_DATAGRAM = 64 * 1024
+_SOON_MS = 5
+"""Most replies come in 0.1 ms; and the daemon's death may go unnoticed for so long."""
 
 Then = Callable[[Any], None]
 """What to do with a reply: a message, or a KvdError."""
 
 
+class Source(Protocol):
+    """Something that a driver can wait for."""
+
+    lost: KvdError | None
+    """Set when it has ended, to what everybody who waits for it is told."""
+    on_end: Callable[[], None] | None
+    """Called once, when its descriptors are about to be closed or to become another's."""
+
+    def readers(self) -> dict[int, Callable[[], None]]:
+        """For each of its descriptors, what to call when that is readable."""
+        ...
+
+    def receive(self) -> None:
+        """Take in what has arrived. To be called after whatever may have sent, before waiting:
+        the descriptor of a ZeroMQ socket tells only what is new since the socket was last used."""
+        ...
+
+    def lose(self, error: KvdError) -> None:
+        """End it from our side; whoever waits is told `error`."""
+        ...
+
+
+@dataclass(slots=True, eq=False, weakref_slot=True)
+class Commit:
+    """An append on its way. `number` and the counts of blocks are known once it is `answered`.
+
+    `stored` are copied, `present` were there already, `joined` are being stored by another session
+    at this moment. `error` says why the append was refused, or, after a flush of this commit or a
+    later one, why its blocks did not become visible.
+    """
+
+    session: "Session"
+    n_bytes: int
+    """Of the payloads."""
+    answered: bool = False
+    number: int = 0
+    stored: int = 0
+    present: int = 0
+    joined: int = 0
+    error: KvdError | None = None
+
+    def is_answered(self) -> bool:
+        """Whether the daemon has taken the append in, or has refused it."""
+        return self.answered
+
+
 class Session:
     """An open session. `lost` is set when it has ended, for whatever reason."""
 
-    def __init__(self, lifeline: socket.socket, welcome: Welcome, staging_fd: int, path: Path):
-        """Takes over the socket and the descriptor (-1: none). Use Session.connect()."""
+    def __init__(
+        self,
+        lifeline: socket.socket,
+        welcome: Welcome,
+        staging: StagingArea | None,
+        path: Path,
+    ) -> None:
+        """Takes over the lifeline. Use Handshake.begin()."""
         self._lifeline = lifeline
+        self._news = select.poll()
+        self._news.register(lifeline, select.POLLIN)
         self.welcome = welcome
-        self.pid = os.getpid()
+        self.path = path
+        self.staging = staging
         self.lost: KvdError | None = None
+        self.on_end: Callable[[], None] | None = None
         self.arenas: dict[int, Arena] = {}
-        self.staging: StagingArea | None = None
-        if staging_fd >= 0:
-            self.staging = StagingArea(mmap.mmap(staging_fd, welcome.staging_bytes))
-            os.close(staging_fd)
+        self.unanswered_appends = 0
         self.last_commit = 0
-        """The highest commit number that an append was answered with."""
+        """The highest number that a commit was answered with."""
+        self.commits: WeakValueDictionary[int, Commit] = WeakValueDictionary()
+        """Those that were taken in and whose end we have not learned."""
+        self._pid = os.getpid()
+        self._untold: list[Any] = []
         self._next = 0
         self._asked: dict[int, type[Any]] = {}
         self._then: dict[int, Then] = {}
         self.dealer: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
-        self.dealer.setsockopt(zmq.LINGER, 0)
-        self.dealer.setsockopt(zmq.ROUTING_ID, welcome.session)
-        self.dealer.connect(f"ipc://{path / REQUESTS_SOCKET}")
-
-    @classmethod
-    def connect(cls, path: Path, client: str, staging_bytes: int, timeout: float) -> "Session":
-        """Open a session with the daemon at `path`. Blocks for `timeout` seconds at most.
-
-        Raises Unavailable if no daemon answers in time, or the error that the daemon refuses with.
-        """
-        deadline = time.monotonic() + timeout
-        lifeline = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
-        lifeline.setblocking(False)
-        fds: list[int] = []
         try:
-            lifeline.connect(str(path / LIFELINE_SOCKET))
-            lifeline.send(codec.encode_datagram(Hello(PROTOCOL_VERSION, client, staging_bytes)))
-            if not _readable(lifeline, deadline):
-                raise Unavailable("the daemon does not answer", path=str(path), waited=timeout)
-            datagram, fds, _, _ = socket.recv_fds(lifeline, _MAX_DATAGRAM, 4)
-            message = codec.decode_datagram(datagram)
-            if isinstance(message, Refused):
-                raise from_wire(message.code, message.message, message.details)
-            if not isinstance(message, Welcome) or len(fds) != (message.staging_bytes > 0):
-                raise Unavailable("the daemon did not welcome us", path=str(path))
-            return cls(lifeline, message, fds.pop() if fds else -1, path)
-        except OSError as error:
-            lifeline.close()
-            raise Unavailable(
-                f"no daemon at {path}: {error.strerror or error}", path=str(path)
-            ) from error
+            self.dealer.setsockopt(zmq.LINGER, 0)
+            self.dealer.setsockopt(zmq.RCVTIMEO, _SOON_MS)
+            self.dealer.setsockopt(zmq.ROUTING_ID, welcome.session)
+            self.dealer.connect(f"ipc://{path / REQUESTS_SOCKET}")
+            self._requests_fd = int(self.dealer.getsockopt(zmq.FD))
         except BaseException:
-            for fd in fds:
-                os.close(fd)
-            lifeline.close()
+            self.dealer.close(linger=0)
             raise
 
     @property
     def lifeline_fd(self) -> int:
+        """While a copy of it is open the daemon gives nothing back, whatever becomes of us."""
         return self._lifeline.fileno()
 
     @property
@@ -96,90 +130,172 @@ class Session:
         """Requests whose reply has not come."""
         return len(self._then)
 
+    def readers(self) -> dict[int, Callable[[], None]]:
+        return {self._requests_fd: self.receive, self._lifeline.fileno(): self.receive_lifeline}
+
+    # --- requests
+
     def send(self, message: Message, then: Then) -> int:
-        """Send a request; `then` is called with its reply, or with the error that ended the
+        """Send a request; `then` is called with its reply, or with the error that ends the
         session.
 
-        Returns the correlation. Raises Unavailable if the session is lost.
+        Returns the correlation. Raises what `lost` says if the session is lost, and BadMessage for
+        a message that cannot be sent.
         """
         if self.lost is not None:
-            raise self.lost
-        self._next += 1
-        number = self._next
+            raise copy_error(self.lost)
+        number = self._next + 1
+        frame = codec.encode_request(number, message)
+        self._next = number
         self._asked[number] = type(message)
         self._then[number] = then
         try:
-            self.dealer.send(codec.encode_request(number, message), zmq.NOBLOCK)
+            self.dealer.send(frame, zmq.NOBLOCK)
         except zmq.ZMQError as error:
+            # Its caller is told by the exception alone.
+            del self._then[number], self._asked[number]
             lost = Unavailable(f"the daemon takes no requests: {error.strerror}")
             self.lose(lost)
             raise lost from error
         return number
 
+    def post(self, message: Message) -> None:
+        """Send a request whose reply nobody needs. Never fails: a session that has ended has given
+        back what this would."""
+        with suppress(KvdError):
+            self.send(message, _ignore)
+
+    def redirect(self, number: int, then: Then) -> None:
+        """Let the reply to an open request go elsewhere."""
+        if number in self._then:
+            self._then[number] = then
+
     def receive(self) -> None:
-        """Take in what has arrived, without waiting, and call what waits for it."""
-        while self.lost is None:
-            try:
-                frame = self.dealer.recv(zmq.NOBLOCK)
-            except zmq.Again:
-                return
+        """Take in the replies that have arrived, and call what waits for them."""
+        try:
+            # Asking first: a recv that finds nothing raises, which costs more than asking.
+            while self.lost is None and int(self.dealer.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+                self._take_in(self.dealer.recv(zmq.NOBLOCK))
+        except zmq.ZMQError as error:
+            self.lose(Unavailable(f"the request socket broke: {error.strerror}"))
+        except BaseException:
+            # KeyboardInterrupt, say: a reply was perhaps taken in and nobody was told.
+            self.lose(Unavailable("taking in a reply was interrupted"))
+            raise
+
+    def receive_soon(self) -> bool:
+        """Wait some milliseconds for one reply, in the quickest way there is, which does not see
+        the lifeline. False if none has come."""
+        try:
+            frame = self.dealer.recv()
+        except zmq.Again:
+            return False
+        except zmq.ZMQError as error:
+            self.lose(Unavailable(f"the request socket broke: {error.strerror}"))
+            return False
+        self._take_in(frame)
+        return self.lost is None
+
+    def _take_in(self, frame: bytes) -> None:
+        try:
             reply = codec.decode_reply(frame, self._asked)
-            then = self._then.pop(reply.correlation, None)
-            self._asked.pop(reply.correlation, None)
-            if then is not None:
-                then(reply.body)
+        except KvdError as error:
+            self.lose(Unavailable(f"the daemon's reply cannot be read: {error}"))
+            return
+        then = self._then.pop(reply.correlation, None)
+        self._asked.pop(reply.correlation, None)
+        if isinstance(reply.body, Flushed):
+            self._note_failures(reply.body)
+        if then is not None:
+            then(reply.body)
+
+    # --- the lifeline
+
+    def look(self) -> None:
+        """Take in what the lifeline has to tell: above all, that the daemon has gone."""
+        if self.lost is None and self._news.poll(0):
+            self.receive_lifeline()
 
     def receive_lifeline(self) -> None:
-        """Take in descriptors that have arrived; at the lifeline's end the session is lost."""
         while self.lost is None:
             try:
-                datagram, fds, _, _ = socket.recv_fds(self._lifeline, _MAX_DATAGRAM, 4)
-            except BlockingIOError:
-                return
+                received = receive_datagram(self._lifeline)
+                if received is None:
+                    return
+                self._told(received)
+            except KvdError as error:
+                self.lose(error)
             except OSError as error:
                 self.lose(Unavailable(f"the lifeline broke: {error.strerror}"))
-                return
-            if not datagram:
-                self.lose(Unavailable("the daemon has ended the session"))
-                return
-            message = codec.decode_datagram(datagram)
-            if isinstance(message, SegmentShared) and len(fds) == 1:
-                self.arenas[message.segment] = Arena(fds[0], message.size)
-            else:
-                for fd in fds:
-                    os.close(fd)
+            except BaseException:
+                self.lose(Unavailable("taking in a descriptor was interrupted"))
+                raise
 
-    def lose(self, error: KvdError) -> None:
-        """End the session from our side: everybody who waits is told `error`."""
+    def _told(self, received: Received) -> None:
+        message, fds = received
+        if isinstance(message, SegmentShared) and len(fds) == 1:
+            self.arenas[message.segment] = Arena(fds[0], message.size)
+            return
+        for fd in fds:
+            os.close(fd)
+        if message is None:
+            raise Unavailable("the daemon has ended the session")
+        if isinstance(message, SegmentShared):
+            raise Unavailable("an arena's descriptor did not arrive: too many files are open")
+
+    # --- failed commits
+
+    def take_failures(self) -> list[Any]:
+        """[commit, code, message] of all failures that flushes have told since the last call."""
+        untold, self._untold = self._untold, []
+        return untold
+
+    def _note_failures(self, reply: Flushed) -> None:
+        # The daemon tells each only once, and perhaps to a flush that only waited for room.
+        for number, code, text in reply.failures:
+            commit = self.commits.get(number)
+            if commit is not None:
+                commit.error = from_wire(code, text, {})
+            self._untold.append([number, code, text])
+        del self._untold[:-MAX_FAILURES]
+
+    # --- the end
+
+    def lose(self, error: KvdError, *, hang_up: bool = False) -> None:
+        """End the session from our side: everybody who waits is told `error`.
+
+        Views of blocks, and staging that somebody writes into, stay mapped until they are dropped.
+        `hang_up` ends it for the daemon too; without it that happens when all copies of the
+        lifeline are closed (arrays that are read after the daemon hung keep one).
+        """
         if self.lost is not None:
             return
-        self.lost = error
+        self.lost = copy_error(error)
+        # A forked child closes what is its own, and leaves alone what it shares with its parent.
+        is_ours = os.getpid() == self._pid
+        if self.on_end is not None and is_ours:
+            self.on_end()
+        self.on_end = None
         self.dealer.close(linger=0)
+        if hang_up and is_ours:
+            # A forked child may have a copy.
+            with suppress(OSError):
+                self._lifeline.shutdown(socket.SHUT_RDWR)
         self._lifeline.close()
         for arena in self.arenas.values():
             arena.close()
         if self.staging is not None:
-            # A view that somebody still writes through keeps the mapping, and hurts nobody.
-            with contextlib.suppress(BufferError):
-                self.staging.close()
+            self.staging.close()
         waiting, self._then = self._then, {}
         self._asked.clear()
         for then in waiting.values():
-            then(error)
+            then(copy_error(error))
 
     def close_mappings(self) -> None:
         """Unmap the arenas. Raises ViewsAlive while somebody holds a view; then go on as before."""
         for arena in self.arenas.values():
             arena.unmap()
 
-    def time_out(self, waited: float) -> DeadlineExceeded:
-        """The daemon hangs: an answer that comes later must not meet a state that went on."""
-        error = DeadlineExceeded("the daemon did not answer in time", waited_seconds=waited)
-        self.lose(error)
-        return error
 
-
-def _readable(sock: socket.socket, deadline: float) -> bool:
-    poller = select.poll()
-    poller.register(sock, select.POLLIN)
-    return bool(poller.poll(max(0.0, deadline - time.monotonic()) * 1000))
+def _ignore(_: Any) -> None:
+    pass

@@ -1,7 +1,7 @@
 """The client's side of its staging: giving out ranges, and taking them back when commits finish.
 
 Covers extents of the memfd behind its header page. What is written into them, and when a commit's
-number is known: session.py and sequence.py. The daemon's side: kvd.staging.
+number is known: context.py and session.py. The daemon's side: kvd.staging.
 """
 
 import mmap
@@ -18,8 +18,10 @@ from kvd_proto.geometry import PAGE_BYTES, round_up
 class Staged:
     """Ranges of the staging for the payloads of consecutive blocks, 4 KiB aligned.
 
-    `offsets` and `sizes` are one for each block, in bytes. Write through `block`; the memory is the
-    owner's until it is committed or given back, and its content is arbitrary at first.
+    `offsets` and `sizes` are one for each block, in bytes. Write through `block`, or into `buffer`
+    (the whole staging) at an offset; the memory is the owner's until it is committed or given
+    back, and its content is arbitrary at first. After the session's end it can be written as
+    before, and is nobody's.
     """
 
     offsets: list[int]
@@ -27,6 +29,8 @@ class Staged:
     buffer: memoryview
     kept: bool = False
     """Its owner goes on reading it after the commit: that the commit has ended frees nothing."""
+    spent: bool = False
+    """Committed or given back."""
 
     def block(self, index: int) -> memoryview:
         """A writable view of block `index`. Do not keep it beyond the commit."""
@@ -38,13 +42,12 @@ class StagingArea:
     """First-fit extents of one mapped staging. Not thread-safe: the client's lock is held."""
 
     def __init__(self, mapping: mmap.mmap) -> None:
-        self._mapping = mapping
         self.buffer = memoryview(mapping)
         self.size = len(self.buffer)
         self._free: list[tuple[int, int]] = [(PAGE_BYTES, self.size)]
         """(start, end) of free extents, sorted, no two adjacent."""
         self._busy: list[tuple[int, Staged]] = []
-        """(commit, what it uses), oldest first."""
+        """(commit, what it uses), in the order of the replies."""
         self._completed = np.frombuffer(self.buffer, dtype="<u8", count=1)
 
     @property
@@ -55,7 +58,7 @@ class StagingArea:
     @property
     def oldest_commit(self) -> int | None:
         """The commit to wait for when there is no room; None if no commit uses the staging."""
-        return self._busy[0][0] if self._busy else None
+        return min((commit for commit, _ in self._busy), default=None)
 
     def has_commits(self) -> bool:
         """Whether a commit uses the staging."""
@@ -83,21 +86,26 @@ class StagingArea:
             offsets.append(offset)
         return Staged(offsets, sizes, self.buffer)
 
+    def is_unspent(self, staged: Staged) -> bool:
+        """Whether it is of this staging, and neither committed nor given back."""
+        return staged.buffer is self.buffer and not staged.spent
+
     def committed(self, staged: Staged, commit: int) -> None:
         """`staged` is free again when `commit` is finished."""
         self._busy.append((commit, staged))
 
     def give_back(self, staged: Staged) -> None:
-        """`staged` is free now: nothing was committed from it. Does nothing while it is `kept`."""
+        """`staged` is free now: no commit uses it. Does nothing while it is `kept`."""
         if staged.kept:
             return
         for offset, size in zip(staged.offsets, staged.sizes, strict=True):
             self._release(offset, offset + round_up(size))
 
     def close(self) -> None:
-        """Let go of the mapping; it goes when the last view of it does."""
-        del self._completed
-        self.buffer.release()
+        """Let go of the mapping. Who still writes through a view keeps it, and hurts nobody."""
+        self.buffer = memoryview(b"")
+        self._completed = np.zeros(1, dtype="<u8")
+        self._busy.clear()
 
     def _take_one(self, size: int) -> int | None:
         for index, (start, end) in enumerate(self._free):

@@ -5,16 +5,25 @@ instance.
 """
 
 import argparse
+import resource
 import sys
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
+
+import zmq
 
 from kvd import __version__, log
 from kvd.instance import InstanceBusy, InstanceLock, UnsafePath, default_runtime_dir
 from kvd.notify import Notifier
 from kvd.server import Server
 from kvd.settings import BadSetting, Settings, load
+
+_OWN_DESCRIPTORS = 64
+_DESCRIPTORS_OF_A_SESSION = 4
+"""Its lifeline, its pidfd, its staging, and its connection to the request socket."""
+_DESCRIPTORS_OF_MODELS = 512
+"""Seven for each model."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -23,29 +32,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags = {name: value for name, value in vars(options).items() if name not in ("run", "config")}
     try:
         settings = load(options.config, flags)
-    except BadSetting as error:
-        print(f"kvd: {error}", file=sys.stderr)
-        return 2
-    return serve(settings)
+        notifier = Notifier.from_env()
+    except (BadSetting, ValueError) as error:
+        return _fail(2, error)
+    with closing(notifier):
+        return serve(settings, notifier)
 
 
-def serve(settings: Settings) -> int:
-    """Run one daemon until it is told to stop."""
+def serve(settings: Settings, notifier: Notifier) -> int:
+    """Run one daemon until it is told to stop; returns the exit code."""
     log.set_up(settings.log_level)
     directory = settings.runtime_dir or default_runtime_dir(settings.instance)
     try:
         lock = InstanceLock(directory, settings.instance)
     except InstanceBusy as error:
-        print(f"kvd: {error}", file=sys.stderr)
-        return 3
+        return _fail(3, error)
     except (UnsafePath, OSError) as error:
-        print(f"kvd: {error}", file=sys.stderr)
-        return 1
-    with lock, closing(Notifier.from_env()) as notifier:
+        return _fail(1, error)
+    with lock:
         left = lock.sweep()
         if left:
             log.warning("cold start", reason="a daemon did not stop cleanly", removed=len(left))
-        server = Server(settings, lock, notifier)
+        _raise_descriptor_limit(settings)
+        try:
+            server = Server(settings, lock, notifier)
+        except (OSError, zmq.ZMQError) as error:
+            return _fail(1, error)
         log.info(
             "ready",
             version=__version__,
@@ -54,11 +66,33 @@ def serve(settings: Settings) -> int:
             max_memory=settings.max_memory,
         )
         try:
-            server.run()
-        finally:
-            server.close()
+            with closing(server):
+                server.run()
+        except Exception as error:  # beyond repair: see server.py
+            log.error("fault", error, consequence="the daemon ends")
+            return 1
         log.info("stopped")
     return 0
+
+
+def _raise_descriptor_limit(settings: Settings) -> None:
+    """The usual soft limit of 1,024 is for programs that use select(2), and too low for us."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = (
+        _OWN_DESCRIPTORS
+        + _DESCRIPTORS_OF_MODELS
+        + _DESCRIPTORS_OF_A_SESSION * settings.max_sessions
+    )
+    if hard != resource.RLIM_INFINITY and hard < wanted:
+        log.warning("few descriptors", allowed=hard, wanted=wanted)
+        wanted = hard
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _fail(code: int, error: Exception) -> int:
+    print(f"kvd: {error}", file=sys.stderr)
+    return code
 
 
 def _parser() -> argparse.ArgumentParser:

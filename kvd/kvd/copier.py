@@ -1,4 +1,4 @@
-"""The worker thread for what takes long: backing, punching, copying, checksumming.
+"""The worker thread for what takes long: backing, punching, copying, checksumming, counting.
 
 Covers the queue of jobs, their execution in order, and results that wake an epoll loop.
 Does not cover what to back or copy and what follows from a result (server.py, kvd.core), the
@@ -35,11 +35,15 @@ SLICE_BYTES = 256 * 1024
 
 @dataclass(frozen=True, slots=True)
 class BackJob:
-    """Back all of `ranges`, which are holes, or none of them."""
+    """Back all of `ranges`, which are holes, or none of them.
+
+    `prepare` is called before, in the worker thread; if it raises, none of them is backed.
+    """
 
     job_id: int
     segment: Segment
     ranges: Sequence[ByteRange]
+    prepare: Callable[[], None] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +90,15 @@ class CopyJob:
     items: Sequence[CopyItem]
 
 
-Job: TypeAlias = BackJob | PunchJob | CopyJob
+@dataclass(frozen=True, slots=True)
+class CallJob:
+    """Call `work` in the worker thread; what it returns is the result's `value`."""
+
+    job_id: int
+    work: Callable[[], object]
+
+
+Job: TypeAlias = BackJob | PunchJob | CopyJob | CallJob
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,11 +114,13 @@ class ItemResult:
 @dataclass(frozen=True, slots=True)
 class JobResult:
     """One job's end. `error` is None if it was done. A BackJob's may be NoSpace: then none of its
-    ranges is backed. `items` are a CopyJob's, in its order (empty for other jobs)."""
+    ranges is backed. `items` are a CopyJob's, in its order (empty for other jobs), and `value` is
+    what a CallJob's work returned."""
 
     job_id: int
     error: Exception | None
     items: tuple[ItemResult, ...] = ()
+    value: object = None
 
 
 class Copier:
@@ -182,6 +196,8 @@ def _do(job: Job) -> JobResult:
     try:
         if isinstance(job, CopyJob):
             return JobResult(job.job_id, None, tuple(_copy(item) for item in job.items))
+        if isinstance(job, CallJob):
+            return JobResult(job.job_id, None, value=job.work())
         if isinstance(job, BackJob):
             _back(job)
         else:
@@ -193,6 +209,8 @@ def _do(job: Job) -> JobResult:
 
 
 def _back(job: BackJob) -> None:
+    if job.prepare is not None:
+        job.prepare()
     backed: list[ByteRange] = []
     try:
         for span in job.ranges:

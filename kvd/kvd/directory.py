@@ -12,7 +12,11 @@ from kvd_proto import layout
 
 
 class Directory:
-    """The records of one arena. Only the daemon maps it, and it writes from the loop alone."""
+    """The records of one arena. Only the daemon maps it.
+
+    Records are written and read on the loop; `ensure` may run in the copier's thread meanwhile.
+    `backed` bytes from the start have memory.
+    """
 
     def __init__(self, name: str, arena: CreateArena) -> None:
         """Create the segment and its header. Raises arena.NoSpace or OSError, leaving nothing."""

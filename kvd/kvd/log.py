@@ -33,8 +33,8 @@ class _Formatter(logging.Formatter):
 
 
 def set_up(level: str) -> None:
-    """Log to standard error from `level` on. A full disk or a closed pipe never stops the
-    daemon."""
+    """Log to standard error from `level` on. A full disk or a closed pipe never stops the daemon;
+    a pipe that is open and never read does, once it is full."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Formatter(with_time="JOURNAL_STREAM" not in os.environ))
     logging.raiseExceptions = False
@@ -61,11 +61,13 @@ def warning(event: str, **fields: Any) -> None:
     log(logging.WARNING, event, **fields)
 
 
-def exception(event: str, **fields: Any) -> None:
-    """Log an event with the exception that is being handled."""
-    _logger.error(event, exc_info=True, extra={"fields": fields})
+def error(event: str, cause: BaseException | None = None, **fields: Any) -> None:
+    """Log a fault, with the trace of the exception that caused it if there is one."""
+    _logger.error(event, exc_info=cause, extra={"fields": fields})
 
 
 def _show(value: Any) -> str:
     text = str(value)
-    return json.dumps(text) if not text or any(c in text for c in ' "=\n\r\t\\') else text
+    if text and text.isprintable() and not any(special in text for special in ' "=\\'):
+        return text
+    return json.dumps(text).replace("\x7f", "\\u007f")  # the one control character JSON leaves

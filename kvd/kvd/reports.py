@@ -1,65 +1,157 @@
 """What the daemon tells people and scripts: status, clients, and the recount of `verify`.
 
-Taken while no job is under way (Store.hold), so that the operating system's numbers and the core's
-are of one moment. Nothing here changes anything.
+The core's numbers and the operating system's must be of one moment, though memory is given and
+taken back all the time, in the copier's thread. So a report has two halves: `take` reads the core,
+on the loop, and `look` asks the operating system, in that thread's queue behind all jobs that were
+submitted before. Only when the system refused memory in between do the halves not fit together
+(`Store.refusals`).
 """
 
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from kvd import __version__
+from kvd.arena import ByteRange, Segment
 from kvd.core.accounting import AccountingError, Totals, arena_counts, check, sealed_blocks, totals
 from kvd.core.budget import Arena
 from kvd.core.cache import Cache
-from kvd.store import Store, StoredArena
+from kvd.core.events import SessionId
+from kvd.store import StagingRoom, Store, StoredArena
 
 
-def status(cache: Cache, store: Store, instance: str, uptime: float) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class ArenaPages:
+    """What memory an arena should have, in bytes, and which of its slots should have none."""
+
+    name: str
+    segment: Segment
+    directory: Segment
+    stride: int
+    backed_bytes: int
+    directory_bytes: int
+    high_water: int
+    punched: frozenset[int]
+
+    def is_hole(self, slot: int) -> bool:
+        return slot >= self.high_water or slot in self.punched
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """The core's half of the reports of one moment."""
+
+    totals: Totals
+    status: dict[str, Any]
+    arenas: list[ArenaPages]
+    stagings: dict[SessionId, StagingRoom]
+    differences: list[str]
+    """Between the core's own totals, its trees, and the directories' records; empty unless they
+    were recounted."""
+
+
+@dataclass(slots=True)
+class Seen:
+    """The operating system's half, in bytes; `differences` from what the core believes."""
+
+    arenas: int
+    directories: int
+    stagings: int
+    differences: list[str]
+
+    @property
+    def total(self) -> int:
+        return self.arenas + self.directories + self.stagings
+
+
+def take(cache: Cache, store: Store, instance: str, uptime: float, *, recounting: bool) -> Taken:
+    """Read the core, at this moment. With `recounting` a walk of all trees and records."""
+    now = _settled(totals(cache), cache, store)
+    stored = store.arenas
+    return Taken(
+        totals=now,
+        status=_status(cache, now, instance, uptime),
+        arenas=[_pages(arena, stored[arena.number]) for arena in cache.budget.arenas.values()],
+        stagings=dict(store.stagings),
+        differences=recount(cache, store) if recounting else [],
+    )
+
+
+def look(taken: Taken, *, undoing: bool) -> Seen:
+    """Ask the operating system. With `undoing` it is asked page by page, foreign fills are named,
+    and punched out: for the copier's thread, since no other may give or take memory then."""
+    seen = Seen(0, 0, 0, [])
+    for pages in taken.arenas:
+        if undoing:
+            seen.differences += _undo_foreign_fills(pages)
+        backed = pages.segment.backed_bytes()
+        seen.arenas += backed
+        seen.differences += _compare(f"{pages.name}: slots", pages.backed_bytes, backed)
+        backed = pages.directory.backed_bytes()
+        seen.directories += backed
+        seen.differences += _compare(f"{pages.name}: directory", pages.directory_bytes, backed)
+    for session, room in taken.stagings.items():
+        backed = room.staging.backed_bytes() if room.staging is not None else 0
+        seen.stagings += backed
+        seen.differences += _compare(
+            f"staging of session {session.hex()[:8]}", room.n_bytes, backed
+        )
+    return seen
+
+
+def status(taken: Taken, seen: Seen) -> dict[str, Any]:
     """The map of `kvctl status --json`; its keys are in PROTOCOL.md."""
-    now = totals(cache)
-    os_bytes = _os_bytes(store)
-    counters = cache.counters
-    return {
-        "version": __version__,
-        "instance": instance,
-        "uptime_seconds": round(uptime, 3),
-        "clients": len(cache.sessions),
-        "sequences": {
-            "max": cache.limits.max_sequences,
-            "in_use": cache.open_sequences,
-            "free": cache.limits.max_sequences - cache.open_sequences,
-            "waiting": len(cache.waiting),
-        },
-        "accounting": {
-            "budget_bytes": now.budget,
-            "unassigned_bytes": now.unassigned,
-            "free_bytes": now.free,
-            "filling_bytes": now.filling,
-            "active_bytes": now.active,
-            "cached_bytes": now.cached,
-            "pinned_bytes": 0,
-            "padding_bytes": now.padding,
-            "directory_bytes": now.directory,
-            "staging_bytes": now.staging,
-            "os_bytes": os_bytes,
-            "drift_bytes": os_bytes - now.backed,
-        },
-        "models": [_model(arena) for arena in cache.budget.arenas.values()],
-        "counters": {
-            "requests": counters.requests,
-            "errors": counters.errors,
-            "queried_tokens": counters.queried_tokens,
-            "hit_tokens": counters.hit_tokens,
-            "stored_blocks": counters.stored_blocks,
-            "stored_bytes": counters.stored_bytes,
-            "present_blocks": counters.present_blocks,
-            "joined_blocks": counters.joined_blocks,
-            "failed_blocks": counters.failed_blocks,
-            "evicted_blocks": cache.budget.evicted_blocks,
-            "sequences_opened": counters.sequences_opened,
-            "sequences_timed_out": counters.sequences_timed_out,
-            "sessions_opened": counters.sessions_opened,
-        },
+    accounting = {
+        **taken.status["accounting"],
+        "os_bytes": seen.total,
+        "drift_bytes": seen.total - taken.totals.backed,
     }
+    return {**taken.status, "accounting": accounting}
+
+
+def verify(taken: Taken, seen: Seen) -> dict[str, Any]:
+    """The recount: `ok` is whether all agree, `differences` names what does not, `terms` has every
+    number."""
+    differences = taken.differences + seen.differences
+    now = taken.totals
+    terms = {
+        "budget_bytes": now.budget,
+        "unassigned_bytes": now.unassigned,
+        "directory_bytes": now.directory,
+        "staging_bytes": now.staging,
+        "free_bytes": now.free,
+        "filling_bytes": now.filling,
+        "active_bytes": now.active,
+        "cached_bytes": now.cached,
+        "os_arena_bytes": seen.arenas,
+        "os_directory_bytes": seen.directories,
+        "os_staging_bytes": seen.stagings,
+    }
+    return {"ok": not differences, "differences": differences, "terms": terms}
+
+
+def recount(cache: Cache, store: Store) -> list[str]:
+    """What is wrong in the core's totals and trees, and in the directories' records. Empty if they
+    all agree."""
+    differences: list[str] = []
+    try:
+        check(cache)
+    except AccountingError as error:
+        differences.append(f"core: {error}")
+    for number, arena in cache.budget.arenas.items():
+        differences += _recount_records(arena, store.arenas[number])
+    return differences
+
+
+def line(cache: Cache) -> str:
+    """The state in a few words, for the service manager."""
+    budget, counters = cache.budget, cache.counters
+    found = 100 * counters.hit_tokens // max(1, counters.queried_tokens)
+    return (
+        f"{len(cache.sessions)} clients, {cache.open_sequences} sequences, "
+        f"{(budget.n_bytes - budget.unassigned) >> 20} of {budget.n_bytes >> 20} MiB in memory, "
+        f"{found} % of {counters.queried_tokens} tokens found"
+    )
 
 
 def clients(cache: Cache, now: float) -> dict[str, Any]:
@@ -85,59 +177,37 @@ def clients(cache: Cache, now: float) -> dict[str, Any]:
     return {"clients": rows}
 
 
-def verify(cache: Cache, store: Store) -> dict[str, Any]:
-    """Recount everything: the core's trees, the directories' records, the operating system's pages.
-
-    `ok` is whether all agree; `differences` names what does not, `terms` has every number.
-    """
-    differences: list[str] = []
-    try:
-        check(cache)
-    except AccountingError as error:
-        differences.append(f"core: {error}")
-    now = totals(cache)
-    for number, arena in cache.budget.arenas.items():
-        differences += _verify_records(arena, store.arenas[number])
-        differences += _verify_pages(arena, store.arenas[number])
-    for session, staging in store.stagings.items():
-        if staging.backed_bytes() != staging.size:
-            differences.append(
-                f"staging of session {session.hex()[:8]}: {staging.size} bytes were given, the "
-                f"system has {staging.backed_bytes()}: its owner has punched holes"
-            )
-    os_bytes = _os_bytes(store)
-    if os_bytes != now.backed:
-        differences.append(
-            f"system: {os_bytes} bytes are backed, {now.backed} are accounted for: "
-            f"budget {now.budget} - unassigned {now.unassigned}"
-        )
-    return {"ok": not differences, "differences": differences, "terms": _terms(now, store)}
-
-
-def _terms(now: Totals, store: Store) -> dict[str, Any]:
+def _status(cache: Cache, now: Totals, instance: str, uptime: float) -> dict[str, Any]:
+    """The status, but for what the operating system says."""
     return {
-        "budget_bytes": now.budget,
-        "unassigned_bytes": now.unassigned,
-        "directory_bytes": now.directory,
-        "staging_bytes": now.staging,
-        "free_bytes": now.free,
-        "filling_bytes": now.filling,
-        "active_bytes": now.active,
-        "cached_bytes": now.cached,
-        "os_arena_bytes": sum(each.segment.backed_bytes() for each in store.arenas.values()),
-        "os_directory_bytes": sum(
-            each.directory.segment.backed_bytes() for each in store.arenas.values()
-        ),
-        "os_staging_bytes": sum(each.backed_bytes() for each in store.stagings.values()),
+        "version": __version__,
+        "instance": instance,
+        "uptime_seconds": round(uptime, 3),
+        "clients": len(cache.sessions),
+        "sequences": {
+            "max": cache.limits.max_sequences,
+            "in_use": cache.open_sequences,
+            "free": cache.limits.max_sequences - cache.open_sequences,
+            "waiting": len(cache.waiting),
+        },
+        "accounting": {
+            "budget_bytes": now.budget,
+            "unassigned_bytes": now.unassigned,
+            "free_bytes": now.free,
+            "filling_bytes": now.filling,
+            "active_bytes": now.active,
+            "cached_bytes": now.cached,
+            "pinned_bytes": 0,
+            "padding_bytes": now.padding,
+            "directory_bytes": now.directory,
+            "staging_bytes": now.staging,
+        },
+        "models": [_model(arena) for arena in cache.budget.arenas.values()],
+        "counters": {
+            **asdict(cache.counters),
+            "evicted_blocks": cache.budget.evicted_blocks,
+        },
     }
-
-
-def _os_bytes(store: Store) -> int:
-    segments = sum(
-        stored.segment.backed_bytes() + stored.directory.segment.backed_bytes()
-        for stored in store.arenas.values()
-    )
-    return segments + sum(staging.backed_bytes() for staging in store.stagings.values())
 
 
 def _model(arena: Arena) -> dict[str, Any]:
@@ -165,17 +235,43 @@ def _leased(sequences: list[Any]) -> set[Any]:
     return blocks
 
 
-def _verify_records(arena: Arena, stored: StoredArena) -> list[str]:
+def _settled(now: Totals, cache: Cache, store: Store) -> Totals:
+    """What a directory could not get when it was to grow is not spent yet, whatever the core has
+    set aside for it: it gets it with the next growth."""
+    owed = sum(
+        arena.directory_bytes - store.arenas[number].directory_bytes
+        for number, arena in cache.budget.arenas.items()
+    )
+    return replace(now, directory=now.directory - owed, unassigned=now.unassigned + owed)
+
+
+def _pages(arena: Arena, stored: StoredArena) -> ArenaPages:
+    return ArenaPages(
+        arena.name,
+        stored.segment,
+        stored.directory.segment,
+        arena.stride,
+        arena.backed * arena.stride,
+        stored.directory_bytes,
+        arena.high_water,
+        frozenset(arena.punched),
+    )
+
+
+def _recount_records(arena: Arena, stored: StoredArena) -> list[str]:
     """The directory must hold exactly the sealed blocks."""
     found = stored.directory.records()
     differences = []
     for block in sealed_blocks(arena):
+        assert block.parent is not None
         record = found.pop(block.slot, None)
         if record is None:
             differences.append(f"{arena.name}: slot {block.slot} is sealed and has no record")
-        elif (record.key, record.tokens, record.generation, record.checksum) != (
-            block.key,
+        elif record != (
+            block.start,
             block.tokens,
+            block.key,
+            block.parent.key,
             block.generation,
             block.checksum,
         ):
@@ -184,24 +280,28 @@ def _verify_records(arena: Arena, stored: StoredArena) -> list[str]:
     return differences
 
 
-def _verify_pages(arena: Arena, stored: StoredArena) -> list[str]:
-    """Exactly the slots that count as backed must have memory."""
-    stride = arena.stride
-    without = {*arena.punched, *range(arena.high_water, arena.slots)}
-    differences = []
-    for span in stored.segment.backed_ranges():
-        first, last = span.offset // stride, (span.offset + span.length - 1) // stride
-        strangers = [slot for slot in range(first, last + 1) if slot in without]
-        differences += [
-            f"{arena.name}: slot {slot} has memory that nobody accounts for: a client has read "
-            "what it had no lease on"
-            for slot in strangers
-        ]
-    accounted = arena.backed * stride
-    backed = stored.segment.backed_bytes()
-    if backed != accounted:
-        differences.append(
-            f"{arena.name}: {arena.backed} slots of {stride} bytes are {accounted}, the system "
-            f"has {backed}"
-        )
+def _undo_foreign_fills(pages: ArenaPages) -> list[str]:
+    """Punch out what nobody gave memory, and name it. Reading a hole through a read-only mapping
+    fills it."""
+    differences: list[str] = []
+    for span in pages.segment.backed_ranges():
+        first, end = span.offset // pages.stride, -(-(span.offset + span.length) // pages.stride)
+        for slot in filter(pages.is_hole, range(first, end)):
+            filled = _overlap(span, slot * pages.stride, pages.stride)
+            pages.segment.punch(*filled)
+            differences.append(
+                f"{pages.name}: {filled.length} bytes of slot {slot} had memory that nobody gave "
+                "them: a client read what it had no lease on. They are given back."
+            )
     return differences
+
+
+def _overlap(span: ByteRange, offset: int, length: int) -> ByteRange:
+    start = max(span.offset, offset)
+    return ByteRange(start, min(span.offset + span.length, offset + length) - start)
+
+
+def _compare(what: str, given: int, backed: int) -> Iterable[str]:
+    if given == backed:
+        return []
+    return [f"{what}: {given} bytes were given, the system has {backed}"]

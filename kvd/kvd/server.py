@@ -1,60 +1,65 @@
 """The daemon's loop: sockets in and out, the core in the middle, the store on the other side.
 
-One thread, one epoll. ZeroMQ's descriptor is edge-triggered: it says that something may have
-happened since the socket was last used, so the loop drains the socket each time before it waits.
+One thread, one epoll.
 
     lifeline ──Connected/Disconnected──►┐
     ROUTER ──decoded Requested─────────►│ Core.handle ──► effects ──► replies, jobs, descriptors
     copier ──Backed/Copied─────────────►┘
+
+What goes wrong: what a client did, and memory that is not there, are errors of kvd_proto, and an
+answer. Any other exception is a fault of ours, and is logged with its trace. The request that met
+it is answered with InternalError. If it was in a report, nothing has changed, and the daemon goes
+on. If it was in the core, everything is recounted, and the daemon goes on only if it agrees. If it
+was in an event without a request, or in carrying out effects, the daemon ends, since nobody knows
+what did not happen. Ending is safe: clients notice at once, and go on by themselves; to serve K/V
+from a cache that is not what it says would not be.
 """
 
+import math
 import os
 import select
 import signal
 import time
+from collections import deque
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
-import zmq
+from contextlib import ExitStack
 
 from kvd import __version__, log, reports
 from kvd.core import events
-from kvd.core.accounting import report_of_sequences
 from kvd.core.cache import Limits
 from kvd.core.machine import Core
 from kvd.instance import InstanceLock
 from kvd.notify import Notifier
+from kvd.reporter import REPORTS, Reporter
+from kvd.requests import Incoming, Requests
 from kvd.sessions import Sessions
 from kvd.settings import Settings
 from kvd.store import Store
-from kvd_proto import codec
-from kvd_proto.errors import BadMessage, InternalError, KvdError
-from kvd_proto.messages import (
-    ListClients,
-    ListSequences,
-    Ping,
-    Pong,
-    Reported,
-    Status,
-    Verify,
-)
+from kvd_proto.errors import InternalError, KvdError
+from kvd_proto.messages import Append, Ping, Pong
 from kvd_proto.paths import LIFELINE_SOCKET, REQUESTS_SOCKET
 
-BURST = 256
-"""Requests that are answered before the other descriptors get their turn."""
+BURST_SECONDS = 0.002
+"""Requests are served for so long before the other descriptors get their turn."""
+STATUS_SECONDS = 5.0
+"""The least time between two status lines for the service manager."""
 
 
 class Server:
     """One daemon. `run` serves until a signal or `stop`; `close` removes every trace of it."""
 
     def __init__(self, settings: Settings, lock: InstanceLock, notifier: Notifier) -> None:
-        """Bind the sockets. The lock is held by the caller, who releases it after `close`."""
+        """Bind the sockets. The lock is held by the caller, who releases it after `close`.
+
+        Raises OSError or zmq.ZMQError, leaving nothing behind.
+        """
         self._settings = settings
         self._notifier = notifier
-        self._started = time.monotonic()
-        self._last_client = self._started
+        self._started = self._last_client = time.monotonic()
         self._stopping = False
+        self._events: deque[events.Event] = deque()
+        self._next_watchdog = -math.inf if notifier.watchdog_interval else math.inf
+        self._next_status = math.inf
         # 2^63 ids are enough for every start to have a range of its own.
         first_context = int.from_bytes(os.urandom(7), "little") << 7 | 1
         self.core = Core(
@@ -66,22 +71,30 @@ class Server:
                 first_context,
             )
         )
-        self.store = Store(lock.segment_name)
-        self._poller = select.epoll()
-        self._handlers: dict[int, Callable[[int], None]] = {}
-        self._waiting_reports: list[tuple[bytes, int, Any]] = []
-        self._requests_path = lock.runtime_dir / REQUESTS_SOCKET
-        self._router = _bind(self._requests_path)
-        self.sessions = Sessions(
-            lock.runtime_dir / LIFELINE_SOCKET,
-            settings.instance,
-            self.store,
-            self.handle,
-            self.watch,
-            self.unwatch,
-        )
-        self.watch(int(self._router.getsockopt(zmq.FD)), select.EPOLLIN, lambda _: None)
-        self.watch(self.store.event_fd, select.EPOLLIN, lambda _: self._jobs_ended())
+        with ExitStack() as opened:
+            self._poller = opened.enter_context(select.epoll())
+            self._handlers: dict[int, Callable[[int], None]] = {}
+            self._unwatched: set[int] = set()
+            self.store = Store(lock.segment_name, self.handle)
+            opened.callback(self.store.close)
+            self._requests = Requests(lock.runtime_dir / REQUESTS_SOCKET, self._reply_lost)
+            opened.callback(self._requests.close)
+            self._reporter = Reporter(
+                self.core.cache, self.store, settings.instance, self._requests.reply
+            )
+            self.sessions = Sessions(
+                lock.runtime_dir / LIFELINE_SOCKET,
+                settings.instance,
+                self.store,
+                self.handle,
+                self.watch,
+                self.unwatch,
+            )
+            opened.callback(self.sessions.close)
+            self._opened = opened.pop_all()
+        # Only to wake up: the loop looks into the request socket each time.
+        self.watch(self._requests.fd, select.EPOLLIN, lambda _: None)
+        self.watch(self.store.event_fd, select.EPOLLIN, lambda _: self.store.finish_jobs())
 
     def watch(self, fd: int, mask: int, handler: Callable[[int], None]) -> None:
         """Call `handler` with the events whenever `fd` has some of `mask`; again to change it."""
@@ -95,29 +108,28 @@ class Server:
         """Forget a descriptor, before it is closed."""
         del self._handlers[fd]
         self._poller.unregister(fd)
+        self._unwatched.add(fd)
 
     def stop(self) -> None:
         """Let `run` return after the request at hand. Safe in a signal handler."""
         self._stopping = True
 
     def run(self) -> None:
-        """Serve until SIGTERM, SIGINT or `stop`."""
+        """Serve until SIGTERM, SIGINT, SIGHUP or `stop`. Raises what went wrong beyond repair."""
         wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         previous_fd = signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
         previous = {
             number: signal.signal(number, lambda *_: self.stop())
-            for number in (signal.SIGTERM, signal.SIGINT)
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
         }
         self.watch(wake_read, select.EPOLLIN, lambda _: None)
-        self._notifier.ready()
+        if self._notifier.ready():
+            self._next_status = self._started
         try:
             while not self._stopping:
-                busy = self._serve_requests()
-                for fd, mask in self._poller.poll(0 if busy else self._timeout()):
-                    handler = self._handlers.get(fd)
-                    if handler is not None:
-                        handler(mask)
-                self._tick()
+                more = self._serve_requests()
+                wait = self._tick()
+                self._dispatch(0.0 if more else wait)
         finally:
             self._notifier.stopping()
             self.unwatch(wake_read)
@@ -129,27 +141,53 @@ class Server:
 
     def close(self) -> None:
         """Close sockets and sessions, unmap and remove the segments."""
-        self.sessions.close()
-        self._router.close(linger=0)
-        self._requests_path.unlink(missing_ok=True)
-        self._router.context.term()
-        self.store.close()
-        self._poller.close()
+        self._opened.close()
+
+    def _dispatch(self, wait: float) -> None:
+        """Wait for descriptors, `wait` seconds at most (-1: for ever), and call their handlers."""
+        for fd, mask in self._poller.poll(wait):
+            # A handler before this one may have closed the descriptor, and another may have got its
+            # number. Whatever happened to that one is reported again.
+            if fd not in self._unwatched:
+                self._handlers[fd](mask)
+        self._unwatched.clear()
 
     # --- events in, effects out
 
     def handle(self, event: events.Event) -> None:
-        """Give the core an event and carry out what it asks."""
-        self._apply(self.core.handle(event, time.monotonic()))
+        """Give the core an event and carry out what it asks. One that comes up meanwhile is handled
+        after that, so effects are carried out in the core's order."""
+        self._events.append(event)
+        if len(self._events) > 1:
+            return
+        while self._events:
+            self._apply(self._decide(self._events[0]))
+            self._events.popleft()
+
+    def _decide(self, event: events.Event) -> list[events.Effect]:
+        """The core's answer to an event. If it fails: see the module's docstring."""
+        try:
+            return self.core.handle(event, time.monotonic())
+        except Exception as error:
+            if not isinstance(event, events.Requested):
+                raise
+            log.error("request failed", error, operation=type(event.message).__name__)
+            fault = InternalError(f"{type(error).__name__}: {error}")
+            self._requests.reply(event.session, event.correlation, fault)
+            differences = reports.recount(self.core.cache, self.store)
+            if differences:
+                log.error("recount disagrees", differences="; ".join(differences))
+                raise
+            return []
 
     def _apply(self, effects: list[events.Effect]) -> None:
         store = self.store
         for effect in effects:
-            match effect:
+            match effect:  # in the order of how often they come
                 case events.Reply(session, correlation, body):
-                    self._reply(session, correlation, body)
+                    self._requests.reply(session, correlation, body)
                 case events.Completed(session, commit):
-                    store.stagings[session].set_completed(commit)
+                    store.set_completed(session, commit)
                 case events.WriteRecord():
                     store.write_record(effect)
                 case events.DropRecord():
@@ -157,150 +195,105 @@ class Server:
                 case events.Copy():
                     store.copy(effect)
                 case events.Back():
-                    ended = store.back(effect)
-                    if ended is not None:
-                        self.handle(ended)
+                    store.back(effect)
                 case events.Punch():
                     store.punch(effect)
                 case events.CreateArena():
-                    self._create_arena(effect)
-                    log.info("model registered", model=effect.name, stride=effect.stride_bytes)
+                    if not self._create_arena(effect, effects[-1]):
+                        return
                 case events.ShareArena(session, arena):
                     self.sessions.share(session, arena)
                 case events.OpenStaging(session, n_bytes):
-                    self.sessions.welcome(session, n_bytes)
+                    self.sessions.open(session, n_bytes)
                 case events.RefuseSession(session, error):
                     self.sessions.refuse(session, error)
                 case events.CloseStaging(session):
                     store.close_staging(session)
 
-    def _create_arena(self, effect: events.CreateArena) -> None:
+    def _create_arena(self, effect: events.CreateArena, answer: events.Effect) -> bool:
+        """Make an arena. False if there is no memory for it: then `answer`, the reply that would
+        follow, is an error, and what would come before it is not done."""
         try:
             self.store.create_arena(effect)
-        except KvdError:
-            # The request at hand fails with it, and what else it asked for is not done.
+        except KvdError as error:
             self.handle(events.ArenaFailed(effect.arena))
-            raise
+            assert isinstance(answer, events.Reply)
+            self._requests.reply(answer.session, answer.correlation, error)
+            return False
+        log.info("model registered", model=effect.name, stride=effect.stride_bytes)
+        return True
+
+    def _reply_lost(self, session: events.SessionId) -> None:
+        self.sessions.give_up(session)
 
     # --- requests
 
     def _serve_requests(self) -> bool:
         """Answer what has come in; whether there may be more."""
-        for _ in range(BURST):
-            try:
-                frames = self._router.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
+        until = time.monotonic() + BURST_SECONDS
+        while (incoming := self._requests.receive()) is not None:
+            self._serve(incoming)
+            if not self._requests.pending():
                 return False
-            self._serve(frames)
-        return True
+            if time.monotonic() >= until:
+                return True
+        return False
 
-    def _serve(self, frames: list[bytes]) -> None:
-        session = frames[0]
-        try:
-            if len(frames) != 2:
-                raise BadMessage("a request is exactly one frame", frames=len(frames) - 1)
-            correlation, message = codec.decode_request(frames[1])
-        except BadMessage as error:
-            known = error.details.pop("correlation", 0)
-            self._reply(session, known if isinstance(known, int) else 0, error)
-            return
-        try:
-            if isinstance(message, Ping):
-                self._reply(session, correlation, self._pong())
-            elif isinstance(message, Status | ListSequences | ListClients | Verify):
-                self._waiting_reports.append((session, correlation, message))
-                self._give_reports()
-            else:
-                staging = self.store.stagings.get(session)
-                view = staging.buffer if staging is not None else None
-                self.handle(events.Requested(session, correlation, message, view))
-        except KvdError as error:
-            self._reply(session, correlation, error)
-        except Exception as error:  # a fault of ours: the caller must hear of it, and so must we
-            log.exception("request failed", operation=type(message).__name__)
-            self._reply(session, correlation, InternalError(f"{type(error).__name__}: {error}"))
-
-    def _reply(self, session: bytes, correlation: int, body: Any) -> None:
-        if isinstance(body, KvdError):
-            frame = codec.encode_error(correlation, body)
+    def _serve(self, incoming: Incoming) -> None:
+        session, correlation, message = incoming
+        kind = type(message)
+        if kind is Append:
+            buffer = self.store.staging_buffer(session)
+            self.handle(events.Requested(session, correlation, message, buffer))
+        elif kind in REPORTS:
+            self._reporter.answer(incoming)
+        elif kind is Ping:
+            self._requests.reply(session, correlation, self._pong())
         else:
-            frame = codec.encode_reply(correlation, body)
-        try:
-            self._router.send_multipart([session, frame], zmq.NOBLOCK)
-        except zmq.ZMQError as error:
-            # EHOSTUNREACH: it has gone. EAGAIN: it does not read, and 1,000 replies wait for it.
-            log.debug("reply dropped", session=session.hex()[:8], reason=error.strerror)
+            self.handle(events.Requested(session, correlation, message))
 
     def _pong(self) -> Pong:
         uptime = int((time.monotonic() - self._started) * 1000)
         return Pong(__version__, self._settings.instance, os.getpid(), uptime)
 
-    # --- reports wait until no job is under way
+    # --- time
 
-    def _give_reports(self) -> None:
-        if not self._waiting_reports or not self.store.hold():
-            return
-        waiting, self._waiting_reports = self._waiting_reports, []
-        for session, correlation, message in waiting:
-            try:
-                self._reply(session, correlation, Reported(self._report(message)))
-            except Exception as error:
-                log.exception("report failed", operation=type(message).__name__)
-                self._reply(session, correlation, InternalError(f"{type(error).__name__}: {error}"))
-        self.store.go_on()
-
-    def _report(self, message: Any) -> dict[str, Any]:
-        cache, now = self.core.cache, time.monotonic()
-        match message:
-            case ListSequences():
-                return {"sequences": report_of_sequences(cache, now)}
-            case ListClients():
-                return reports.clients(cache, now)
-            case Verify():
-                return reports.verify(cache, self.store)
-        return reports.status(cache, self.store, self._settings.instance, now - self._started)
-
-    # --- time and jobs
-
-    def _jobs_ended(self) -> None:
-        for event in self.store.ended():
-            self.handle(event)
-        self._give_reports()
-
-    def _tick(self) -> None:
+    def _tick(self) -> float:
+        """Do what is due; returns for how many seconds the loop may wait, -1 for ever."""
         now = time.monotonic()
         deadline = self.core.next_deadline()
         if deadline is not None and deadline <= now:
-            self._apply(self.core.handle(events.Ticked(), now))
-        self.sessions.expire_handshakes(now)
+            self.handle(events.Ticked())
+            return 0.0  # it may have used the request socket
+        due = min(
+            math.inf if deadline is None else deadline,
+            self.sessions.expire_handshakes(now),
+            self._give_signs(now),
+            self._linger(now),
+        )
+        return -1 if due == math.inf else max(0.0, due - now)
+
+    def _give_signs(self, now: float) -> float:
+        """Send the watchdog's sign of life and the status line if they are due; returns when the
+        next one is."""
+        interval = self._notifier.watchdog_interval
+        if interval and now >= self._next_watchdog:
+            self._notifier.watchdog()
+            self._next_watchdog = now + interval
+        if now >= self._next_status:
+            self._notifier.status(reports.line(self.core.cache))
+            self._next_status = now + STATUS_SECONDS
+        return min(self._next_watchdog, self._next_status)
+
+    def _linger(self, now: float) -> float:
+        """Stop when no client has been there for linger_seconds; returns when that will be."""
+        linger = self._settings.linger_seconds
+        if not linger:
+            return math.inf
         if self.core.cache.sessions:
             self._last_client = now
-        linger = self._settings.linger_seconds
-        if linger and now - self._last_client >= linger:
+            return math.inf
+        if now >= self._last_client + linger:
             log.info("stopping", reason="no client for linger_seconds")
             self.stop()
-
-    def _timeout(self) -> float:
-        """Seconds until something is due; -1 for never."""
-        now = time.monotonic()
-        due = [self.core.next_deadline(), self.sessions.next_deadline()]
-        if self._settings.linger_seconds and not self.core.cache.sessions:
-            due.append(self._last_client + self._settings.linger_seconds)
-        times = [max(0.0, when - now) for when in due if when is not None]
-        return min(times, default=-1)
-
-
-def _bind(path: Path) -> "zmq.Socket[bytes]":
-    """The request socket, for this user alone; the caller holds the instance's lock."""
-    router = zmq.Context().socket(zmq.ROUTER)
-    router.setsockopt(zmq.LINGER, 0)
-    router.setsockopt(zmq.MAXMSGSIZE, codec.MAX_MESSAGE_BYTES)
-    # With it a reply to nobody is an error that we see, and not a silent loss.
-    router.setsockopt(zmq.ROUTER_MANDATORY, 1)
-    path.unlink(missing_ok=True)
-    umask = os.umask(0o177)
-    try:
-        router.bind(f"ipc://{path}")
-    finally:
-        os.umask(umask)
-    return router
+        return self._last_client + linger

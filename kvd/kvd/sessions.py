@@ -4,11 +4,13 @@ Covers the handshake, descriptors that are sent, and the notice of death: the en
 or of the process, whichever comes first. What a session's end gives back: kvd.core.
 """
 
+import math
 import os
 import select
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from kvd import log
@@ -24,17 +26,21 @@ from kvd_proto.messages import Hello, Refused, SegmentShared, Welcome
 MAX_HELLO_BYTES = 4096
 MAX_STAGING_BYTES = 1 << 40
 HANDSHAKE_SECONDS = 5.0
+MAX_GREETING = 64
+"""Connections that have not said hello. Clients do so at once, so when there are more, the oldest
+one goes: connecting and saying nothing cannot use up the descriptors."""
 TENANT = "default"
 """Every client of the one user that may connect is of one tenant."""
 
 
 @dataclass(slots=True, eq=False)
 class Connection:
-    """A lifeline, and its session once it has said hello."""
+    """A lifeline, and its session once it has said hello. `mask` is what the loop watches for."""
 
     peer: Peer
     since: float
     session: SessionId = b""
+    mask: int = 0
 
 
 Watch = Callable[[int, int, Callable[[int], None]], None]
@@ -52,8 +58,8 @@ class Sessions:
         watch: Watch,
         unwatch: Callable[[int], None],
     ) -> None:
-        """Listen at `path`. `handle` takes the core's events; `watch` and `unwatch` are the
-        loop's."""
+        """Listen at `path`; raises as Listener. `handle` takes the core's events; `watch` and
+        `unwatch` are the loop's."""
         self._instance = instance
         self._store = store
         self._handle = handle
@@ -67,19 +73,12 @@ class Sessions:
 
     # --- what the core asks for
 
-    def welcome(self, session: SessionId, n_bytes: int) -> None:
-        """Make the staging and tell the client its session."""
-        connection = self._by_session[session]
-        fds: list[int] = []
-        try:
-            if n_bytes:
-                fds.append(self._store.open_staging(session, n_bytes).fd)
-        except KvdError as error:
-            self.refuse(session, error)
-            return
-        message = Welcome(PROTOCOL_VERSION, session, self._epoch, self._instance, n_bytes)
-        self._send(connection, codec.encode_datagram(message), fds)
-        log.info("client connected", session=session.hex()[:8], pid=connection.peer.pid)
+    def open(self, session: SessionId, n_bytes: int) -> None:
+        """Have the staging made, if it is to have one, and then tell the client its session."""
+        if n_bytes:
+            self._store.open_staging(session, n_bytes, partial(self._opened, session, n_bytes))
+        else:
+            self._opened(session, n_bytes, None)
 
     def refuse(self, session: SessionId, error: KvdError) -> None:
         """Tell a client why it gets no session, and let it go."""
@@ -88,27 +87,28 @@ class Sessions:
     def share(self, session: SessionId, arena: int) -> None:
         """Send the arena's read-only descriptor."""
         stored = self._store.arenas[arena]
-        fd = stored.segment.read_only_fd()
-        try:
-            message = SegmentShared(arena, stored.segment.size)
-            self._send(self._by_session[session], codec.encode_datagram(message), [fd])
-        finally:
-            os.close(fd)
+        message = SegmentShared(arena, stored.segment.size)
+        connection = self._by_session[session]
+        self._send(connection, codec.encode_datagram(message), [stored.read_only_fd])
+
+    def give_up(self, session: SessionId) -> None:
+        """A reply to this client is lost: end its session, before it goes on without knowing. A
+        session that does not exist is ignored."""
+        connection = self._by_session.get(session)
+        if connection is not None:
+            log.warning("client does not read its replies", pid=connection.peer.pid)
+            connection.peer.shut_down()
 
     # --- what happens
 
-    def next_deadline(self) -> float | None:
-        """When the oldest handshake must be over."""
-        first = next(iter(self._greeting), None)
-        return None if first is None else first.since + HANDSHAKE_SECONDS
-
-    def expire_handshakes(self, now: float) -> None:
-        """Let go of those who connected and said nothing."""
+    def expire_handshakes(self, now: float) -> float:
+        """Let go of those who connected and said nothing; returns when the next one is due."""
         for connection in list(self._greeting):
-            if now < connection.since + HANDSHAKE_SECONDS:
-                return
-            log.warning("no hello", pid=connection.peer.pid)
-            self._end(connection)
+            due = connection.since + HANDSHAKE_SECONDS
+            if now < due:
+                return due
+            self._expire(connection)
+        return math.inf
 
     def close(self) -> None:
         """Close all lifelines: every client knows at once."""
@@ -118,26 +118,36 @@ class Sessions:
         self._listener.close()
 
     def _accept(self) -> None:
+        refused = self._listener.refused
         peer = self._listener.accept()
         if peer is None:
+            if self._listener.refused > refused:
+                log.warning("connection refused", reason="no descriptor for it, or it was gone")
             return
         connection = Connection(peer, time.monotonic())
         self._greeting[connection] = None
-        self._watch(peer.fd, select.EPOLLIN, lambda mask: self._lifeline(connection, mask))
+        self._watch_lifeline(connection)
         self._watch(peer.pidfd, select.EPOLLIN, lambda _: self._end(connection))
+        if len(self._greeting) > MAX_GREETING:
+            self._expire(next(iter(self._greeting)))
+
+    def _expire(self, connection: Connection) -> None:
+        log.warning("no hello", pid=connection.peer.pid)
+        self._end(connection)
 
     def _lifeline(self, connection: Connection, mask: int) -> None:
         """Something happened on a lifeline: its hello, room to send, or its end."""
         try:
             if mask & select.EPOLLOUT:
-                self._flush(connection)
+                connection.peer.flush()
+                self._watch_lifeline(connection)
             if not mask & ~select.EPOLLOUT:
                 return
             datagram = connection.peer.recv(MAX_HELLO_BYTES)
-        except PeerGone:
-            self._end(connection)
         except DatagramTooLong as error:
             self._refuse(connection, BadMessage(str(error)))
+        except (PeerGone, OSError):
+            self._end(connection)
         else:
             if datagram is not None:
                 self._hello(connection, datagram)
@@ -168,27 +178,40 @@ class Sessions:
             Connected(connection.session, hello.client, peer.pid, peer.uid, TENANT, n_bytes)
         )
 
+    def _opened(self, session: SessionId, n_bytes: int, error: KvdError | None) -> None:
+        """The staging is there, or could not be made; the client may have gone meanwhile."""
+        connection = self._by_session.get(session)
+        if connection is None:
+            return
+        if error is not None:
+            self._refuse(connection, error)
+            return
+        room = self._store.stagings.get(session)
+        fds = [room.staging.fd] if room is not None and room.staging is not None else []
+        message = Welcome(PROTOCOL_VERSION, session, self._epoch, self._instance, n_bytes)
+        log.info("client connected", session=session.hex()[:8], pid=connection.peer.pid)
+        self._send(connection, codec.encode_datagram(message), fds)
+
     def _refuse(self, connection: Connection, error: KvdError) -> None:
         message = Refused(error.code, error.message, error.details)
+        log.warning("client refused", pid=connection.peer.pid, code=error.code, reason=error)
         self._send(connection, codec.encode_datagram(message), [])
         self._end(connection)
 
     def _send(self, connection: Connection, datagram: bytes, fds: list[int]) -> None:
         try:
             connection.peer.send(datagram, fds)
-            self._watch_for(connection)
+            self._watch_lifeline(connection)
         except (PeerGone, SendQueueFull, OSError) as error:
             # It dies, or does not read: the poll loop sees the end of a lifeline that is shut down.
-            log.warning("lifeline lost", pid=connection.peer.pid, reason=str(error))
+            log.warning("lifeline lost", pid=connection.peer.pid, reason=error)
             connection.peer.shut_down()
 
-    def _flush(self, connection: Connection) -> None:
-        connection.peer.flush()
-        self._watch_for(connection)
-
-    def _watch_for(self, connection: Connection) -> None:
+    def _watch_lifeline(self, connection: Connection) -> None:
         mask = select.EPOLLIN | (select.EPOLLOUT if connection.peer.wants_write else 0)
-        self._watch(connection.peer.fd, mask, lambda got: self._lifeline(connection, got))
+        if mask != connection.mask:
+            connection.mask = mask
+            self._watch(connection.peer.fd, mask, lambda got: self._lifeline(connection, got))
 
     def _end(self, connection: Connection) -> None:
         """The client is gone: what its session held is given back."""

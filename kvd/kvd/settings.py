@@ -1,6 +1,7 @@
 """The daemon's settings: defaults, then a TOML file, then KVD_* variables, then flags; checked.
 
-Sizes are bytes, or a number with a unit: "4096MiB", "4GiB". Unknown keys are refused.
+Sizes are bytes, or a number with a unit: "4096MiB", "4GiB". Unknown keys of the file are refused;
+a variable that is set to nothing counts as not set.
 """
 
 import os
@@ -17,8 +18,15 @@ from kvd_proto.paths import DEFAULT_INSTANCE
 
 DEFAULT_FILE = Path("/etc/kvd/kvd.toml")
 _UNITS = {"": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
-_SIZE = re.compile(r"\s*(\d+)\s*([a-zA-Z]*)\s*")
+_SIZE = re.compile(r"\s*([0-9]+)\s*([a-zA-Z]*)\s*")
 _LEVELS = ("debug", "info", "warning", "error")
+_RANGES = {
+    "max_memory": (1 << 20, 1 << 50),
+    "max_sequences": (1, 1 << 20),
+    "max_sessions": (1, 1 << 16),
+    "n_seq_max": (1, MAX_SEQ_IDS),
+    "linger_seconds": (0, 1 << 30),
+}
 
 
 class BadSetting(Exception):
@@ -58,17 +66,21 @@ def load(
         for name, value in found.items():
             values[name] = _convert(name, value, source)
     settings = Settings(**values)
-    _check(settings)
+    if settings.max_sequences < settings.n_seq_max:
+        raise BadSetting(
+            f"max_sequences ({settings.max_sequences}) is less than n_seq_max "
+            f"({settings.n_seq_max}): no context could ever use all of its ids"
+        )
     return settings
 
 
 def parse_size(text: str | int) -> int:
     """Bytes from 1048576, "1048576", "1024KiB" or "4 GiB". Raises ValueError."""
-    if isinstance(text, int):
+    if type(text) is int:
         return text
-    found = _SIZE.fullmatch(text)
+    found = _SIZE.fullmatch(text) if isinstance(text, str) else None
     if found is None or found[2].lower() not in _UNITS:
-        raise ValueError(f"a size is a number of bytes, KiB, MiB, GiB or TiB, not {text!r}")
+        raise ValueError("a size is a number of bytes, KiB, MiB, GiB or TiB")
     return int(found[1]) * _UNITS[found[2].lower()]
 
 
@@ -77,57 +89,50 @@ _NAMES = {field.name: field.type for field in fields(Settings)}
 
 def _read_file(file: Path | None) -> dict[str, Any]:
     path = file or DEFAULT_FILE
-    if file is None and not path.exists():
-        return {}
     try:
-        found = tomllib.loads(path.read_text())
+        return tomllib.loads(path.read_text())
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        if file is None and isinstance(error, FileNotFoundError):
+            return {}
         raise BadSetting(f"{path}: {error}") from error
-    return found
 
 
 def _read_environ(environ: Mapping[str, str]) -> dict[str, Any]:
-    return {
-        name: environ[f"KVD_{name.upper()}"]
-        for name in _NAMES
-        if environ.get(f"KVD_{name.upper()}")
-    }
+    found = {name: environ.get(f"KVD_{name.upper()}") for name in _NAMES}
+    return {name: value for name, value in found.items() if value}
 
 
 def _convert(name: str, value: Any, source: str) -> Any:
     if name not in _NAMES:
         raise BadSetting(f"{source}: there is no setting {name!r}; known: {', '.join(_NAMES)}")
     try:
-        if name == "max_memory":
-            return parse_size(value)
-        if _NAMES[name] is int:
-            return int(value)
-        if not isinstance(value, str):
-            raise ValueError("it is text")
-    except (ValueError, TypeError) as error:
+        converted = _read(name, value)
+        _check(name, converted)
+    except ValueError as error:
         raise BadSetting(f"{source}: {name} = {value!r}: {error}") from error
+    return converted
+
+
+def _read(name: str, value: Any) -> Any:
+    """The value in its setting's type. Text is read as a number where one is wanted, since a
+    variable is always text; nothing else is taken for something that it is not."""
+    if name == "max_memory":
+        return parse_size(value)
+    if _NAMES[name] is int:
+        if type(value) is int or (isinstance(value, str) and value.strip().isdecimal()):
+            return int(value)
+        raise ValueError("it is a whole number")
+    if not isinstance(value, str):
+        raise ValueError("it is text")
     return value
 
 
-def _check(settings: Settings) -> None:
-    try:
-        check_instance(settings.instance)
-    except ValueError as error:
-        raise BadSetting(str(error)) from error
-    for name, low, high in (
-        ("max_memory", 1 << 20, 1 << 50),
-        ("max_sequences", 1, 1 << 20),
-        ("max_sessions", 1, 1 << 16),
-        ("n_seq_max", 1, MAX_SEQ_IDS),
-        ("linger_seconds", 0, 1 << 30),
-    ):
-        value = getattr(settings, name)
+def _check(name: str, value: Any) -> None:
+    if name in _RANGES:
+        low, high = _RANGES[name]
         if not low <= value <= high:
-            raise BadSetting(f"{name} is from {low} to {high}, not {value}")
-    if settings.max_sequences < settings.n_seq_max:
-        raise BadSetting(
-            f"max_sequences ({settings.max_sequences}) is less than n_seq_max "
-            f"({settings.n_seq_max}): no context could ever use all of its ids"
-        )
-    if settings.log_level not in _LEVELS:
-        raise BadSetting(f"log_level is one of {', '.join(_LEVELS)}, not {settings.log_level!r}")
+            raise ValueError(f"it is from {low} to {high}")
+    elif name == "log_level" and value not in _LEVELS:
+        raise ValueError(f"it is one of {', '.join(_LEVELS)}")
+    elif name == "instance":
+        check_instance(value)

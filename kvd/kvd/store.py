@@ -1,18 +1,24 @@
 """The daemon's memory: carries out the core's effects on arenas, directories and stagings.
 
-Covers the translation of slots and offsets into ranges of segments and the jobs of the copier
-thread. What lies in a slot, and when it may be used again, is the core's business; sockets are
-server.py's.
+Covers the translation of slots and offsets into ranges of segments, and the jobs of the copier
+thread, which does everything that takes long or must happen in an order: backing, punching,
+copying, making and closing stagings, and asking the operating system what it has. What lies in a
+slot, and when it may be used again, is the core's business; sockets are server.py's.
+
+One queue, first in, first out. So when a job runs, the memory is exactly as the core believed when
+the job was submitted, but for what the operating system has refused meanwhile (`refusals`).
 """
 
+import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
+from typing import TypeVar, cast
 
-from kvd import copier
+from kvd import copier, log
 from kvd.arena import ByteRange, NoSpace, Segment
-from kvd.copier import BackJob, Copier, CopyJob, ItemResult, JobResult, PunchJob
+from kvd.copier import BackJob, CallJob, Copier, CopyJob, ItemResult, JobResult, PunchJob
 from kvd.core.events import (
     Back,
     Backed,
@@ -21,6 +27,7 @@ from kvd.core.events import (
     CopyResult,
     CreateArena,
     DropRecord,
+    Event,
     Punch,
     SessionId,
     WriteRecord,
@@ -32,8 +39,7 @@ from kvd_proto import errors
 from kvd_proto.geometry import Geometry
 from kvd_proto.payload import PayloadFormat, make_format
 
-PUNCH = 0
-"""Job number of punches, whose end the core does not wait for; its own numbers begin at 1."""
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -44,23 +50,47 @@ class StoredArena:
     segment: Segment
     directory: Directory
     format: PayloadFormat
+    read_only_fd: int
+    """For handing to clients: at hand, so that no client is refused for want of a descriptor."""
+    growing: dict[int, int] = field(default_factory=dict)
+    """By job: how long the directory will be when it has ended."""
+
+    @property
+    def directory_bytes(self) -> int:
+        """What the directory has in memory when all jobs have ended well."""
+        return max([self.directory.backed, *self.growing.values()])
+
+    def close(self) -> None:
+        os.close(self.read_only_fd)
+        self.segment.close(unlink=True)
+        self.directory.close(unlink=True)
+
+
+@dataclass(slots=True, eq=False)
+class StagingRoom:
+    """A session's staging: `staging` is None until the copier's thread has made it."""
+
+    n_bytes: int
+    staging: Staging | None = None
 
 
 class Store:
     """All segments and stagings of the daemon. Used by the loop's thread only.
 
-    `outstanding` jobs are with the copier. While `hold` is called and jobs wait, nothing new is
-    submitted, so that the operating system's numbers stand still for a count.
+    `event_fd` is readable while jobs have ended: call `finish_jobs`. `refusals` counts the times
+    that the operating system had no memory for what the core had planned with.
     """
 
-    def __init__(self, segment_name: Callable[[str], str]) -> None:
-        """`segment_name` makes a name of this instance from a suffix."""
+    def __init__(self, segment_name: Callable[[str], str], handle: Callable[[Event], None]) -> None:
+        """`segment_name` makes a name of this instance from a suffix; `handle` takes events."""
         self._segment_name = segment_name
+        self._handle = handle
         self._copier = Copier()
-        self._held: list[copier.Job] | None = None
+        self._next_job = 1
+        self._then: dict[int, Callable[[JobResult], None]] = {}
         self.arenas: dict[int, StoredArena] = {}
-        self.stagings: dict[SessionId, Staging] = {}
-        self.outstanding = 0
+        self.stagings: dict[SessionId, StagingRoom] = {}
+        self.refusals = 0
         self.event_fd = self._copier.event_fd
 
     # --- arenas
@@ -74,12 +104,19 @@ class Store:
         try:
             name = self._segment_name(f"arena-{effect.arena}")
             segment = Segment.create(name, effect.slots * effect.stride_bytes)
+            try:
+                read_only_fd = segment.read_only_fd()
+            except OSError:
+                segment.close(unlink=True)
+                raise
         except OSError as error:
             directory.close(unlink=True)
             raise errors.NoSpace(f"no memory for the model's arena: {error}") from error
         geometry = Geometry(effect.layers)
         payload_format = make_format(effect.payload_format, geometry, effect.block_tokens)
-        self.arenas[effect.arena] = StoredArena(effect, segment, directory, payload_format)
+        self.arenas[effect.arena] = StoredArena(
+            effect, segment, directory, payload_format, read_only_fd
+        )
 
     def write_record(self, effect: WriteRecord) -> None:
         self.arenas[effect.arena].directory.write(effect)
@@ -87,48 +124,35 @@ class Store:
     def drop_record(self, effect: DropRecord) -> None:
         self.arenas[effect.arena].directory.drop(effect.slot)
 
-    # --- stagings
-
-    def open_staging(self, session: SessionId, n_bytes: int) -> Staging:
-        """A session's staging; raises NoSpace of kvd_proto.errors."""
-        try:
-            check_room(n_bytes)
-            staging = Staging.create(n_bytes)
-        except (NotEnoughRoom, OSError) as error:
-            raise errors.NoSpace(f"no memory for the session's staging: {error}") from error
-        self.stagings[session] = staging
-        return staging
-
-    def close_staging(self, session: SessionId) -> None:
-        """Unmap it; no job reads it any more. Nothing happens if it has none."""
-        staging = self.stagings.pop(session, None)
-        if staging is not None:
-            staging.close()
-
-    # --- jobs
-
-    def back(self, effect: Back) -> Backed | None:
-        """Start a backing; returns its end at once if there is no memory for it."""
+    def back(self, effect: Back) -> None:
+        """Start to give slots memory, and the directory its growth before."""
         stored = self.arenas[effect.arena]
         stride = stored.arena.stride_bytes
-        try:
-            check_room(len(effect.slots) * stride)
+        n_bytes = len(effect.slots) * stride
+
+        def prepare() -> None:
+            growth = max(0, effect.directory_bytes - stored.directory.backed)
+            check_room(n_bytes + growth)
             stored.directory.ensure(effect.directory_bytes)
-        except (NotEnoughRoom, NoSpace) as error:
-            return Backed(effect.job, errors.NoSpace(str(error)))
-        self._submit(BackJob(effect.job, stored.segment, _ranges(effect.slots, stride)))
-        return None
+
+        def then(result: JobResult) -> None:
+            del stored.growing[result.job_id]
+            self._handle(Backed(effect.job, self._refusal(result.error)))
+
+        job = self._new_job(then)
+        stored.growing[job] = effect.directory_bytes
+        self._copier.submit(BackJob(job, stored.segment, _ranges(effect.slots, stride), prepare))
 
     def punch(self, effect: Punch) -> None:
-        """Start giving slots back to the operating system."""
+        """Start to give slots back to the operating system."""
         stored = self.arenas[effect.arena]
         ranges = _ranges(effect.slots, stored.arena.stride_bytes)
-        self._submit(PunchJob(PUNCH, stored.segment, ranges))
+        self._copier.submit(PunchJob(self._new_job(_succeeded), stored.segment, ranges))
 
     def copy(self, effect: Copy) -> None:
-        """Start copying blocks from a session's staging, checking each copy."""
+        """Start to copy blocks from a session's staging, checking each copy."""
         stored = self.arenas[effect.arena]
-        source = self.stagings[effect.session].buffer
+        source = self._open_staging(effect.session).buffer
         items = [
             copier.CopyItem(
                 source,
@@ -140,51 +164,100 @@ class Store:
             )
             for item in effect.items
         ]
-        self._submit(CopyJob(effect.job, items))
 
-    def ended(self) -> list[Backed | Copied]:
-        """What jobs have ended since the last call, as events for the core. Never blocks."""
-        events: list[Backed | Copied] = []
+        def then(result: JobResult) -> None:
+            _succeeded(result)
+            self._handle(Copied(effect.job, [_copy_result(item) for item in result.items]))
+
+        self._copier.submit(CopyJob(self._new_job(then), items))
+
+    # --- stagings
+
+    def open_staging(
+        self, session: SessionId, n_bytes: int, then: Callable[[errors.KvdError | None], None]
+    ) -> None:
+        """Start to make a session's staging; `then` is told when it is there, or why it is not."""
+        room = self.stagings[session] = StagingRoom(n_bytes)
+
+        def make() -> None:
+            check_room(n_bytes)
+            room.staging = Staging.create(n_bytes)
+
+        self._call(make, lambda result: then(self._refusal(result.error)))
+
+    def set_completed(self, session: SessionId, commit: int) -> None:
+        """Tell a session through its staging that its commits up to `commit` are finished."""
+        self._open_staging(session).set_completed(commit)
+
+    def staging_buffer(self, session: SessionId) -> memoryview | None:
+        """The staging of a session that has one. Do not keep it."""
+        room = self.stagings.get(session)
+        return None if room is None or room.staging is None else room.staging.buffer
+
+    def close_staging(self, session: SessionId) -> None:
+        """Unmap it, once the jobs before have ended. Nothing happens if it has none."""
+        room = self.stagings.pop(session, None)
+        if room is not None:
+            self._call(partial(_close, room), _succeeded)
+
+    def _open_staging(self, session: SessionId) -> Staging:
+        staging = self.stagings[session].staging
+        assert staging is not None, "a session commits after it was welcomed"
+        return staging
+
+    # --- jobs
+
+    def ask(
+        self, question: Callable[[], T], then: Callable[[T | None, Exception | None], None]
+    ) -> None:
+        """Let the copier's thread answer a question about the memory, after all jobs that were
+        submitted before; `then` gets the answer, or what was raised."""
+        self._call(question, lambda result: then(cast(T | None, result.value), result.error))
+
+    def finish_jobs(self) -> None:
+        """Carry out what follows from jobs that have ended since the last call. Never blocks."""
         for result in self._copier.results():
-            self.outstanding -= 1
-            if result.job_id == PUNCH:
-                if result.error is not None:
-                    raise result.error  # a hole that cannot be punched is a fault of ours
-            elif result.items:
-                events.append(Copied(result.job_id, [_copy_result(item) for item in result.items]))
-            else:
-                events.append(Backed(result.job_id, _back_error(result)))
-        return events
-
-    def hold(self) -> bool:
-        """Submit nothing more until `go_on`. True when no job is outstanding."""
-        if self._held is None:
-            self._held = []
-        return self.outstanding == 0
-
-    def go_on(self) -> None:
-        """Submit what was held."""
-        held, self._held = self._held or [], None
-        for job in held:
-            self._submit(job)
+            self._then.pop(result.job_id)(result)
 
     def close(self) -> None:
         """Finish all jobs, unmap everything and remove the segments' names."""
-        self.go_on()
         self._copier.stop()
-        for session in list(self.stagings):
-            self.close_staging(session)
+        for room in self.stagings.values():
+            _close(room)
+        self.stagings.clear()
         for stored in self.arenas.values():
-            stored.segment.close(unlink=True)
-            stored.directory.close(unlink=True)
+            stored.close()
         self.arenas.clear()
 
-    def _submit(self, job: copier.Job) -> None:
-        if self._held is not None:
-            self._held.append(job)
-            return
-        self.outstanding += 1
-        self._copier.submit(job)
+    def _call(self, work: Callable[[], object], then: Callable[[JobResult], None]) -> None:
+        self._copier.submit(CallJob(self._new_job(then), work))
+
+    def _new_job(self, then: Callable[[JobResult], None]) -> int:
+        """The number of a job, after whose end `then` is called on the loop."""
+        job = self._next_job
+        self._next_job += 1
+        self._then[job] = then
+        return job
+
+    def _refusal(self, error: Exception | None) -> errors.KvdError | None:
+        """What a client is told when there is no memory for it."""
+        if error is None:
+            return None
+        self.refusals += 1
+        if not isinstance(error, NoSpace | NotEnoughRoom | OSError):
+            raise error  # a fault of ours
+        return errors.NoSpace(str(error))
+
+
+def _succeeded(result: JobResult) -> None:
+    """The job cannot fail but by a fault of ours: then the daemon must not go on."""
+    if result.error is not None:
+        raise result.error
+
+
+def _close(room: StagingRoom) -> None:
+    if room.staging is not None:
+        room.staging.close()
 
 
 def _ranges(slots: Iterable[int], stride: int) -> list[ByteRange]:
@@ -212,10 +285,5 @@ def _copy_result(item: ItemResult) -> CopyResult:
         return CopyResult(item.checksum or 0, None)
     if isinstance(item.error, ValueError):
         return CopyResult(0, errors.BadPayload(str(item.error)))
+    log.error("copy failed", item.error)
     return CopyResult(0, errors.InternalError(f"the copy failed: {item.error}"))
-
-
-def _back_error(result: JobResult) -> errors.KvdError | None:
-    if result.error is None:
-        return None
-    return errors.NoSpace(str(result.error))

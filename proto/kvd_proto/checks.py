@@ -47,6 +47,20 @@ class Text(Check):
 
 
 @dataclass(frozen=True, slots=True)
+class Ascii(Check):
+    """A string of low .. high ASCII characters, so of as many bytes."""
+
+    low: int
+    high: int
+
+    def __call__(self, field: str, value: Any) -> None:
+        if type(value) is not str or not self.low <= len(value) <= self.high or not value.isascii():
+            raise BadMessage(
+                f"{field} is text of {self.low} to {self.high} ASCII letters", got=show(value)
+            )
+
+
+@dataclass(frozen=True, slots=True)
 class Blob(Check):
     """Exactly `size` bytes."""
 
@@ -77,20 +91,19 @@ class Packed(Check):
 
 @dataclass(frozen=True, slots=True)
 class Items(Check):
-    """A list of low .. high items, each passing `each` if that is given."""
+    """A list of low .. high items, each passing `each`."""
 
     low: int
     high: int
-    each: Check | None = None
+    each: Check
 
     def __call__(self, field: str, value: Any) -> None:
         if type(value) is not list or not self.low <= len(value) <= self.high:
             raise BadMessage(
                 f"{field} is a list of {self.low} to {self.high} items", got=show(value)
             )
-        if self.each is not None:
-            for item in value:
-                self.each(field, item)
+        for index, item in enumerate(value):
+            self.each(f"{field}[{index}]", item)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,9 +114,9 @@ class Row(Check):
 
     def __call__(self, field: str, value: Any) -> None:
         if type(value) is not list or len(value) != len(self.cells):
-            raise BadMessage(f"{field} has rows of {len(self.cells)} items", got=show(value))
-        for cell, item in zip(self.cells, value, strict=True):
-            cell(field, item)
+            raise BadMessage(f"{field} is a row of {len(self.cells)} items", got=show(value))
+        for index, (cell, item) in enumerate(zip(self.cells, value, strict=True)):
+            cell(f"{field}[{index}]", item)
 
 
 @dataclass(frozen=True, slots=True)

@@ -163,7 +163,7 @@ def decode_request(frame: bytes) -> Request:
     if len(fields) < 2:
         raise BadMessage("a request is [operation, correlation, fields...]", length=len(fields))
     code, correlation = fields[0], fields[1]
-    if type(correlation) is not int or not 0 <= correlation <= _MAX_CORRELATION:
+    if not _is_correlation(correlation):
         raise BadMessage("a correlation is an unsigned 64-bit integer", got=show(correlation))
     shape = _REQUESTS.get(code) if type(code) is int else None
     if shape is None:
@@ -184,7 +184,7 @@ def decode_reply(frame: bytes, request_of: Mapping[int, type[Any]]) -> Reply:
     if len(fields) < 2:
         raise BadMessage("a reply is [correlation, 0 or 1, fields...]", length=len(fields))
     correlation, failed = fields[0], fields[1]
-    if type(correlation) is not int or type(failed) is not int or failed not in (0, 1):
+    if not _is_correlation(correlation) or type(failed) is not int or failed not in (0, 1):
         raise BadMessage(
             "a reply begins with a correlation, and 0 or 1",
             correlation=show(correlation),
@@ -258,8 +258,11 @@ def _peek_correlation(frame: bytes) -> int | None:
         correlation = unpacker.unpack()
     except _DECODE_FAULTS:
         return None
-    is_one = type(correlation) is int and 0 <= correlation <= _MAX_CORRELATION
-    return correlation if is_one else None
+    return correlation if _is_correlation(correlation) else None
+
+
+def _is_correlation(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= _MAX_CORRELATION
 
 
 def _build(shape: _Shape, fields: list[Any], first: int) -> Any:

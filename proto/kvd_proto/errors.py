@@ -25,8 +25,7 @@ KvdError
 └── ServiceError          the other side, or the way there
     ├── UnknownSession        the daemon does not know this session (it was restarted)
     ├── InternalError         a fault of the daemon's own, reported instead of hidden
-    ├── Unavailable           no daemon answers (raised by the client, never answered); among the
-    │                         failures of a flush: the session that filled the block has ended
+    ├── Unavailable           no daemon answers (raised by the client, never on the wire)
     └── DeadlineExceeded      no answer within the deadline (raised by the client)
 """
 

@@ -6,14 +6,17 @@ The geometry says nothing about the bytes' arrangement: that is the payload form
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from kvd_proto.checks import show
-from kvd_proto.errors import BadMessage
+from kvd_proto.checks import Ascii, Int, Items, Row
 
 PAGE_BYTES = 4096
 """A block's stride is a multiple of this, so that a block can be given back to the system alone."""
 
 MAX_LAYERS = 512
 MAX_ROW_BYTES = 1 << 24
+_TYPE = Ascii(1, 8)  # not any letter: a registration must fit the directory's header, see layout.py
+_ROW_BYTES = Int(1, MAX_ROW_BYTES)
+LAYERS = Items(1, MAX_LAYERS, Row((_TYPE, _ROW_BYTES, _TYPE, _ROW_BYTES)))
+"""The check of a geometry on the wire."""
 
 
 class TypeSize(NamedTuple):
@@ -60,30 +63,9 @@ class Geometry(NamedTuple):
     @classmethod
     def from_wire(cls, rows: Iterable[Any]) -> "Geometry":
         """Build from `[[k_type, k_row_bytes, v_type, v_row_bytes], ...]`; raises BadMessage."""
-        layers: list[LayerGeometry] = []
-        for index, row in enumerate(rows):
-            if not isinstance(row, list | tuple) or len(row) != 4:
-                raise BadMessage(
-                    "a layer is [k_type, k_row_bytes, v_type, v_row_bytes]", layer=index
-                )
-            k_type, k_row, v_type, v_row = row
-            for name in (k_type, v_type):
-                # ASCII: a registration must fit the directory's header, see layout.py.
-                if not isinstance(name, str) or not 1 <= len(name) <= 8 or not name.isascii():
-                    raise BadMessage(
-                        "a layer's type is a name of 1 to 8 ASCII letters",
-                        layer=index,
-                        type=show(name),
-                    )
-            for size in (k_row, v_row):
-                if type(size) is not int or not 1 <= size <= MAX_ROW_BYTES:
-                    raise BadMessage(
-                        f"a layer's row has 1 to {MAX_ROW_BYTES} bytes", layer=index, row=show(size)
-                    )
-            layers.append(LayerGeometry(k_type, k_row, v_type, v_row))
-        if not 1 <= len(layers) <= MAX_LAYERS:
-            raise BadMessage(f"a model has 1 to {MAX_LAYERS} layers", layers=len(layers))
-        return cls(tuple(layers))
+        layers = [list(row) if isinstance(row, tuple) else row for row in rows]
+        LAYERS("layers", layers)
+        return cls(tuple(LayerGeometry(*layer) for layer in layers))
 
 
 def round_up(n_bytes: int, multiple: int = PAGE_BYTES) -> int:

@@ -2,9 +2,8 @@
 
 A message is a NamedTuple: its fields are the wire's array, in order. `Annotated` carries the check
 that `codec.py` runs once, at the border, so whoever holds a message may trust its types and
-ranges; but for the rows of `layers`, which `Geometry.from_wire` checks. What depends on state (is
-this handle mine?) is the core's to answer. `bytes` fields that hold integers are packed
-little-endian: tokens and slots u32, staged offsets u64.
+ranges. What depends on state (is this handle mine?) is the core's to answer. `bytes` fields that
+hold integers are packed little-endian: tokens and slots u32, staged offsets u64.
 """
 
 from collections.abc import Mapping
@@ -12,7 +11,7 @@ from typing import Annotated, Any, NamedTuple
 
 from kvd_proto.checks import Blob, Evidence, Int, Items, Packed, Row, Table, Text
 from kvd_proto.errors import Detail
-from kvd_proto.geometry import MAX_LAYERS
+from kvd_proto.geometry import LAYERS
 from kvd_proto.keys import FINGERPRINT_BYTES, TOKEN_BYTES
 
 MAX_TOKENS = 1 << 20
@@ -23,7 +22,7 @@ MAX_SEQ_IDS = 255
 MAX_WAIT_MS = 24 * 3600 * 1000
 MAX_FAILURES = 1000
 """A session that never flushes is told of so many failed commits, the latest ones."""
-MAX_ERROR_TEXT = 4000
+MAX_ERROR_TEXT = 2000
 MAX_DETAILS = 32
 MAX_DETAIL_NAME = 40
 MAX_DETAIL_TEXT = 200
@@ -40,7 +39,7 @@ Slots = Annotated[bytes, Packed(4, 0, MAX_TOKENS)]
 Offsets = Annotated[bytes, Packed(8, 0, MAX_TOKENS)]
 Fingerprint = Annotated[bytes, Blob(FINGERPRINT_BYTES)]
 Digest16 = Annotated[bytes, Blob(16)]
-Layers = Annotated[list[Any], Items(1, MAX_LAYERS)]
+Layers = Annotated[list[Any], LAYERS]
 SeqIds = Annotated[list[int], Items(0, MAX_SEQ_IDS, Int(0, MAX_SEQ_IDS - 1))]
 Generations = Annotated[list[int], Items(0, MAX_SEQ_IDS, Int(0, (1 << 64) - 1))]
 ErrorText = Annotated[str, Text(0, MAX_ERROR_TEXT)]

@@ -1,8 +1,8 @@
 """The accounting identities, as code: running totals against a slow recount from the trees.
 
-    budget == unassigned + directories + staging + sum over arenas of (free + filling + active +
-    cached) per arena, in slots: backed == free + filling + active + cached, and no slot is in two
-    places
+    budget == unassigned + directories + staging
+              + sum over arenas of (free + filling + active + cached), in bytes of stride
+    per arena, in slots: backed == free + filling + active + cached, and each is in one place
 
 Nothing can be pinned yet, so the pinned term that reports carry is always 0.
 """
@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvd.core.budget import Arena
-from kvd.core.cache import AllocBacking, AppendBacking, Cache, Copying
-from kvd.core.commits import blocks_of
-from kvd.core.tree import FILLING, GONE, NO_SLOT, SEALED, Block
+from kvd.core.cache import AllocBacking, Cache, Copying
+from kvd.core.sequences import State
+from kvd.core.tree import FILLING, GONE, SEALED, Block
 
 
 class AccountingError(AssertionError):
@@ -33,7 +33,7 @@ class Totals:
     active: int
     cached: int
     padding: int
-    """Of filling, active and cached: what the stride has beyond the payload's exact size."""
+    """Of filling, active and cached: what the stride has beyond a full block's payload."""
 
     @property
     def backed(self) -> int:
@@ -80,70 +80,96 @@ def check(cache: Cache) -> None:
     A walk of all trees: for tests and for `kvctl verify`.
     """
     totals(cache).check()
-    staging = sum(
-        session.staging_bytes for session in (*cache.sessions.values(), *cache.leaving.values())
-    )
+    sessions = [*cache.sessions.values(), *cache.leaving.values()]
+    staging = sum(session.staging_bytes for session in sessions)
     _equal("staging", cache.budget.staging, staging)
     _equal("open sequences", cache.open_sequences, len(cache.sequences()))
-    lru = list(cache.budget.lru)
-    _equal(
-        "blocks in the LRU", len(lru), sum(arena.cached for arena in cache.budget.arenas.values())
-    )
-    place = {block: index for index, block in enumerate(lru)}
-    for block in lru:
-        for child in block.children:
-            if child not in place or place[child] > place[block]:
-                raise AccountingError(f"slot {block.slot} would be evicted before its child")
+    waiting = sum(len(context.waiting) for context in cache.contexts.values())
+    _equal("waiting", len(cache.waiting), waiting)
+    for session in sessions:
+        copies = [len(job.blocks) for job in _copies(cache) if job.session is session]
+        _equal(f"copies from the staging of {session.client}", session.in_flight, sum(copies))
     leases: dict[Block, int] = {}
     for sequence in cache.sequences():
         leases[sequence.leased] = leases.get(sequence.leased, 0) + 1
+        if sequence.leased.state is GONE:
+            raise AccountingError(
+                f"sequence {sequence.seq_id} of context {sequence.context.number} leases a block "
+                "that is gone"
+            )
+    cached = 0
     for arena in cache.budget.arenas.values():
         _check_arena(cache, arena, leases)
+        cached += arena.cached
+    _equal("blocks in the LRU", len(cache.budget.lru), cached)
+    _check_order(cache)
 
 
 def _check_arena(cache: Cache, arena: Arena, leases: dict[Block, int]) -> None:
-    filling, active, cached = set[int](), set[int](), set[int]()
-    for block in blocks_of(arena):
-        holding = sum(1 for child in block.children if child.holds or child.state is FILLING)
-        expected = leases.get(block, 0) + holding + (block.state is FILLING)
+    places: dict[str, list[int]] = {
+        "punched": arena.punched,
+        "free": arena.free,
+        "filling": _slots_set_aside(cache, arena),
+        "active": [],
+        "cached": [],
+    }
+    for block in arena.root.below():
+        held = sum(1 for child in block.children if child.holds)
+        expected = leases.get(block, 0) + held + (block.state is FILLING)
         _equal(f"holds of slot {block.slot}", block.holds, expected)
         if block.children and block.n_tokens != arena.block_tokens:
             raise AccountingError(f"slot {block.slot} is not full and has children")
         if block.state is FILLING:
-            filling.add(block.slot)
+            places["filling"].append(block.slot)
         elif block.holds:
-            active.add(block.slot)
+            places["active"].append(block.slot)
         else:
-            cached.add(block.slot)
+            places["cached"].append(block.slot)
+            if block not in cache.budget.lru:
+                raise AccountingError(f"nobody holds slot {block.slot}, which is not in the LRU")
+            if block.is_superseded:
+                raise AccountingError(
+                    f"nobody holds slot {block.slot}, which a longer one replaced"
+                )
+    _equal("filling", arena.filling, len(places["filling"]))
+    _equal("active", arena.active, len(places["active"]))
+    _equal("cached", arena.cached, len(places["cached"]))
+    slots = sorted(slot for place in places.values() for slot in place)
+    if slots != list(range(arena.high_water)):
+        raise AccountingError(
+            f"arena {arena.number}: each slot below {arena.high_water} should be in one of {places}"
+        )
+    _equal("directory", arena.directory_bytes, arena.directory_for(arena.high_water))
+
+
+def _check_order(cache: Cache) -> None:
+    """No block is evicted before its children."""
+    place = {block: index for index, block in enumerate(cache.budget.lru)}
+    for block, index in place.items():
+        for child in block.children:
+            if place.get(child, index) >= index:
+                raise AccountingError(f"slot {block.slot} would be evicted before its child")
+
+
+def _slots_set_aside(cache: Cache, arena: Arena) -> list[int]:
+    """Slots that are filling and have no block in the tree: reserved ones, and those that only a
+    job of the shell still knows, since their blocks are gone."""
+    found: list[int] = []
     for sequence in cache.sequences():
         if sequence.context.arena is arena:
-            filling.update(sequence.reserved)
-            if sequence.leased.state is GONE:
-                raise AccountingError(f"sequence {sequence.seq_id} leases a block that is gone")
-    filling.update(_slots_of_jobs(cache, arena))
-    places = [list(range(arena.high_water, arena.slots)), arena.punched, arena.free]
-    slots = [slot for place in places for slot in place] + [*filling, *active, *cached]
-    _equal(f"slots of arena {arena.number}", arena.slots, len(slots))
-    _equal(f"different slots of arena {arena.number}", arena.slots, len(set(slots)))
-    _equal("filling", arena.filling, len(filling))
-    _equal("active", arena.active, len(active))
-    _equal("cached", arena.cached, len(cached))
-
-
-def _slots_of_jobs(cache: Cache, arena: Arena) -> set[int]:
-    """Slots that only a job of the shell still knows: their blocks are gone, or are to come."""
-    found = set[int]()
+            found += sequence.reserved
     for job in cache.jobs.values():
         if isinstance(job, AllocBacking):
             if job.sequence.context.arena is arena:
-                found.update(job.slots)
-        elif isinstance(job, AppendBacking | Copying):
-            found.update(
-                block.slot
-                for block in job.blocks
-                if block.arena is arena and block.state is GONE and block.slot != NO_SLOT
-            )
+                found += job.slots
+        else:
+            gone = [block for block in job.blocks if block.state is GONE]
+            found += [block.slot for block in gone if block.arena is arena]
     return found
+
+
+def _copies(cache: Cache) -> list[Copying]:
+    return [job for job in cache.jobs.values() if isinstance(job, Copying)]
 
 
 def _equal(what: str, running: int, recounted: int) -> None:
@@ -165,7 +191,7 @@ def arena_counts(arena: Arena) -> dict[str, int]:
 
 def sealed_blocks(arena: Arena) -> list[Block]:
     """What the arena's directory must hold."""
-    return [block for block in blocks_of(arena) if block.state is SEALED]
+    return [block for block in arena.root.below() if block.state is SEALED]
 
 
 def report_of_sequences(cache: Cache, now: float) -> list[dict[str, Any]]:
@@ -194,7 +220,7 @@ def report_of_sequences(cache: Cache, now: float) -> list[dict[str, Any]]:
                 "context": waiter.context.number,
                 "seq_id": None,
                 "generation": None,
-                "state": "PENDING",
+                "state": State.PENDING.value,
                 "request": waiter.message.request,
                 "client": session.client,
                 "pid": session.pid,

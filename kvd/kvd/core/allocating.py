@@ -1,10 +1,10 @@
 """Sequences come and go: alloc with its prefix match and lease, waiting for an id, release, get."""
 
-from heapq import heappush
+from operator import attrgetter
 from struct import pack
 
 from kvd.core.cache import AllocBacking, Cache
-from kvd.core.events import Backed, Effect, Reply
+from kvd.core.events import Backed, Effect
 from kvd.core.sequences import (
     Context,
     Sequence,
@@ -15,9 +15,16 @@ from kvd.core.sequences import (
     find_sequence,
 )
 from kvd.core.tree import SEALED, Block, match
-from kvd_proto.errors import KvdError, NoSequenceFree, ResourceError, SequenceLimit, UnknownContext
+from kvd_proto.errors import (
+    KvdError,
+    NoSequenceFree,
+    ResourceError,
+    SequenceLimit,
+    StaleHandle,
+    UnknownContext,
+)
 from kvd_proto.keys import TOKEN_BYTES
-from kvd_proto.messages import Alloc, Allocated, Blocks, Done, Get, Release
+from kvd_proto.messages import FAILED, Alloc, Allocated, Blocks, Done, Get, Release
 
 
 def alloc(
@@ -31,10 +38,10 @@ def alloc(
     """Answer now, or return None: the reply comes when an id is free or the reserve is backed."""
     context = find_context(session, cache.contexts, message.context)
     room = cache.open_sequences < cache.limits.max_sequences
-    if room and context.free_ids and not _someone_waits(cache, context):
+    if room and context.free_ids and not context.waiting:
         return _open(cache, context, correlation, message, now, effects)
     if message.wait_ms:
-        cache.waiting.append(Waiter(session.id, correlation, context, message, now))
+        _wait(cache, Waiter(cache.next_ticket, correlation, context, message, now))
         return None
     raise _no_id(cache, context)
 
@@ -45,7 +52,9 @@ def release(
     """The owner's word that the sequence's K/V is gone: the id may be handed out again."""
     context = find_context(session, cache.contexts, message.context)
     sequence = find_sequence(context, message.seq_id, message.generation)
-    close_sequence(cache, sequence, effects)
+    failed = message.outcome == FAILED
+    cache.counters.sequences_failed += failed
+    close_sequence(cache, sequence, State.FAILED if failed else State.COMPLETED, effects)
     serve_waiters(cache, now, effects)
     return Done()
 
@@ -72,71 +81,78 @@ def get(cache: Cache, session: Session, message: Get, now: float) -> Blocks:
     return Blocks(min(sequence.length, last.end), last.n_tokens, pack(f"<{len(slots)}I", *slots))
 
 
-def close_sequence(cache: Cache, sequence: Sequence, effects: list[Effect]) -> None:
+def close_sequence(cache: Cache, sequence: Sequence, outcome: State, effects: list[Effect]) -> None:
     """End a sequence: its leases and its reservation go, its id is free."""
     cache.budget.unhold(sequence.leased, effects)
     for slot in sequence.reserved:
         cache.budget.give_back(sequence.context.arena, slot)
     sequence.reserved.clear()
-    sequence.state = State.COMPLETED
+    sequence.state = outcome
     sequence.context.give_back(sequence)
     cache.open_sequences -= 1
 
 
 def serve_waiters(cache: Cache, now: float, effects: list[Effect]) -> None:
     """Hand free ids to those who wait, first come first served."""
-    for waiter in list(cache.waiting):
-        if cache.open_sequences >= cache.limits.max_sequences:
+    while cache.waiting and cache.open_sequences < cache.limits.max_sequences:
+        first_ones = [
+            next(iter(context.waiting))
+            for context in cache.contexts.values()
+            if context.waiting and context.free_ids
+        ]
+        if not first_ones:
             return
-        context = waiter.context
-        if not context.free_ids:
-            continue
-        cache.waiting.remove(waiter)
+        waiter = min(first_ones, key=attrgetter("ticket"))
+        _stop_waiting(cache, waiter)
+        context, correlation = waiter.context, waiter.correlation
         body: Allocated | KvdError | None
         try:
-            body = _open(cache, context, waiter.correlation, waiter.message, now, effects)
+            body = _open(cache, context, correlation, waiter.message, now, effects)
         except ResourceError as error:
             body = error
         if body is not None:
-            effects.append(Reply(waiter.session, waiter.correlation, body))
-
-
-def expire_waiters(cache: Cache, now: float, effects: list[Effect]) -> None:
-    """Tell those whose deadline has passed."""
-    for waiter in list(cache.waiting):
-        if waiter.deadline <= now:
-            cache.waiting.remove(waiter)
-            error = _no_id(cache, waiter.context)
-            error.details["waited_ms"] = waiter.message.wait_ms
-            effects.append(Reply(waiter.session, waiter.correlation, error))
+            cache.reply(context.session, correlation, body, effects)
 
 
 def refuse_waiters(cache: Cache, context: Context, effects: list[Effect]) -> None:
     """Nobody can wait for an id of a context that closes."""
-    for waiter in list(cache.waiting):
-        if waiter.context is context:
-            cache.waiting.remove(waiter)
-            error = UnknownContext("the context was closed", context=context.number)
-            effects.append(Reply(waiter.session, waiter.correlation, error))
+    for waiter in list(context.waiting):
+        _stop_waiting(cache, waiter)
+        error = UnknownContext("the context was closed", context=context.number)
+        cache.reply(context.session, waiter.correlation, error, effects)
+
+
+def expire(cache: Cache, now: float, effects: list[Effect]) -> None:
+    """Answer those whose time to wait is over. Mark sequences that nobody asked for in time; their
+    ids come back by release or death."""
+    while (owner := cache.deadlines.pop(now)) is not None:
+        if isinstance(owner, Waiter):
+            _stop_waiting(cache, owner)
+            error = _no_id(cache, owner.context)
+            error.details["waited_ms"] = owner.message.wait_ms
+            cache.reply(owner.context.session, owner.correlation, error, effects)
+        else:
+            owner.state = State.TIMED_OUT
+            cache.counters.sequences_timed_out += 1
 
 
 def reserve_backed(cache: Cache, job: AllocBacking, event: Backed, effects: list[Effect]) -> None:
-    """The memory of an alloc's reservation is there, or is not."""
-    sequence, context = job.sequence, job.sequence.context
-    is_open = context.open.get(sequence.seq_id) is sequence
-    if event.error is not None:
-        cache.budget.unback(context.arena, job.to_back)
-        for slot in set(job.slots).difference(job.to_back):
-            cache.budget.give_back(context.arena, slot)
-        if is_open:
-            close_sequence(cache, sequence, effects)
-        effects.append(Reply(job.session.id, job.correlation, event.error))
-    elif is_open:
+    """The memory of an alloc's reservation is there, or is not; or the sequence is gone."""
+    sequence = job.sequence
+    arena, session = sequence.context.arena, sequence.context.session
+    if event.error is None and sequence.is_open:
         sequence.reserved = job.slots
-        effects.append(Reply(job.session.id, job.correlation, job.reply))
-    else:
-        for slot in job.slots:
-            cache.budget.give_back(context.arena, slot)
+        cache.reply(session, job.correlation, job.reply, effects)
+        return
+    unbacked = set() if event.error is None else set(job.to_back)
+    cache.budget.unback(arena, unbacked)
+    for slot in job.slots:
+        if slot not in unbacked:
+            cache.budget.give_back(arena, slot)
+    if sequence.is_open:
+        close_sequence(cache, sequence, State.FAILED, effects)
+    error = event.error or StaleHandle("the sequence was closed before its room was there")
+    cache.reply(session, job.correlation, error, effects)
 
 
 def _open(
@@ -147,7 +163,7 @@ def _open(
     now: float,
     effects: list[Effect],
 ) -> Allocated | None:
-    """Take an id, match, lease and reserve. An id is free."""
+    """Take an id, match, lease and reserve. An id is free. None: the reserve is being backed."""
     arena = context.arena
     found = match(arena.root, message.tokens, arena.block_tokens * TOKEN_BYTES)
     blocks = found.full if found.partial is None else [*found.full, found.partial]
@@ -171,17 +187,13 @@ def _open(
         try:
             pending = _reserve(cache, sequence, correlation, message, reply, effects)
         except ResourceError:
-            close_sequence(cache, sequence, effects)
+            close_sequence(cache, sequence, State.FAILED, effects)
             raise
+    cache.deadlines.add(sequence)
     counters = cache.counters
     counters.sequences_opened += 1
     counters.queried_tokens += len(message.tokens) // TOKEN_BYTES
     counters.hit_tokens += found.n_tokens
-    if sequence.idle_timeout:
-        heappush(
-            cache.expiring,
-            (sequence.expires, context.number, sequence.seq_id, sequence.generation),
-        )
     return None if pending else reply
 
 
@@ -195,21 +207,27 @@ def _reserve(
 ) -> bool:
     """Set slots aside after the sequence's last full block. Returns whether they need memory
     first."""
-    context = sequence.context
-    arena = context.arena
+    arena = sequence.context.arena
     n_slots = -(-message.reserve_tokens // arena.block_tokens)
     taken = cache.budget.take(arena, n_slots, effects)
     sequence.limit = sequence.tip.end + message.reserve_tokens
     if not taken.to_back:
         sequence.reserved = taken.slots
         return False
-    job = AllocBacking(context.session, correlation, sequence, taken.slots, taken.to_back, reply)
+    job = AllocBacking(correlation, sequence, taken.slots, taken.to_back, reply)
     effects.append(cache.budget.back_effect(cache.new_job(job), arena, taken.to_back))
     return True
 
 
-def _someone_waits(cache: Cache, context: Context) -> bool:
-    return any(waiter.context is context for waiter in cache.waiting)
+def _wait(cache: Cache, waiter: Waiter) -> None:
+    cache.next_ticket += 1
+    cache.waiting[waiter] = waiter.context.waiting[waiter] = None
+    cache.deadlines.add(waiter)
+
+
+def _stop_waiting(cache: Cache, waiter: Waiter) -> None:
+    del cache.waiting[waiter]
+    del waiter.context.waiting[waiter]
 
 
 def _no_id(cache: Cache, context: Context) -> ResourceError:

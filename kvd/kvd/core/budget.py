@@ -144,7 +144,7 @@ class Budget:
             node.arena.cached += 1
             self.lru[node] = None
             node = node.parent
-        if block.parent is not None and not block.holds and block.parent.extension(block.tokens):
+        if block.parent is not None and not block.holds and block.is_superseded:
             self.drop(block, effects)
 
     # --- room
@@ -188,10 +188,10 @@ class Budget:
         arena.filling -= 1
         arena.free.append(slot)
 
-    def unback(self, arena: Arena, slots: list[int]) -> None:
+    def unback(self, arena: Arena, slots: set[int]) -> None:
         """Slots that were set aside, but the operating system had no memory for them."""
         arena.filling -= len(slots)
-        arena.punched.extend(slots)
+        arena.punched.extend(sorted(slots))
         self.unassigned += len(slots) * arena.stride
 
     def drop(self, block: Block, effects: list[Effect]) -> None:
@@ -292,8 +292,7 @@ class Budget:
 
     def _back_one(self, arena: Arena) -> bool:
         """Charge one more backed slot, if the budget has it unassigned."""
-        if not arena.punched and arena.high_water == arena.slots:
-            return False
+        # A slot is left then: the arena has as many as the whole budget has strides.
         cost = arena.cost_of_fresh(1)
         if cost > self.unassigned:
             return False

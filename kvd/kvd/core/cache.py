@@ -113,12 +113,10 @@ class Cache:
         self.jobs[number] = job
         return number
 
-    def reply(
-        self, session: Session, correlation: int, body: Any, effects: list[Effect]
-    ) -> None:
+    def reply(self, session: Session, correlation: int, body: Any, effects: list[Effect]) -> None:
         """Answer a request with a message or a KvdError; a session that has ended hears nothing."""
-        self.counters.errors += isinstance(body, KvdError)
         if session.alive:
+            self.counters.errors += isinstance(body, KvdError)
             effects.append(Reply(session.id, correlation, body))
 
     def lease(self, sequence: Sequence, block: Block, effects: list[Effect]) -> None:

@@ -5,13 +5,16 @@
                   └─ a block that another commit fills already is joined: this staged copy stands by
 
 A filling block lists its sources, first come first. The first is copied; when that copy is not
-accepted the next takes over; when none is left, the block goes, with everything below it.
+accepted the next takes over; when none is left, the block goes, with everything below it. No
+staging is read before its append was answered: if there is no memory, the append never was, and its
+staging is the client's again. Who drives this: storing.py.
 """
 
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import NamedTuple
 
-from kvd.core.budget import Arena, Budget
+from kvd.core.budget import Budget
 from kvd.core.events import CopyItem, Effect, WriteRecord
 from kvd.core.sequences import Sequence, Session
 from kvd.core.tree import FILLING, GONE, NO_SLOT, SEALED, Block
@@ -28,7 +31,12 @@ class Commit:
     pending: set[Block] = field(default_factory=set)
     failure: KvdError | None = None
     answered: bool = False
-    """Its reply has been sent: it may be reported as finished from then on."""
+    """Its reply has been sent: it may be copied, and reported as finished, from then on."""
+
+    @property
+    def unfinished(self) -> list[Block]:
+        """The pending blocks, parents first."""
+        return sorted(self.pending, key=attrgetter("start"))
 
 
 class Source(NamedTuple):
@@ -109,9 +117,8 @@ def begin(
 
 def copy_item(block: Block) -> CopyItem:
     """The copy of the block's first source; until it has ended, the slot is the shell's."""
-    assert block.sources
     block.in_flight = True
-    source = block.sources[0]
+    source = block.first_source
     source.commit.session.in_flight += 1
     n_bytes = block.arena.format.size(block.n_tokens)
     return CopyItem(block.slot, source.offset, n_bytes, block.start, block.n_tokens)
@@ -146,23 +153,18 @@ def seal(
     budget.unhold(block, effects)
 
 
-def fail_first_source(block: Block, error: KvdError) -> bool:
-    """The copy of the first source was not accepted. Returns whether another can take over."""
-    assert block.sources
-    source = block.sources.pop(0)
-    source.commit.pending.discard(block)
-    source.commit.failure = error
-    return bool(block.sources)
+def drop_source(block: Block, commit: Commit) -> None:
+    """The block is this commit's to fill no longer."""
+    assert block.sources is not None
+    block.sources = [source for source in block.sources if source.commit is not commit]
+    commit.pending.discard(block)
 
 
 def withdraw(commit: Commit) -> None:
     """A dead session's staged copies stand by no longer; those being copied are still good."""
     for block in list(commit.pending):
-        assert block.sources is not None
-        first, *others = block.sources
-        block.sources = [first, *(source for source in others if source.commit is not commit)]
-        if first.commit is not commit:
-            commit.pending.discard(block)
+        if block.first_source.commit is not commit:
+            drop_source(block, commit)
 
 
 def remove_failed(block: Block, error: KvdError, budget: Budget, effects: list[Effect]) -> None:
@@ -171,19 +173,18 @@ def remove_failed(block: Block, error: KvdError, budget: Budget, effects: list[E
     A slot is free at once, or when the job that the shell has for it has ended (`in_flight`).
     Sequences that rest on a removed block must be moved off first.
     """
-    for child in list(block.children):
-        remove_failed(child, error, budget, effects)
-    if block.state is FILLING:
-        for source in block.sources or ():
-            source.commit.pending.discard(block)
+    for failed in reversed([block, *block.below()]):
+        if failed.state is SEALED:
+            # Its copy was sealed while its parent still waited for one; nobody holds it any more.
+            budget.drop(failed, effects)
+            continue
+        for source in failed.sources or ():
+            source.commit.pending.discard(failed)
             source.commit.failure = error
-        block.sources = None
-        if not block.in_flight and block.slot != NO_SLOT:
-            budget.give_back(block.arena, block.slot)
-        _detach(block, budget, effects)
-    else:
-        # Its own copy was sealed while the parent still waited for one; nobody holds it any more.
-        budget.drop(block, effects)
+        failed.sources = None
+        if not failed.in_flight and failed.slot != NO_SLOT:
+            budget.give_back(failed.arena, failed.slot)
+        _detach(failed, budget, effects)
 
 
 def sequences_below(block: Block, sequences: list[Sequence]) -> list[Sequence]:
@@ -208,26 +209,10 @@ def _detach(block: Block, budget: Budget, effects: list[Effect]) -> None:
 
 
 def _supersede(block: Block, budget: Budget, effects: list[Effect]) -> None:
-    """A longer block replaces shorter siblings that are its prefix, now or when they are let go."""
+    """A longer block replaces shorter siblings that are its prefix: now, or when they are let go
+    (`Budget.unhold`)."""
     parent = block.parent
     assert parent is not None
     for shorter in parent.prefixes(block.tokens):
-        if shorter.state is not SEALED:
-            continue
-        if shorter.holds:
-            shorter.superseded = True
-        else:
+        if shorter.state is SEALED and not shorter.holds:
             budget.drop(shorter, effects)
-    if parent.extension(block.tokens) is not None:
-        block.superseded = True
-
-
-def blocks_of(arena: Arena) -> list[Block]:
-    """Every block of the arena's tree, parents before children. A walk of the whole tree."""
-    found: list[Block] = []
-    stack = list(arena.root.children)
-    while stack:
-        block = stack.pop()
-        found.append(block)
-        stack.extend(block.children)
-    return found

@@ -4,7 +4,6 @@ Nothing raises out of `handle` for what a client did: it becomes an error reply.
 is a fault of ours and does come out.
 """
 
-from heapq import heappop, heappush
 from typing import Any
 
 from kvd.core import allocating, models, storing
@@ -74,36 +73,34 @@ class Core:
             case ArenaFailed(number):
                 models.forget_arena(cache, number)
             case Ticked():
-                allocating.expire_waiters(cache, now, effects)
-                self._expire_sequences(now)
+                allocating.expire(cache, now, effects)
         # A block that is sealed or fails can finish commits of several sessions.
         for session in cache.sessions.values():
             if session.commits:
-                storing.advance_completed(session, effects)
+                storing.advance_completed(cache, session, effects)
         self._let_leave(effects)
         return effects
 
     def next_deadline(self) -> float | None:
-        """When a `Ticked` is due at the latest; None while nothing has a deadline."""
-        deadlines = [waiter.deadline for waiter in self.cache.waiting]
-        if self.cache.expiring:
-            deadlines.append(self.cache.expiring[0][0])
-        return min(deadlines, default=None)
+        """When a `Ticked` is due; None while nothing has a deadline."""
+        return self.cache.deadlines.next()
 
     def _request(self, event: Requested, now: float, effects: list[Effect]) -> None:
         cache = self.cache
         cache.counters.requests += 1
         session = cache.sessions.get(event.session)
+        if session is None:
+            cache.counters.errors += 1
+            error = UnknownSession("the daemon does not know this session")
+            effects.append(Reply(event.session, event.correlation, error))
+            return
         body: Any
         try:
-            if session is None:
-                raise UnknownSession("the daemon does not know this session")
             body = self._answer(session, event, now, effects)
         except KvdError as error:
-            cache.counters.errors += 1
             body = error
         if body is not None:
-            effects.append(Reply(event.session, event.correlation, body))
+            cache.reply(session, event.correlation, body, effects)
 
     def _answer(
         self, session: Session, event: Requested, now: float, effects: list[Effect]
@@ -137,6 +134,8 @@ class Core:
 
     def _connect(self, event: Connected, now: float, effects: list[Effect]) -> None:
         cache = self.cache
+        assert event.session not in cache.sessions, "the shell gave a session's id twice"
+        assert event.session not in cache.leaving, "the shell gave a session's id twice"
         try:
             if len(cache.sessions) >= cache.limits.max_sessions:
                 raise TooManySessions(
@@ -166,10 +165,11 @@ class Core:
             return
         session.alive = False
         for context in list(session.contexts.values()):
-            models.drop_context(cache, context, effects)
+            models.drop_context(cache, context, State.FAILED, effects)
         for commit in session.commits.values():
             withdraw(commit)
         cache.leaving[session.id] = session
+        self._let_leave(effects)  # before others ask for room
         allocating.serve_waiters(cache, now, effects)
 
     def _let_leave(self, effects: list[Effect]) -> None:
@@ -179,18 +179,3 @@ class Core:
                 del self.cache.leaving[session.id]
                 self.cache.budget.return_staging(session.staging_bytes)
                 effects.append(CloseStaging(session.id))
-
-    def _expire_sequences(self, now: float) -> None:
-        """Mark sequences that nobody asked for in time. Their ids come back by release or death."""
-        expiring = self.cache.expiring
-        while expiring and expiring[0][0] <= now:
-            _, number, seq_id, generation = heappop(expiring)
-            context = self.cache.contexts.get(number)
-            sequence = context.open.get(seq_id) if context else None
-            if sequence is None or sequence.generation != generation:
-                continue
-            if sequence.expires > now:
-                heappush(expiring, (sequence.expires, number, seq_id, generation))
-            elif sequence.state is State.PROCESSING:
-                sequence.state = State.TIMED_OUT
-                self.cache.counters.sequences_timed_out += 1

@@ -3,10 +3,10 @@
 from collections import deque
 
 from kvd.core.allocating import close_sequence, refuse_waiters, serve_waiters
-from kvd.core.budget import Arena, directory_bytes_for
+from kvd.core.budget import Arena
 from kvd.core.cache import Cache
 from kvd.core.events import CreateArena, Effect, ShareArena
-from kvd.core.sequences import Context, Session, find_context
+from kvd.core.sequences import Context, Session, State, find_context
 from kvd_proto.errors import (
     BadMessage,
     GeometryMismatch,
@@ -64,18 +64,17 @@ def open_context(cache: Cache, session: Session, message: OpenContext, now: floa
         raise BadMessage(
             "n_seq_max is too large", got=message.n_seq_max, most=cache.limits.n_seq_max
         )
-    if len(set(message.busy)) != len(message.busy) or max(message.busy, default=0) >= max(
-        1, message.n_seq_max
-    ):
+    busy = set(message.busy)
+    if len(busy) != len(message.busy) or not busy.issubset(range(message.n_seq_max)):
         raise BadMessage("busy ids are different ids of the context", n_seq_max=message.n_seq_max)
-    if cache.open_sequences + len(message.busy) > cache.limits.max_sequences:
+    if cache.open_sequences + len(busy) > cache.limits.max_sequences:
         raise SequenceLimit("too many sequences are open", max_sequences=cache.limits.max_sequences)
     number = cache.next_context
     cache.next_context += 1
-    free = deque(set(range(message.n_seq_max)).difference(message.busy))
-    context = Context(number, session, arena, free)
+    free_ids = deque(seq_id for seq_id in range(message.n_seq_max) if seq_id not in busy)
+    context = Context(number, session, arena, free_ids)
     cache.contexts[number] = session.contexts[number] = context
-    cache.open_sequences += len(message.busy)
+    cache.open_sequences += len(busy)
     taken = [context.open_id(seq_id, "", 0.0, now) for seq_id in message.busy]
     return ContextOpened(number, [sequence.generation for sequence in taken])
 
@@ -85,16 +84,16 @@ def close_context(
 ) -> Done:
     """Give back a context, its sequences and what waits for one of its ids."""
     context = find_context(session, cache.contexts, message.context)
-    drop_context(cache, context, effects)
+    drop_context(cache, context, State.COMPLETED, effects)
     serve_waiters(cache, now, effects)
     return Done()
 
 
-def drop_context(cache: Cache, context: Context, effects: list[Effect]) -> None:
+def drop_context(cache: Cache, context: Context, outcome: State, effects: list[Effect]) -> None:
     """Close all sequences of a context and forget it."""
     refuse_waiters(cache, context, effects)
     for sequence in list(context.open.values()):
-        close_sequence(cache, sequence, effects)
+        close_sequence(cache, sequence, outcome, effects)
     del cache.contexts[context.number]
     del context.session.contexts[context.number]
 
@@ -117,18 +116,6 @@ def _create_arena(
     effects: list[Effect],
 ) -> Arena:
     payload_format = make_format(message.payload_format, geometry, message.block_tokens)
-    stride = round_up(payload_format.max_bytes)
-    slots = cache.limits.max_memory // stride
-    if (
-        slots == 0
-        or stride + directory_bytes_for(1, message.block_tokens) > cache.limits.max_memory
-    ):
-        raise ModelTooLarge(
-            "not even one block of this model fits the budget",
-            stride_bytes=stride,
-            budget_bytes=cache.limits.max_memory,
-            bytes_per_token=geometry.bytes_per_token,
-        )
     arena = Arena(
         number=cache.next_arena,
         tenant=session.tenant,
@@ -137,9 +124,17 @@ def _create_arena(
         geometry=geometry,
         payload_format=payload_format,
         block_tokens=message.block_tokens,
-        slots=slots,
+        slots=cache.limits.max_memory // round_up(payload_format.max_bytes),
         root_key=root_key(fingerprint),
     )
+    if not arena.slots or arena.stride + arena.directory_for(1) > cache.limits.max_memory:
+        raise ModelTooLarge(
+            "not even one block of this model fits the budget",
+            stride_bytes=arena.stride,
+            directory_bytes=arena.directory_for(1),
+            budget_bytes=cache.limits.max_memory,
+            bytes_per_token=geometry.bytes_per_token,
+        )
     cache.budget.charge_directory(arena, effects)
     cache.next_arena += 1
     cache.models[(session.tenant, fingerprint)] = arena
@@ -154,7 +149,7 @@ def _create_arena(
             geometry.layers,
             arena.payload_bytes,
             arena.stride,
-            slots,
+            arena.slots,
             arena.directory_bytes,
         )
     )

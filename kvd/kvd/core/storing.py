@@ -7,14 +7,15 @@ from kvd.core.commits import (
     Commit,
     begin,
     copy_item,
-    fail_first_source,
+    drop_source,
     plan_append,
     remove_failed,
     seal,
     sequences_below,
 )
-from kvd.core.events import Backed, Completed, Copied, Copy, Effect, Reply
+from kvd.core.events import Backed, Completed, Copied, Copy, Effect
 from kvd.core.sequences import (
+    Failure,
     Sequence,
     Session,
     State,
@@ -22,7 +23,7 @@ from kvd.core.sequences import (
     find_context,
     find_sequence,
 )
-from kvd.core.tree import FILLING, GONE, NO_SLOT, Block
+from kvd.core.tree import GONE, NO_SLOT, Block
 from kvd_proto.errors import (
     BadMessage,
     BadPosition,
@@ -30,14 +31,11 @@ from kvd_proto.errors import (
     KvdError,
     ReservationExceeded,
     SequenceEnded,
-    Unavailable,
+    UnknownSession,
 )
 from kvd_proto.geometry import PAGE_BYTES
 from kvd_proto.keys import TOKEN_BYTES
 from kvd_proto.messages import MAX_TOKENS, Append, Appended, Flush, Flushed
-
-MAX_FAILURES = 1000
-"""A session that never flushes is told of so many failed commits, the latest ones."""
 
 
 def append(
@@ -49,7 +47,12 @@ def append(
     now: float,
     effects: list[Effect],
 ) -> None:
-    """Take the blocks in. The reply is an effect: now, or when the blocks' slots are backed."""
+    """Take the blocks in. The reply is an effect: now, or when the blocks' slots are backed.
+
+    The sequence goes on at once, so that its next append need not wait for the reply, and lets go
+    of an open tail or a block that matched in part. If there is no memory then, it goes back to
+    where this append started, whatever has been appended to it since.
+    """
     context = find_context(session, cache.contexts, message.context)
     sequence = find_sequence(context, message.seq_id, message.generation)
     sequence.touched = now
@@ -70,27 +73,27 @@ def append(
     commit = Commit(session, session.last_commit)
     session.commits[commit.number] = commit
     begun = begin(plan, sequence, slots, offsets, commit, cache.budget)
-    cache.budget.unhold(anchor, effects)
     _advance(cache, sequence, message, begun.new[-1] if begun.new else anchor, effects)
+    cache.budget.unhold(anchor, effects)
     cache.counters.present_blocks += begun.present
     cache.counters.joined_blocks += begun.joined
     reply = Appended(commit.number, len(begun.new), begun.present, begun.joined)
     if taken.to_back:
         for block in begun.new:
             block.in_flight = True
-        job = AppendBacking(session, correlation, commit, begun.new, taken.to_back, reply)
+        first = plan.existing[0] if plan.existing else begun.new[0]
+        job = AppendBacking(correlation, sequence, commit, first, begun.new, taken.to_back, reply)
         effects.append(cache.budget.back_effect(cache.new_job(job), arena, taken.to_back))
         return
-    _accept(cache, commit, correlation, reply, begun.new, effects)
-    advance_completed(session, effects)
+    _accept(cache, commit, correlation, reply, effects)
+    advance_completed(cache, session, effects)
 
 
 def append_backed(cache: Cache, job: AppendBacking, event: Backed, effects: list[Effect]) -> None:
     """The memory of an append's blocks is there, or is not; or its session has died meanwhile."""
-    arena = job.blocks[0].arena
-    unbacked = set(job.to_back) if event.error is not None else set()
-    if unbacked:
-        cache.budget.unback(arena, job.to_back)
+    arena = job.first.arena
+    unbacked = set() if event.error is None else set(job.to_back)
+    cache.budget.unback(arena, unbacked)
     for block in job.blocks:
         block.in_flight = False
         if block.slot in unbacked:
@@ -98,19 +101,13 @@ def append_backed(cache: Cache, job: AppendBacking, event: Backed, effects: list
         elif block.state is GONE:
             cache.budget.give_back(arena, block.slot)
     if event.error is not None:
-        # Whoever joined would find no memory either.
-        _remove(cache, job.blocks[0], event.error, effects)
-        job.commit.failure = None
-        job.commit.answered = True
-        effects.append(Reply(job.session.id, job.correlation, event.error))
-    elif job.session.alive:
-        waiting = [block for block in job.blocks if block.state is FILLING]
-        _accept(cache, job.commit, job.correlation, job.reply, waiting, effects)
-    else:
+        _refuse(cache, job, event.error, effects)
+    elif not job.commit.session.alive:
         # It has not been told that its commit was taken, so the commit never was.
-        error = Unavailable("the session ended before its commit was accepted")
-        for block in job.blocks:
-            _source_failed(cache, block, error, effects)
+        error = UnknownSession("the session ended before its commit was accepted")
+        _refuse(cache, job, error, effects)
+    else:
+        _accept(cache, job.commit, job.correlation, job.reply, effects)
 
 
 def copied(cache: Cache, job: Copying, event: Copied, effects: list[Effect]) -> None:
@@ -122,7 +119,7 @@ def copied(cache: Cache, job: Copying, event: Copied, effects: list[Effect]) -> 
             cache.budget.give_back(block.arena, block.slot)
         elif result.error is not None:
             cache.counters.failed_blocks += 1
-            _source_failed(cache, block, result.error, effects)
+            _lose_source(cache, block, block.first_source.commit, result.error, effects)
         else:
             cache.counters.stored_blocks += 1
             cache.counters.stored_bytes += block.arena.format.size(block.n_tokens)
@@ -142,8 +139,9 @@ def flush(cache: Cache, session: Session, correlation: int, message: Flush) -> F
     return _flushed(session)
 
 
-def advance_completed(session: Session, effects: list[Effect]) -> None:
-    """Raise the session's completed number as far as its commits allow, and answer flushes."""
+def advance_completed(cache: Cache, session: Session, effects: list[Effect]) -> None:
+    """Raise a living session's completed number as far as its commits allow, and answer
+    flushes."""
     before = session.completed
     while session.commits:
         commit = next(iter(session.commits.values()))
@@ -152,14 +150,17 @@ def advance_completed(session: Session, effects: list[Effect]) -> None:
         del session.commits[commit.number]
         session.completed = commit.number
         if commit.failure is not None:
-            session.failures.append(commit)
-            del session.failures[:-MAX_FAILURES]
-    if session.completed == before or not session.alive:
+            error = commit.failure
+            session.failures.append(Failure(commit.number, error.code, error.message))
+    if session.completed == before:
         return
     effects.append(Completed(session.id, session.completed))
-    for waiting in [flush for flush in session.flushes if flush.commit <= session.completed]:
-        session.flushes.remove(waiting)
-        effects.append(Reply(session.id, waiting.correlation, _flushed(session)))
+    flushes, session.flushes = session.flushes, []
+    for waiting in flushes:
+        if waiting.commit > session.completed:
+            session.flushes.append(waiting)
+        else:
+            cache.reply(session, waiting.correlation, _flushed(session), effects)
 
 
 def _check(
@@ -226,13 +227,29 @@ def _accept(
     commit: Commit,
     correlation: int,
     reply: object,
-    blocks: list[Block],
     effects: list[Effect],
 ) -> None:
     """Answer first: a client must learn its commit's number before that is completed. Then copy."""
-    effects.append(Reply(commit.session.id, correlation, reply))
+    cache.reply(commit.session, correlation, reply, effects)
     commit.answered = True
-    _start_copy(cache, commit.session, blocks, effects)
+    own = [block for block in commit.unfinished if block.first_source.commit is commit]
+    _start_copy(cache, commit.session, own, effects)
+
+
+def _refuse(cache: Cache, job: AppendBacking, error: KvdError, effects: list[Effect]) -> None:
+    """The append never was. Blocks for which others have staged copies too are theirs now, unless
+    it is their slots for which there is no memory."""
+    commit = job.commit
+    if job.sequence.is_open:
+        _fall_back(cache, job.first, [job.sequence], effects)
+    for block in job.blocks:
+        if block.slot == NO_SLOT:
+            _remove(cache, block, error, effects)
+    for block in commit.unfinished:
+        _lose_source(cache, block, commit, error, effects)
+    commit.failure = None
+    commit.answered = True
+    cache.reply(commit.session, job.correlation, error, effects)
 
 
 def _start_copy(cache: Cache, session: Session, blocks: list[Block], effects: list[Effect]) -> None:
@@ -243,35 +260,41 @@ def _start_copy(cache: Cache, session: Session, blocks: list[Block], effects: li
         effects.append(Copy(job, blocks[0].arena.number, session.id, items))
 
 
-def _source_failed(cache: Cache, block: Block, error: KvdError, effects: list[Effect]) -> None:
-    """The first staged copy of a block is no good: the next takes over, or the block goes."""
+def _lose_source(
+    cache: Cache, block: Block, commit: Commit, error: KvdError, effects: list[Effect]
+) -> None:
+    """A commit's staged copy of a block is no good: the next takes over, or the block goes."""
     if block.state is GONE:
         return
-    if fail_first_source(block, error):
-        assert block.sources
-        _start_copy(cache, block.sources[0].commit.session, [block], effects)
-    else:
+    was_first = block.first_source.commit is commit
+    drop_source(block, commit)
+    commit.failure = error
+    if not block.sources:
         _remove(cache, block, error, effects)
+    elif was_first and block.first_source.commit.answered:
+        _start_copy(cache, block.first_source.commit.session, [block], effects)
 
 
 def _remove(cache: Cache, block: Block, error: KvdError, effects: list[Effect]) -> None:
-    """Drop a block that cannot be filled; sequences that rest on it fall back to its parent."""
-    if block.state is GONE:
-        return
+    """Drop a block that cannot be filled, and all below it."""
+    if block.state is not GONE:
+        _fall_back(cache, block, cache.sequences(), effects)
+        remove_failed(block, error, cache.budget, effects)
+
+
+def _fall_back(
+    cache: Cache, block: Block, sequences: list[Sequence], effects: list[Effect]
+) -> None:
+    """Those of `sequences` that rest on `block` go back to its parent."""
     parent = block.parent
     assert parent is not None
-    for sequence in sequences_below(block, cache.sequences()):
+    for sequence in sequences_below(block, sequences):
         cache.lease(sequence, parent, effects)
         sequence.tip = parent
         sequence.length = parent.end
-    remove_failed(block, error, cache.budget, effects)
 
 
 def _flushed(session: Session) -> Flushed:
-    failures = [
-        [commit.number, commit.failure.code, commit.failure.message]
-        for commit in session.failures
-        if commit.failure is not None
-    ]
+    failures = [list(failure) for failure in session.failures]
     session.failures.clear()
     return Flushed(session.completed, failures)

@@ -68,7 +68,7 @@ class Block:
         self.in_flight = False
         """A job of the shell backs or writes the slot: it is not free before that has ended."""
         self.sources: list[Source] | None = None
-        """While filling: whose staged copies could fill it; the first one is being copied."""
+        """While filling: whose staged copies could fill it; the first one is copied."""
 
     @property
     def n_tokens(self) -> int:
@@ -78,6 +78,18 @@ class Block:
     def end(self) -> int:
         """The position after the block's last token."""
         return self.start + len(self.tokens) // TOKEN_BYTES
+
+    @property
+    def first_source(self) -> "Source":
+        """Whose staged copy fills it. Only while it is filling."""
+        assert self.sources
+        return self.sources[0]
+
+    @property
+    def is_superseded(self) -> bool:
+        """Whether a longer sibling, sealed, has all of its tokens."""
+        assert self.parent is not None
+        return self.parent.extension(self.tokens) is not None
 
     def child(self, tokens: bytes) -> "Block | None":
         """The child with exactly these tokens, filling or sealed."""
@@ -150,6 +162,16 @@ class Block:
             if candidate.state is SEALED and len(candidate.tokens) > len(tokens):
                 return candidate
         return None
+
+    def below(self) -> "list[Block]":
+        """Every block below this one, parents before children. A walk of the whole subtree."""
+        found: list[Block] = []
+        stack = list(self.children)
+        while stack:
+            block = stack.pop()
+            found.append(block)
+            stack.extend(block.children)
+        return found
 
 
 class Agreement(NamedTuple):

@@ -1,0 +1,110 @@
+"""The beginning of a session: hello, and the daemon's welcome. It never waits.
+
+A welcome may take its time (the daemon gives the staging its memory first, or hangs), so a
+handshake can be left alone and looked at later. What follows it: session.py.
+"""
+
+import mmap
+import os
+import socket
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import zmq
+
+from kvd_client.errors import KvdError, Unavailable, copy_error
+from kvd_client.lifeline import receive_datagram
+from kvd_client.session import Session
+from kvd_client.staging import StagingArea
+from kvd_proto import PROTOCOL_VERSION, codec
+from kvd_proto.errors import from_wire
+from kvd_proto.messages import Hello, Refused, Welcome
+from kvd_proto.paths import LIFELINE_SOCKET
+
+
+class Handshake:
+    """A lifeline on which we said hello. Ends with a `session`, or with `lost`."""
+
+    def __init__(self, lifeline: socket.socket, path: Path) -> None:
+        """Takes over the socket. Use Handshake.begin()."""
+        self._lifeline = lifeline
+        self.path = path
+        self.session: Session | None = None
+        self.lost: KvdError | None = None
+        self.on_end: Callable[[], None] | None = None
+        self.waited_for = False
+        """Whether somebody has waited for the welcome in vain."""
+
+    @classmethod
+    def begin(cls, paths: Sequence[Path], client: str, staging_bytes: int) -> "Handshake":
+        """Say hello in the first directory in which somebody listens. Raises Unavailable."""
+        reasons = []
+        for path in paths:
+            kind = socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
+            lifeline = socket.socket(socket.AF_UNIX, kind)
+            try:
+                lifeline.connect(str(path / LIFELINE_SOCKET))
+                lifeline.send(codec.encode_datagram(Hello(PROTOCOL_VERSION, client, staging_bytes)))
+            except OSError as error:
+                lifeline.close()
+                reasons.append(f"{path}: {error.strerror or error}")
+            except BaseException:
+                lifeline.close()
+                raise
+            else:
+                return cls(lifeline, path)
+        raise Unavailable("no daemon listens (" + "; ".join(reasons) + ")")
+
+    def has_session(self) -> bool:
+        """Whether the daemon has welcomed us."""
+        return self.session is not None
+
+    def readers(self) -> dict[int, Callable[[], None]]:
+        return {self._lifeline.fileno(): self.receive}
+
+    def receive(self) -> None:
+        """Take in the welcome or the refusal, if it has come."""
+        if self.lost is not None or self.session is not None:
+            return
+        fds: list[int] = []
+        try:
+            received = receive_datagram(self._lifeline)
+            if received is None:
+                return
+            fds = received.fds
+            self._answered(received.message, fds)
+        except KvdError as error:
+            self.lose(error)
+        except (OSError, ValueError, zmq.ZMQError) as error:
+            self.lose(Unavailable(f"the session cannot be opened: {error}"))
+        except BaseException:
+            self.lose(Unavailable("the handshake was interrupted"))
+            raise
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+    def lose(self, error: KvdError) -> None:
+        """Give up; whoever waits is told `error`."""
+        if self.session is None and self.lost is None:
+            self.lost = copy_error(error)
+            self._end()
+            self._lifeline.close()
+
+    def _answered(self, message: Any, fds: list[int]) -> None:
+        if isinstance(message, Refused):
+            raise from_wire(message.code, message.message, message.details)
+        if message is None:
+            raise Unavailable("the daemon has hung up", path=str(self.path))
+        if not isinstance(message, Welcome) or len(fds) != (message.staging_bytes > 0):
+            raise Unavailable("the daemon did not welcome us", path=str(self.path))
+        staging = StagingArea(mmap.mmap(fds[0], message.staging_bytes)) if fds else None
+        session = Session(self._lifeline, message, staging, self.path)
+        self._end()
+        self.session = session
+
+    def _end(self) -> None:
+        if self.on_end is not None:
+            self.on_end()
+            self.on_end = None

@@ -1,0 +1,204 @@
+"""What kvctl prints for people: each report of the daemon as text. How it is aligned: tables.py."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from kvd_client.kvctl.tables import (
+    Column,
+    Look,
+    Part,
+    bar,
+    clean,
+    count,
+    duration,
+    percent,
+    size,
+    table,
+)
+
+Report = Mapping[str, Any]
+
+_STATE_COLOURS = {"PROCESSING": "green", "PENDING": "yellow", "TIMED_OUT": "red"}
+
+
+class _Share(NamedTuple):
+    """A use of the budget: the report's key, its name, its look in the bar, what it means."""
+
+    key: str
+    name: str
+    character: str
+    plain: str
+    colour: str
+    meaning: str
+
+
+_SHARES = (
+    _Share("active_bytes", "active", "█", "#", "green", "blocks that open sequences lease"),
+    _Share("pinned_bytes", "pinned", "▉", "P", "magenta", "blocks that are kept on purpose"),
+    _Share("cached_bytes", "cached", "▓", "=", "cyan", "blocks that wait to be found or evicted"),
+    _Share("filling_bytes", "filling", "▒", "+", "yellow", "reserved, or being written"),
+    _Share("free_bytes", "free", "░", "-", "blue", "backed by memory, and empty"),
+    _Share("staging_bytes", "staging", "◆", "s", "magenta", "the clients', for what they commit"),
+    _Share("directory_bytes", "directory", "◇", "d", "blue", "what the blocks are"),
+    _Share("unassigned_bytes", "unassigned", "·", ".", "dim", "not yet asked of the system"),
+)
+
+
+def status(report: Report, look: Look) -> str:
+    """Everything about a daemon at a glance."""
+    sequences, counters = report["sequences"], report["counters"]
+    accounting = report["accounting"]
+    drift = accounting["drift_bytes"]
+    asked, hit = counters["queried_tokens"], counters["hit_tokens"]
+    system = f"{size(accounting['os_bytes'])} in memory, "
+    if drift:
+        system += look.paint(f"{size(drift)} off the accounts: see kvctl verify", "red")
+    else:
+        system += "as accounted, to the byte"
+    hits = f"{percent(hit, asked)} of {count(asked)} tokens asked for" if asked else "nothing asked"
+    failed = count(counters["failed_blocks"])
+    lines = [
+        f"{look.paint('kvd ' + report['version'], 'bold')}, instance {report['instance']}, "
+        f"up {duration(report['uptime_seconds'])}",
+        "",
+        *_memory(accounting, look),
+        "",
+        f"system     {system}",
+        f"hit rate   {hits}",
+        f"blocks     {count(counters['stored_blocks'])} stored, "
+        f"{count(counters['present_blocks'])} were there already, "
+        f"{count(counters['evicted_blocks'])} evicted, {failed} failed",
+        f"sequences  {sequences['in_use']} of {sequences['max']} in use, "
+        f"{sequences['waiting']} waiting",
+        f"clients    {report['clients']}",
+        f"requests   {count(counters['requests'])}, {count(counters['errors'])} refused",
+    ]
+    if report["models"]:
+        lines += ["", models(report["models"], look)]
+    return "\n".join(lines)
+
+
+def models(rows: Sequence[Report], look: Look) -> str:
+    """Each model's geometry and blocks."""
+    if not rows:
+        return "no model is registered"
+    columns = (
+        Column("MODEL", elastic=True),
+        Column("TOKEN", right=True),
+        Column("BLOCK", right=True),
+        Column("ACTIVE", right=True),
+        Column("CACHED", right=True),
+        Column("FILLING", right=True),
+        Column("FREE", right=True),
+        Column("MEMORY", right=True),
+    )
+    cells = []
+    for row in rows:
+        blocks = row["blocks"]
+        cells.append(
+            (
+                row["name"],
+                size(row["bytes_per_token"]),
+                f"{row['block_tokens']} tok",
+                count(blocks["active"] + blocks["pinned"]),
+                count(blocks["cached"]),
+                count(blocks["filling"]),
+                count(blocks["free"]),
+                size(blocks["total"] * row["stride_bytes"]),
+            )
+        )
+    return table(columns, cells, look)
+
+
+def sequences(rows: Sequence[Report], look: Look) -> str:
+    """Each open or waiting sequence."""
+    if not rows:
+        return "no sequence is open"
+    columns = (
+        Column("CLIENT", elastic=True),
+        Column("PID", right=True),
+        Column("MODEL", elastic=True),
+        Column("SEQ", right=True),
+        Column("GEN", right=True),
+        Column("STATE", colour_of=lambda state: _STATE_COLOURS.get(state, "")),
+        Column("TOKENS", right=True),
+        Column("BLOCKS", right=True),
+        Column("IDLE", right=True),
+        Column("REQUEST", elastic=True),
+    )
+    cells = [
+        (
+            row["client"],
+            row["pid"],
+            row["model"],
+            "-" if row["seq_id"] is None else row["seq_id"],
+            "-" if row["generation"] is None else row["generation"],
+            row["state"],
+            count(row["tokens"]),
+            count(row["leased_blocks"] + row["reserved_blocks"]),
+            duration(row["idle_seconds"]),
+            row["request"],
+        )
+        for row in rows
+    ]
+    return table(columns, cells, look)
+
+
+def clients(rows: Sequence[Report], look: Look) -> str:
+    """Each connected client, and what it holds."""
+    columns = (
+        Column("CLIENT", elastic=True),
+        Column("PID", right=True),
+        Column("SESSION"),
+        Column("CTX", right=True),
+        Column("SEQS", right=True),
+        Column("BLOCKS", right=True),
+        Column("STAGING", right=True),
+        Column("COMMITS", right=True),
+        Column("SINCE", right=True),
+    )
+    cells = [
+        (
+            row["client"],
+            row["pid"],
+            row["session"],
+            row["contexts"],
+            row["sequences"],
+            count(row["leased_blocks"]),
+            size(row["staging_bytes"]),
+            row["commits_in_flight"],
+            duration(row["connected_seconds"]),
+        )
+        for row in rows
+    ]
+    return table(columns, cells, look)
+
+
+def verify(report: Report, look: Look) -> str:
+    """Whether the recount agrees, and every term of it."""
+    if report["ok"]:
+        lines = [look.paint("ok", "green") + ": the accounts, the blocks and the system agree"]
+    else:
+        found = report["differences"]
+        lines = [look.paint(f"{len(found)} differences", "red")]
+        lines += [f"  {clean(each)}" for each in found]
+    columns = (Column("TERM"), Column("BYTES", right=True), Column("", right=True))
+    cells = [(name, count(value), size(value)) for name, value in report["terms"].items()]
+    return "\n".join([*lines, "", table(columns, cells, look)])
+
+
+def _memory(accounting: Report, look: Look) -> list[str]:
+    budget = accounting["budget_bytes"]
+    shares = [share for share in _SHARES if accounting[share.key]]
+    characters = [share.character if look.unicode else share.plain for share in shares]
+    parts = [
+        Part(accounting[share.key], character, share.colour)
+        for share, character in zip(shares, characters, strict=True)
+    ]
+    legend = [
+        f"  {look.paint(part.character, part.colour)} {share.name:<11}"
+        f"{size(part.size):>10}  {percent(part.size, budget):>7}  {share.meaning}"
+        for share, part in zip(shares, parts, strict=True)
+    ]
+    width = min(look.width, 100) - 4
+    return [f"memory     {size(budget)}", f"  [{bar(parts, width, look)}]", *legend]

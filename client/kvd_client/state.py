@@ -1,0 +1,176 @@
+"""Models, contexts and sequences as both clients see them: what is known of them, without waiting.
+
+The operations on them are in context.py and appending.py, the public classes with methods to call
+in client.py and aio.py.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from kvd_client.arena import Arena, Views
+from kvd_client.errors import BadMessage, Closed, StaleHandle, copy_error
+from kvd_client.operations import ClientState
+from kvd_client.session import Session
+from kvd_proto.geometry import Geometry
+from kvd_proto.keys import TOKEN_BYTES
+from kvd_proto.payload import PayloadFormat, make_format
+
+Tokens = npt.ArrayLike | bytes
+"""Token ids: a flat sequence of integers, or packed little-endian u32."""
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """What a model's K/V looks like, and the fingerprint of everything that determines its values.
+
+    `fingerprint` is 32 bytes: equal only where K/V of equal tokens is equal to the bit. `layers`
+    are [k_type, k_row_bytes, v_type, v_row_bytes] each, rows in bytes for one token.
+    """
+
+    name: str
+    fingerprint: bytes
+    payload_format: str
+    layers: tuple[tuple[str, int, str, int], ...]
+    block_tokens: int = 32
+
+    def format(self) -> PayloadFormat:
+        """Sizes of blocks; raises BadMessage for an impossible model."""
+        geometry = Geometry.from_wire(self.layers)
+        return make_format(self.payload_format, geometry, self.block_tokens)
+
+
+@dataclass(slots=True, eq=False)
+class ContextState:
+    """A pool of sequence ids 0 .. n_seq_max-1 for one model."""
+
+    client: ClientState
+    model: Model
+    n_seq_max: int
+    payload: PayloadFormat = field(init=False)
+    session: Session | None = None
+    """The one in which it is open, or was open last."""
+    number: int = 0
+    stride: int = 0
+    arena: Arena | None = None
+    sequences: "dict[int, SequenceState]" = field(default_factory=dict)
+    opening: bool = False
+    closed: bool = False
+
+    def __post_init__(self) -> None:
+        self.payload = self.model.format()
+        self.client.contexts.add(self)
+
+    def check(self) -> None:
+        """Raise Closed or Forked."""
+        self.client.check()
+        if self.closed:
+            raise Closed("this context has been closed")
+
+    def bytes_of(self, n_tokens: int) -> int:
+        """Bytes in the arena of the blocks for so many tokens, roughly."""
+        return max(n_tokens, 0) * self.payload.max_bytes // self.model.block_tokens
+
+    def is_settled(self) -> bool:
+        """Whether nobody is opening it at this moment."""
+        return not self.opening
+
+    def end(self) -> None:
+        """Mark it and its sequences as closed."""
+        self.closed = True
+        for sequence in self.sequences.values():
+            sequence.released = True
+        self.sequences.clear()
+
+
+@dataclass(slots=True, eq=False)
+class SequenceState:
+    """An open sequence. `session` is None for one that was opened without a daemon."""
+
+    context: ContextState
+    seq_id: int
+    generation: int
+    session: Session | None
+    matched_tokens: int = 0
+    slots: list[int] = field(default_factory=list)
+    last_block_tokens: int = 0
+    full_tokens: int = 0
+    """Where the next append starts."""
+    n_appends: int = 0
+    """Appends that were sent, and how many of them have not been answered."""
+    n_unanswered: int = 0
+    released: bool = False
+    _views: Views | None = None
+
+    @property
+    def shared(self) -> bool:
+        """Whether the daemon knows this sequence under this handle, as far as we have heard."""
+        session = self.session
+        return session is not None and session.lost is None and not self.released
+
+    def check(self) -> Session:
+        """Raise Closed or StaleHandle unless the sequence can be used with the daemon."""
+        self.context.client.check()
+        if self.released:
+            raise Closed("this sequence has been released", seq_id=self.seq_id)
+        if self.session is None:
+            raise StaleHandle(
+                "this sequence was opened without a daemon; release it and alloc another",
+                seq_id=self.seq_id,
+            )
+        if self.session.lost is not None:
+            raise StaleHandle(
+                "this sequence is of a session that has ended; release it and alloc another",
+                seq_id=self.seq_id,
+                generation=self.generation,
+            )
+        return self.session
+
+    def live_session(self) -> Session:
+        """Like check; and look whether the daemon has gone: the first to notice is told just that,
+        as Unavailable."""
+        session = self.check()
+        session.look()
+        if session.lost is not None:
+            raise copy_error(session.lost)
+        return session
+
+    def payload_of(self, index: int) -> npt.NDArray[np.uint8]:
+        """The payload of a block, read-only and without a copy; not counted as a view."""
+        self.check()
+        context = self.context
+        if not 0 <= index < len(self.slots):
+            raise BadMessage("no such block", index=index, blocks=len(self.slots))
+        assert context.arena is not None
+        is_last = index == len(self.slots) - 1
+        count = self.last_block_tokens if is_last else context.model.block_tokens
+        return context.arena.read(self.slots[index] * context.stride, context.payload.size(count))
+
+    def views(self) -> Views:
+        """Those that were handed out."""
+        if self._views is None:
+            self._views = Views()
+        return self._views
+
+    def invalidate_views(self, first_block: int = 0) -> bool:
+        """Make views from block `first_block` on invalid. False if arrays over them are alive."""
+        return self._views is None or self._views.invalidate(first_block)
+
+
+def pack_tokens(tokens: Tokens) -> bytes:
+    """Token ids as the protocol wants them: little-endian u32. Bytes are taken as they are."""
+    if isinstance(tokens, bytes):
+        return tokens
+    array = np.asarray(tokens)
+    if array.size == 0:
+        return b""
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise BadMessage(
+            "tokens are a flat sequence of integers", shape=str(array.shape), type=str(array.dtype)
+        )
+    if array.dtype.kind == "i" and int(array.min()) < 0:
+        raise BadMessage("a token id is not negative", got=int(array.min()))
+    if array.dtype.itemsize > TOKEN_BYTES and int(array.max()) >= 1 << 32:
+        raise BadMessage("a token id is below 2**32", got=int(array.max()))
+    return array.astype("<u4", copy=False).tobytes()

@@ -1,0 +1,239 @@
+"""One core, asked directly: for tests that tell a story and assert exact ids.
+
+The shell's jobs are ended by the test, one by one, or all at once by `work`. Random stories are
+world.py's.
+"""
+
+from struct import pack, unpack
+from typing import Any
+
+from kvd.core import accounting
+from kvd.core.cache import Limits
+from kvd.core.events import (
+    Back,
+    Backed,
+    Connected,
+    Copied,
+    Copy,
+    CopyResult,
+    Disconnected,
+    Effect,
+    Event,
+    Reply,
+    Requested,
+    Ticked,
+)
+from kvd.core.machine import Core
+from kvd_proto.errors import BadPayload, KvdError, NoSpace
+from kvd_proto.geometry import Geometry
+from kvd_proto.messages import (
+    Alloc,
+    Allocated,
+    Append,
+    Appended,
+    Flush,
+    Flushed,
+    OpenContext,
+    RegisterModel,
+)
+from kvd_proto.payload import ArrayBlock
+
+PAGE = 4096
+STAGING = 16 * PAGE
+DIRECTORY = 16 * PAGE
+"""Of an arena with some hundred slots, as soon as it has used one."""
+BUDGET = 1 << 20
+BLOCK_TOKENS = 2
+
+
+class Handle:
+    """A sequence as its client knows it."""
+
+    def __init__(self, session: bytes, context: int, reply: Allocated) -> None:
+        self.session = session
+        self.context = context
+        self.seq_id = reply.seq_id
+        self.generation = reply.generation
+        self.matched = reply.matched_tokens
+        self.last_block_tokens = reply.last_block_tokens
+        self.slots = slots_of(reply.slots)
+
+    @property
+    def fields(self) -> tuple[int, int, int]:
+        return (self.context, self.seq_id, self.generation)
+
+
+class Driver:
+    """Blocks have two tokens and a stride of one page. `effects` are the last event's."""
+
+    def __init__(self, budget: int = BUDGET, **limits: int) -> None:
+        self.core = Core(Limits(budget, first_context=1, **limits))
+        self.now = 0.0
+        self.effects: list[Effect] = []
+        self.jobs: list[Back | Copy] = []
+        """Not ended yet, in order."""
+        self.replies: dict[int, Any] = {}
+        """By correlation."""
+        self.asked = 0
+        self.staged = PAGE
+
+    @property
+    def cache(self):
+        return self.core.cache
+
+    def handle(self, event: Event) -> None:
+        self.effects = self.core.handle(event, self.now)
+        accounting.check(self.cache)
+        for effect in self.effects:
+            if isinstance(effect, Reply):
+                assert effect.correlation not in self.replies, "answered twice"
+                self.replies[effect.correlation] = effect.body
+            elif isinstance(effect, Back | Copy):
+                self.jobs.append(effect)
+
+    def of_kind(self, kind: type) -> list[Any]:
+        """The last event's effects of one kind."""
+        return [effect for effect in self.effects if isinstance(effect, kind)]
+
+    # --- clients
+
+    def connect(self, name: str = "s", tenant: str = "t", staging: int = STAGING) -> bytes:
+        session = name.encode()
+        self.handle(Connected(session, name, 1, 1000, tenant, staging))
+        return session
+
+    def disconnect(self, session: bytes) -> None:
+        self.handle(Disconnected(session))
+
+    def ask(self, session: bytes, message: Any) -> Any:
+        """The reply, or None if it does not come at once. Its correlation is `asked`."""
+        self.asked += 1
+        staging = memoryview(bytes(STAGING))
+        self.handle(Requested(session, self.asked, message, staging))
+        return self.replies.get(self.asked)
+
+    def refusal(self, session: bytes, message: Any) -> type[KvdError]:
+        """The class of the error that is answered."""
+        reply = self.ask(session, message)
+        assert isinstance(reply, KvdError), reply
+        return type(reply)
+
+    def register(self, session: bytes, name: str = "m", pages: int = 1, **other: Any) -> int:
+        reply = self.ask(session, model(name, pages, **other))
+        return reply.model
+
+    def context(self, session: bytes, model: int = 1, n_ids: int = 4, busy: Any = ()) -> int:
+        return self.ask(session, OpenContext(model, n_ids, list(busy))).context
+
+    def alloc(self, session: bytes, context: int, *tokens: int, **other: int) -> Handle:
+        reply = self.ask(session, alloc(context, *tokens, **other))
+        assert isinstance(reply, Allocated), reply
+        return Handle(session, context, reply)
+
+    def append(self, handle: Handle, start: int, *tokens: int) -> Any:
+        """Stage and append; the reply, or None if it waits for memory."""
+        return self.ask(handle.session, append(handle, start, *tokens))
+
+    def store(self, handle: Handle, start: int, *tokens: int) -> None:
+        """Append, and wait until the blocks are sealed."""
+        self.append(handle, start, *tokens)
+        correlation = self.asked
+        self.work()
+        assert isinstance(self.replies[correlation], Appended), self.replies[correlation]
+
+    def flush(self, session: bytes, commit: int) -> Flushed | None:
+        return self.ask(session, Flush(commit))
+
+    # --- time and jobs
+
+    def pass_time(self, seconds: float) -> None:
+        self.now += seconds
+        self.handle(Ticked())
+
+    def back(self, error: KvdError | None = None) -> None:
+        """End the first job, which is to give memory."""
+        job = self.jobs.pop(0)
+        assert isinstance(job, Back)
+        self.handle(Backed(job.job, error))
+
+    def copy(self, *bad: int) -> None:
+        """End the first job, which is to copy; the items `bad` are not accepted."""
+        job = self.jobs.pop(0)
+        assert isinstance(job, Copy)
+        results = [
+            CopyResult(0, BadPayload("spoilt")) if index in bad else CopyResult(item.slot, None)
+            for index, item in enumerate(job.items)
+        ]
+        self.handle(Copied(job.job, results))
+
+    def work(self) -> None:
+        """End all jobs well."""
+        while self.jobs:
+            if isinstance(self.jobs[0], Back):
+                self.back()
+            else:
+                self.copy()
+
+    # --- what there is
+
+    def blocks(self, arena: int = 1) -> dict[tuple[int, ...], int]:
+        """All sealed blocks by path, with their slots."""
+        return {
+            path_of(block): block.slot
+            for block in accounting.sealed_blocks(self.cache.budget.arenas[arena])
+        }
+
+    def counts(self, arena: int = 1) -> dict[str, int]:
+        """Slots by state, those that are 0 left out."""
+        counts = accounting.arena_counts(self.cache.budget.arenas[arena])
+        return {name: count for name, count in counts.items() if count and name != "total"}
+
+
+def model(name: str = "m", pages: int = 1, **other: Any) -> RegisterModel:
+    """A model of array blocks with a stride of so many pages."""
+    row = pages * PAGE // (2 * BLOCK_TOKENS)
+    fields: dict[str, Any] = {
+        "name": name,
+        "fingerprint": name.encode().ljust(32),
+        "payload_format": "array",
+        "block_tokens": BLOCK_TOKENS,
+        "layers": [["f16", row, "f16", row]],
+    }
+    return RegisterModel(**{**fields, **other})
+
+
+def alloc(
+    context: int, *tokens: int, reserve: int = 0, wait_ms: int = 0, idle_ms: int = 0
+) -> Alloc:
+    return Alloc(context, "request", packed(*tokens), reserve, wait_ms, idle_ms)
+
+
+def append(handle: Handle, start: int, *tokens: int, staged: list[int] | None = None) -> Append:
+    """All blocks staged at one place unless `staged` says where."""
+    offsets = [PAGE] * -(-len(tokens) // BLOCK_TOKENS) if staged is None else staged
+    return Append(*handle.fields, start, packed(*tokens), pack(f"<{len(offsets)}Q", *offsets))
+
+
+def packed(*tokens: int) -> bytes:
+    return pack(f"<{len(tokens)}I", *tokens)
+
+
+def slots_of(data: bytes) -> list[int]:
+    return list(unpack(f"<{len(data) // 4}I", data))
+
+
+def path_of(block: Any) -> tuple[int, ...]:
+    tokens = b""
+    while block is not None:
+        tokens = block.tokens + tokens
+        block = block.parent
+    return tuple(slots_of(tokens))
+
+
+def no_space() -> NoSpace:
+    return NoSpace("no memory")
+
+
+def array_format(pages: int = 1) -> ArrayBlock:
+    row = pages * PAGE // (2 * BLOCK_TOKENS)
+    return ArrayBlock(Geometry.from_wire([["f16", row, "f16", row]]), BLOCK_TOKENS)

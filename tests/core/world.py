@@ -1,0 +1,953 @@
+"""Drives the core beside the reference and the fake shell, and compares all three after each step.
+
+What may be tried is a method of `World`; each works out from the reference what must be answered.
+Who chooses the steps: test_model.py (hypothesis) and test_simulation.py (a seed).
+"""
+
+from collections import deque
+from collections.abc import Callable
+from struct import pack, unpack
+from typing import Any, NamedTuple
+
+from kvd.core import accounting
+from kvd.core.cache import AllocBacking, AppendBacking, Limits
+from kvd.core.events import (
+    Back,
+    Backed,
+    CloseStaging,
+    Completed,
+    Connected,
+    Copied,
+    Copy,
+    CreateArena,
+    Disconnected,
+    DropRecord,
+    Effect,
+    Event,
+    OpenStaging,
+    Punch,
+    RefuseSession,
+    Reply,
+    Requested,
+    ShareArena,
+    Ticked,
+    WriteRecord,
+)
+from kvd.core.machine import Core
+from kvd.core.sequences import State
+from kvd.core.tree import FILLING, Block
+from kvd_proto import errors
+from kvd_proto.errors import KvdError
+from kvd_proto.keys import arena_fingerprint, block_key, root_key
+from kvd_proto.messages import (
+    COMPLETED,
+    FAILED,
+    Alloc,
+    Allocated,
+    Append,
+    Appended,
+    Blocks,
+    CloseContext,
+    ContextOpened,
+    Done,
+    Evict,
+    Evicted,
+    Flush,
+    Flushed,
+    Get,
+    ModelRegistered,
+    OpenContext,
+    RegisterModel,
+    Release,
+)
+from tests.core.fake_shell import FakeShell
+from tests.core.reference import (
+    Arena,
+    Commit,
+    Context,
+    Filling,
+    Path,
+    Planned,
+    Sequence,
+    Session,
+    Source,
+    packed,
+)
+
+VOCABULARY = (1, 2, 256)
+"""As little-endian bytes 256 sorts first."""
+PAGE = 4096
+STAGING = 3 * PAGE
+FIRST_DIRECTORY = 4 * PAGE
+DIRECTORY = 5 * PAGE
+MAX_SESSIONS = 3
+N_SEQ_MAX = 2
+FIRST_CONTEXT = 70
+
+_ANY_BYTES = memoryview(bytes(STAGING))
+"""Whatever a staging holds: an array payload is always right."""
+
+Answered = Callable[[Any], None]
+
+
+class Kind:
+    """A model that can be registered."""
+
+    def __init__(self, name: str, block_tokens: int, row_bytes: int) -> None:
+        self.name = name
+        self.block_tokens = block_tokens
+        self.message = RegisterModel(
+            name, name.encode() * 32, "array", block_tokens, [["f16", row_bytes, "f16", row_bytes]]
+        )
+        self.payload_bytes = 2 * row_bytes * block_tokens
+        self.stride = -(-self.payload_bytes // PAGE) * PAGE
+        self.root = root_key(arena_fingerprint(self.message.fingerprint, "array", block_tokens))
+
+
+KINDS = (Kind("a", 2, 64), Kind("b", 3, 1000))
+"""Of one page a block, and of two."""
+LARGEST_PAYLOAD = max(kind.payload_bytes for kind in KINDS)
+
+
+class Waiting(NamedTuple):
+    """An alloc that has not been answered."""
+
+    context: Context
+    message: Alloc
+    deadline: float
+
+
+class Backing(NamedTuple):
+    """An append whose slots are being backed."""
+
+    sequence: Sequence
+    commit: Commit
+    first: Path
+    birth: int
+    new: list[Filling]
+
+
+class World:
+    def __init__(self, spare_pages: int = 6, max_sequences: int = 5) -> None:
+        """The budget has room for all directories and stagings, and `spare_pages` beside."""
+        self.n_bytes = len(KINDS) * DIRECTORY + MAX_SESSIONS * STAGING + spare_pages * PAGE
+        self.max_sequences = max_sequences
+        self.core = Core(
+            Limits(self.n_bytes, max_sequences, MAX_SESSIONS, N_SEQ_MAX, FIRST_CONTEXT)
+        )
+        self.shell = FakeShell()
+        self.now = 0.0
+        self.steps = 0
+        self.sessions: dict[bytes, Session] = {}
+        self.contexts: dict[int, Context] = {}
+        self.arenas: dict[int, Arena] = {}
+        self.n_connected = 0
+        self.n_contexts = 0
+        self.n_asked = 0
+        self.answers: dict[int, Answered] = {}
+        """By correlation: what to make of the reply, of each request that has none yet."""
+        self.askers: dict[int, Session] = {}
+        self.allocs: dict[int, Waiting] = {}
+        """By correlation, in the order of their coming: those that wait for an id, and the one that
+        is asked at this moment."""
+        self.reserving: dict[int, Sequence] = {}
+        """By job: whose reservation is being backed."""
+        self.backing: dict[int, Backing] = {}
+        self.copying: dict[int, list[Filling]] = {}
+        self.seals: list[Filling] = []
+        """What must be sealed in this step, in order."""
+        self.staged: dict[Commit, list[int]] = {}
+        """Offsets that are not to be written until the commit has finished."""
+        self.unheld: dict[tuple[int, Path], int] = {}
+        """Since which step nobody holds a sealed block."""
+        self.paths: dict[bytes, Path] = {}
+        """By the block's key."""
+
+    # --- sessions and models
+
+    def connect(self) -> Session | None:
+        self.n_connected += 1
+        name = b"session-%08d" % self.n_connected
+        effects = self._handle(Connected(name, f"c{self.n_connected}", 1, 1, "t", STAGING))
+        refused = [each.error for each in effects if isinstance(each, RefuseSession)]
+        session = None
+        if len(self.sessions) == MAX_SESSIONS:
+            assert isinstance(refused[0], errors.TooManySessions)
+        elif refused:
+            assert isinstance(refused[0], errors.AllLeased)
+            assert self._available() < STAGING
+        else:
+            session = self.sessions[name] = Session(name)
+        self._settle(effects)
+        return session
+
+    def disconnect(self, session: Session) -> None:
+        del self.sessions[session.id]
+        session.alive = False
+        for correlation in [each for each, asker in self.askers.items() if asker is session]:
+            del self.askers[correlation], self.answers[correlation]
+            self.allocs.pop(correlation, None)
+        for context in [each for each in self.contexts.values() if each.session is session]:
+            self._drop(context)
+        for commit in session.commits.values():
+            for filling in list(commit.pending):
+                if filling.sources[0].commit is not commit:
+                    filling.drop_source(commit)
+        self._settle(self._handle(Disconnected(session.id)))
+
+    def register(self, session: Session, kind: Kind) -> None:
+        known = next((each for each in self.arenas if self._kind(each) is kind), None)
+
+        def answered(body: Any) -> None:
+            if isinstance(body, KvdError):
+                assert known is None
+                assert isinstance(body, errors.AllLeased)
+                assert self._available() < FIRST_DIRECTORY
+                return
+            assert isinstance(body, ModelRegistered)
+            assert (body.payload_bytes, body.stride_bytes) == (kind.payload_bytes, kind.stride)
+            assert known in (None, body.model)
+            session.models.add(body.model)
+            if known is None:
+                self.arenas[body.model] = Arena(body.model, kind.block_tokens, kind.stride)
+
+        self._request(session, kind.message, answered)
+
+    def open_context(self, session: Session, model: int, n_ids: int, busy: list[int]) -> None:
+        in_use = len(self.sequences())
+
+        def answered(body: Any) -> None:
+            if model not in session.models:
+                assert isinstance(body, errors.UnknownModel)
+            elif n_ids > N_SEQ_MAX or len(set(busy)) < len(busy) or max(busy, default=0) >= n_ids:
+                assert isinstance(body, errors.BadMessage)
+            elif in_use + len(busy) > self.max_sequences:
+                assert isinstance(body, errors.SequenceLimit)
+            else:
+                generations = list(range(1, len(busy) + 1))
+                assert body == ContextOpened(FIRST_CONTEXT + self.n_contexts, generations)
+                self.n_contexts += 1
+                free = deque(each for each in range(n_ids) if each not in busy)
+                context = Context(body.context, session, self.arenas[model], free, len(busy))
+                self.contexts[body.context] = context
+                for seq_id, generation in zip(busy, generations, strict=True):
+                    context.open[seq_id] = Sequence(
+                        context, seq_id, generation, (), (), 0, self.now, 0.0
+                    )
+
+        self._request(session, OpenContext(model, n_ids, busy), answered)
+
+    def close_context(self, context: Context) -> None:
+        for correlation in [
+            each for each, alloc in self.allocs.items() if alloc.context is context
+        ]:
+            del self.allocs[correlation]
+            self.answers[correlation] = _fails(errors.UnknownContext)
+        self._drop(context)
+        self._request(context.session, CloseContext(context.number), _is(Done()))
+
+    def _drop(self, context: Context) -> None:
+        for sequence in list(context.open.values()):
+            self._close(sequence)
+        del self.contexts[context.number]
+
+    # --- sequences
+
+    def alloc(
+        self,
+        context: Context,
+        tokens: Path,
+        reserve_tokens: int = 0,
+        wait_ms: int = 0,
+        idle_timeout_ms: int = 0,
+    ) -> None:
+        message = Alloc(
+            context.number, "", packed(tokens), reserve_tokens, wait_ms, idle_timeout_ms
+        )
+        correlation = self.n_asked + 1
+        full = len(self.sequences()) >= self.max_sequences
+        before = any(alloc.context is context for alloc in self.allocs.values())
+        must_wait = full or before or not context.free_ids
+        if must_wait and not wait_ms:
+            error = errors.SequenceLimit if full else errors.NoSequenceFree
+            self._request(context.session, message, _fails(error))
+            return
+        self.allocs[correlation] = Waiting(context, message, self.now + wait_ms / 1000)
+        self._request(context.session, message, lambda body: self._allocated(correlation, body))
+        assert (correlation in self.allocs) == must_wait
+
+    def append(
+        self,
+        sequence: Sequence,
+        tokens: Path,
+        start: int | None = None,
+        offset: int | None = None,
+    ) -> None:
+        """`start` and the last `offset` are right unless given."""
+        context, session = sequence.context, sequence.context.session
+        planned = context.arena.plan(sequence.full, tokens)
+        right_start = len(sequence.full)
+        start = right_start if start is None else start
+        offsets = self._stage(session, planned.paths)
+        sent = offsets if offset is None else [*offsets[:-1], offset]
+        message = Append(
+            context.number,
+            sequence.seq_id,
+            sequence.generation,
+            start,
+            packed(tokens),
+            pack(f"<{len(sent)}Q", *sent),
+        )
+        sequence.touched = self.now
+        wrong: type[KvdError] | None = None
+        if sequence.timed_out:
+            wrong = errors.SequenceEnded
+        elif start != right_start:
+            wrong = errors.BadPosition
+        elif sequence.limit is not None and start + len(tokens) > sequence.limit:
+            wrong = errors.ReservationExceeded
+        elif not tokens:
+            wrong = errors.BadMessage
+        elif offset is not None:
+            wrong = errors.BadStaging
+        if wrong is not None:
+            self._unstage(session, offsets)
+            self._request(session, message, _fails(wrong))
+        else:
+            self._append(sequence, planned, offsets, message)
+
+    def _append(
+        self, sequence: Sequence, planned: Planned, offsets: list[int], message: Append
+    ) -> None:
+        """An append with nothing wrong, which will be taken unless there is no room."""
+        session, arena = sequence.context.session, sequence.context.arena
+        commit = Commit(session, session.last_commit + 1)
+        reserved = self._real(sequence).reserved
+        n_slots = max(0, len(planned.stored) - len(reserved))
+        appended = Appended(
+            commit.number, len(planned.stored), len(planned.present), len(planned.joined)
+        )
+
+        def answered(body: Any) -> None:
+            if not isinstance(body, KvdError):
+                assert body == appended
+                return
+            # The client may write something else there now.
+            self.staged.pop(commit, None)
+            self._unstage(session, offsets)
+            if not isinstance(body, errors.NoSpace):
+                existing = [path for path in planned.paths if path not in planned.stored]
+                named = existing[-1] if existing else sequence.full
+                self._check_refusal(body, arena, n_slots, named)
+
+        effects = self._send(session, message, answered)
+        reply = self._immediate(effects)
+        if not isinstance(reply, KvdError):
+            n_tokens = len(_tokens(message.tokens))
+            self._take_in(sequence, planned, offsets, commit, n_tokens)
+            if reply is None:
+                back = next(each for each in effects if isinstance(each, Back))
+                new = [arena.filling[path] for path in planned.stored]
+                first = planned.paths[0]
+                self.backing[back.job] = Backing(sequence, commit, first, arena.births[first], new)
+            else:
+                commit.answered = True
+        self._settle(effects)
+
+    def _take_in(
+        self,
+        sequence: Sequence,
+        planned: Planned,
+        offsets: list[int],
+        commit: Commit,
+        n_tokens: int,
+    ) -> None:
+        """The append's blocks are in the tree, and the sequence goes on."""
+        arena, session = sequence.context.arena, sequence.context.session
+        session.last_commit += 1
+        session.commits[commit.number] = commit
+        self.staged[commit] = offsets
+        for path, offset in zip(planned.paths, offsets, strict=True):
+            if path in planned.stored:
+                arena.filling[path] = Filling(arena, path, [])
+                arena.births[path] = arena.births.get(path, 0) + 1
+                self._name(arena, path)
+            if path not in planned.present:
+                filling = arena.filling[path]
+                filling.sources.append(Source(commit, offset))
+                commit.pending.add(filling)
+        sequence.leased = planned.paths[-1]  # longer than what was appended, perhaps
+        sequence.length = len(sequence.full) + n_tokens
+        is_full = n_tokens % arena.block_tokens == 0
+        sequence.full = sequence.leased if is_full else arena.parent(sequence.leased)
+
+    def get(self, sequence: Sequence, first_block: int = 0) -> None:
+        arena = sequence.context.arena
+        sequence.touched = self.now
+        sealed: list[Path] = []
+        for path in arena.chain(sequence.leased):
+            if path not in arena.sealed:
+                break
+            sealed.append(path)
+        end = len(sealed[-1]) if sealed else 0
+        last_block = end - len(arena.parent(sealed[-1])) if sealed else 0
+
+        def answered(body: Any) -> None:
+            assert isinstance(body, Blocks)
+            slots = _slots(body.slots)
+            assert slots == [arena.sealed[path] for path in sealed][first_block:]
+            self._check_bytes(arena, sealed[first_block:], slots)
+            assert body.sealed_tokens == min(sequence.length, end)
+            assert body.last_block_tokens == last_block
+
+        message = Get(sequence.context.number, sequence.seq_id, sequence.generation, first_block)
+        self._request(sequence.context.session, message, answered)
+
+    def release(self, sequence: Sequence, outcome: int = COMPLETED) -> None:
+        context = sequence.context
+        self._close(sequence)
+        self._request(
+            context.session,
+            Release(context.number, sequence.seq_id, sequence.generation, outcome),
+            _is(Done()),
+        )
+
+    def _close(self, sequence: Sequence) -> None:
+        context = sequence.context
+        del context.open[sequence.seq_id]
+        context.free_ids.append(sequence.seq_id)
+
+    def misuse(self, session: Session, number: int, seq_id: int, generation: int) -> None:
+        """Use a handle for everything that takes one, if it is wrong in any way."""
+        context = self.contexts.get(number)
+        error: type[KvdError] = errors.StaleHandle
+        if context is None:
+            error = errors.UnknownContext
+        elif context.session is not session:
+            error = errors.ForeignHandle
+        elif seq_id in context.open and context.open[seq_id].generation == generation:
+            return
+        for message in (
+            Release(number, seq_id, generation, FAILED),
+            Append(number, seq_id, generation, 0, packed((1,)), pack("<Q", PAGE)),
+            Get(number, seq_id, generation, 0),
+        ):
+            self._request(session, message, _fails(error))
+        if error is not errors.StaleHandle:
+            for message in (Alloc(number, "", b"", 0, 1000, 0), CloseContext(number)):
+                self._request(session, message, _fails(error))
+
+    def flush(self, session: Session, commit: int) -> None:
+        correlation = self.n_asked + 1
+        waits = session.completed < commit <= session.last_commit
+        if waits:
+            session.flushes[correlation] = commit
+
+        def answered(body: Any) -> None:
+            if commit > session.last_commit:
+                assert isinstance(body, errors.BadMessage)
+                return
+            session.flushes.pop(correlation, None)
+            assert isinstance(body, Flushed)
+            assert body.completed == session.completed >= commit
+            assert [row[0] for row in body.failures] == session.failures
+            session.failures.clear()
+
+        self._request(session, Flush(commit), answered)
+        assert (correlation in self.answers) == waits
+
+    def evict(self, session: Session, name: str, n_blocks: int) -> None:
+        chosen = [
+            arena for arena in self.arenas.values() if name in ("", self._kind(arena.number).name)
+        ]
+        cached = sum(len(arena.sealed.keys() - self._held(arena)) for arena in chosen)
+
+        def answered(body: Any) -> None:
+            assert isinstance(body, Evicted)
+            assert body.blocks == (min(cached, n_blocks) if n_blocks else cached)
+            for arena in chosen:
+                assert not self.core.cache.budget.arenas[arena.number].free
+
+        self._settle(self._send(session, Evict(name, n_blocks), answered), chosen)
+
+    def ask_as_nobody(self) -> None:
+        assert [
+            type(effect.body)
+            for effect in self._handle(Requested(b"nobody", 7, Flush(0)))
+            if isinstance(effect, Reply) and effect.session == b"nobody"
+        ] == [errors.UnknownSession]
+
+    # --- time and jobs
+
+    def pass_time(self, seconds: float) -> None:
+        self.now += seconds
+        full = len(self.sequences()) >= self.max_sequences
+        for correlation, alloc in list(self.allocs.items()):
+            if alloc.deadline <= self.now:
+                del self.allocs[correlation]
+                error = errors.SequenceLimit if full else errors.NoSequenceFree
+                self.answers[correlation] = _fails(error)
+        for sequence in self.sequences():
+            if sequence.idle and sequence.touched + sequence.idle <= self.now:
+                sequence.timed_out = True
+        self._settle(self._handle(Ticked()))
+
+    def work(self, fails: int = 0) -> bool:
+        """Let the shell do its next job, of which the items in `fails` fail; False if it has
+        none."""
+        if not self.shell.queue:
+            return False
+        event = self.shell.work(fails)
+        if isinstance(event, Copied):
+            self._copied(event)
+        elif isinstance(event, Backed) and event.job in self.reserving:
+            sequence = self.reserving.pop(event.job)
+            if event.error is not None and sequence.is_open:
+                self._close(sequence)
+        elif isinstance(event, Backed):
+            self._append_backed(event)
+        if event is not None:
+            self._settle(self._handle(event))
+        return True
+
+    def _append_backed(self, event: Backed) -> None:
+        sequence, commit, first, birth, new = self.backing.pop(event.job)
+        arena = sequence.context.arena
+        commit.answered = True
+        if event.error is None and commit.session.alive:
+            return
+        if sequence.is_open and sequence.rests_on(first) and arena.births[first] == birth:
+            sequence.fall_back(first)
+        job = self.core.cache.jobs[event.job]
+        assert isinstance(job, AppendBacking)
+        if event.error is not None:
+            for block, filling in zip(job.blocks, new, strict=True):
+                if block.slot in job.to_back and not filling.gone:
+                    arena.remove(filling.path, self.sequences())
+        for filling in sorted(commit.pending, key=lambda each: len(each.path)):
+            if not filling.gone:
+                self._lose_source(filling, commit)
+        commit.failed = False
+
+    def _copied(self, event: Copied) -> None:
+        for filling, result in zip(self.copying.pop(event.job), event.results, strict=True):
+            if filling.gone:
+                continue
+            if result.error is not None:
+                self._lose_source(filling, filling.sources[0].commit)
+                continue
+            self.seals.append(filling)
+            del filling.arena.filling[filling.path]
+            for source in filling.sources:
+                source.commit.pending.discard(filling)
+
+    def _lose_source(self, filling: Filling, commit: Commit) -> None:
+        filling.drop_source(commit)
+        commit.failed = True
+        if not filling.sources:
+            filling.arena.remove(filling.path, self.sequences())
+
+    def drain(self) -> None:
+        while self.work():
+            pass
+
+    def finish(self) -> None:
+        """All is answered. Everybody leaves, and then nothing is left but the directories."""
+        self.drain()
+        assert self.answers.keys() == self.allocs.keys()
+        for session in list(self.sessions.values()):
+            self.disconnect(session)
+        self.drain()
+        last = self.connect()
+        assert last is not None
+        self.evict(last, "", 0)
+        self.disconnect(last)
+        self.drain()
+        cache = self.core.cache
+        totals = accounting.totals(cache)
+        assert totals.unassigned == totals.budget - totals.directory
+        assert not any(slots.memory or slots.records for slots in self.shell.arenas.values())
+        assert not self.shell.stagings
+        for left in (cache.jobs, cache.sessions, cache.leaving, cache.contexts, cache.waiting):
+            assert not left
+        assert cache.open_sequences == 0
+        assert cache.deadlines.next() is None
+
+    # --- what can be used
+
+    def sequences(self) -> list[Sequence]:
+        return [each for context in self.contexts.values() for each in context.open.values()]
+
+    def known_sequences(self) -> list[Sequence]:
+        """Those that their clients know."""
+        reserving = list(self.reserving.values())
+        return [each for each in self.sequences() if each not in reserving]
+
+    # --- what the steps share
+
+    def _kind(self, model: int) -> Kind:
+        name = self.core.cache.budget.arenas[model].name
+        return next(each for each in KINDS if each.name == name)
+
+    def _real(self, sequence: Sequence) -> Any:
+        return self.core.cache.contexts[sequence.context.number].open[sequence.seq_id]
+
+    def _held(self, arena: Arena) -> set[Path]:
+        return arena.held(self.sequences())
+
+    def _stage(self, session: Session, paths: list[Path]) -> list[int]:
+        """Write payloads where no commit's may still be read."""
+        staged = self.shell.stagings[session.id]
+        free = (each for each in range(PAGE, STAGING - LARGEST_PAYLOAD, 8) if each not in staged)
+        offsets = [next(free) for _ in paths]
+        staged.update(zip(offsets, paths, strict=True))
+        return offsets
+
+    def _unstage(self, session: Session, offsets: list[int]) -> None:
+        """Write over them: a copy would fail."""
+        for offset in offsets:
+            del self.shell.stagings[session.id][offset]
+
+    def _name(self, arena: Arena, path: Path) -> None:
+        """Know the path again when its key comes along."""
+        key = self._kind(arena.number).root
+        for each in arena.chain(path):
+            key = block_key(key, packed(each[len(arena.parent(each)) :]))
+        self.paths[key] = path
+
+    def _request(self, session: Session, message: Any, answered: Answered) -> None:
+        self._settle(self._send(session, message, answered))
+
+    def _send(self, session: Session, message: Any, answered: Answered) -> list[Effect]:
+        self.n_asked += 1
+        self.answers[self.n_asked] = answered
+        self.askers[self.n_asked] = session
+        return self._handle(Requested(session.id, self.n_asked, message, _ANY_BYTES))
+
+    def _immediate(self, effects: list[Effect]) -> Any:
+        """The reply to the latest request, if it is among the effects."""
+        for effect in effects:
+            if isinstance(effect, Reply) and effect.correlation == self.n_asked:
+                return effect.body
+        return None
+
+    def _handle(self, event: Event) -> list[Effect]:
+        self.steps += 1
+        return self.core.handle(event, self.now)
+
+    # --- effects
+
+    def _settle(self, effects: list[Effect], evicting: list[Arena] | None = None) -> None:
+        """Carry out the effects, in order, and compare everything."""
+        evicted: list[tuple[int, Path]] = []
+        for effect in effects:
+            self._apply(effect, evicted)
+        self._check_eviction(evicted, list(self.arenas.values()) if evicting is None else evicting)
+        self._compare()
+
+    def _apply(self, effect: Effect, evicted: list[tuple[int, Path]]) -> None:
+        shell = self.shell
+        match effect:
+            case Reply(session, correlation, body):
+                assert self.askers.pop(correlation).id == session
+                self.answers.pop(correlation)(body)
+            case OpenStaging():
+                shell.open_staging(effect)
+            case CloseStaging(session):
+                assert session not in self.sessions
+                shell.close_staging(effect)
+            case Completed(session, commit):
+                self.sessions[session].advance()
+                shell.complete(session, commit)
+                self._free_staging(self.sessions[session])
+            case CreateArena():
+                shell.create_arena(effect)
+            case ShareArena(session, arena):
+                assert arena in shell.arenas
+                assert arena not in self.sessions[session].models
+            case Back():
+                self._back(effect)
+                shell.submit(effect)
+            case Copy():
+                self._copy(effect)
+                shell.submit(effect)
+            case Punch():
+                shell.submit(effect)
+            case WriteRecord():
+                self._seal(effect)
+                shell.write_record(effect)
+            case DropRecord(arena, slot):
+                self._drop_block(arena, slot, evicted)
+                shell.drop_record(effect)
+
+    def _free_staging(self, session: Session) -> None:
+        for commit in session.commits.values():
+            if commit.number <= session.completed:
+                self._unstage(session, self.staged.pop(commit, []))
+
+    def _back(self, effect: Back) -> None:
+        assert len(set(effect.slots)) == len(effect.slots) > 0
+        job = self.core.cache.jobs[effect.job]
+        if not isinstance(job, AllocBacking):
+            return
+        opened = self._open(job.correlation, job.reply)
+        self.reserving[effect.job] = opened
+
+        def answered(body: Any) -> None:
+            if opened.is_open:
+                assert body == job.reply
+            else:
+                assert isinstance(body, errors.NoSpace | errors.StaleHandle)
+
+        self.answers[job.correlation] = answered
+
+    def _copy(self, effect: Copy) -> None:
+        arena = self.arenas[effect.arena]
+        staged = self.shell.stagings[effect.session]
+        fillings = []
+        for item in effect.items:
+            filling = arena.filling[staged[item.offset]]
+            source = filling.sources[0]
+            assert source.offset == item.offset
+            assert source.commit.session.id == effect.session
+            assert source.commit.answered, "read before its append was answered"
+            assert item.start == len(arena.parent(filling.path))
+            assert item.start + item.n_tokens == len(filling.path)
+            fillings.append(filling)
+        self.copying[effect.job] = fillings
+
+    def _seal(self, effect: WriteRecord) -> None:
+        arena, path = self.arenas[effect.arena], self.paths[effect.key]
+        filling = self.seals.pop(0)
+        assert (filling.arena, filling.path) == (arena, path)
+        parent = arena.parent(path)
+        assert self.paths.get(effect.parent_key, ()) == parent
+        assert (effect.start, effect.tokens) == (len(parent), packed(path[len(parent) :]))
+        assert effect.checksum == effect.slot, "the checksum of another copy"
+        assert self.shell.arenas[effect.arena].memory[effect.slot] == path
+        arena.sealed[path] = effect.slot
+
+    def _drop_block(self, number: int, slot: int, evicted: list[tuple[int, Path]]) -> None:
+        arena = self.arenas[number]
+        path = self.paths[self.shell.arenas[number].records[slot].key]
+        assert path not in self._held(arena), "dropped under a lease"
+        del arena.sealed[path]
+        assert not [each for each in arena.sealed if path in arena.chain(each)], "had children"
+        is_orphan = any(
+            each not in arena.sealed and each not in arena.filling
+            for each in arena.chain(path)[:-1]
+        )
+        is_superseded = len(path) % arena.block_tokens and arena.extension(path)
+        if not is_orphan and not is_superseded:
+            evicted.append((number, path))
+
+    def _allocated(self, correlation: int, body: Any) -> None:
+        """An alloc is answered that waits for no memory."""
+        if not isinstance(body, KvdError):
+            self._open(correlation, body)
+            return
+        context, message, _ = self._take_turn(correlation)
+        arena = context.arena
+        context.generation += 1
+        context.free_ids.rotate(-1)
+        n_slots = -(-message.reserve_tokens // arena.block_tokens)
+        self._check_refusal(body, arena, n_slots, arena.best(_tokens(message.tokens)))
+
+    def _take_turn(self, correlation: int) -> Waiting:
+        """Nobody who came before could have been served."""
+        assert len(self.sequences()) < self.max_sequences
+        for earlier, alloc in self.allocs.items():
+            if earlier == correlation:
+                break
+            assert not alloc.context.free_ids, "not its turn"
+        return self.allocs.pop(correlation)
+
+    def _open(self, correlation: int, body: Any) -> Sequence:
+        """Check the match, and that the slots hold these very tokens; the sequence is open."""
+        context, message, _ = self._take_turn(correlation)
+        assert isinstance(body, Allocated)
+        arena, tokens = context.arena, _tokens(message.tokens)
+        context.generation += 1
+        assert (body.seq_id, body.generation) == (context.free_ids.popleft(), context.generation)
+        matched = arena.matched(tokens)
+        assert body.matched_tokens == matched
+        leased = arena.best(tokens)
+        slots = _slots(body.slots)
+        assert slots == [arena.sealed[path] for path in arena.chain(leased)]
+        assert body.last_block_tokens == len(leased) - len(arena.parent(leased))
+        self._check_bytes(arena, arena.chain(leased), slots)
+        full = tokens[: matched // arena.block_tokens * arena.block_tokens]
+        sequence = Sequence(
+            context,
+            body.seq_id,
+            body.generation,
+            full,
+            leased,
+            matched,
+            self.now,
+            message.idle_timeout_ms / 1000,
+        )
+        if message.reserve_tokens:
+            sequence.limit = len(full) + message.reserve_tokens
+        context.open[body.seq_id] = sequence
+        return sequence
+
+    # --- checks
+
+    def _check_bytes(self, arena: Arena, paths: list[Path], slots: list[int]) -> None:
+        memory = self.shell.arenas[arena.number].memory
+        assert [memory[slot] for slot in slots] == paths
+
+    def _available(self, arena: Arena | None = None, named: Path = ()) -> int:
+        """Bytes that could be made free while the chain of `named` stays."""
+        totals = accounting.totals(self.core.cache)
+        kept = 0
+        if arena is not None:
+            cached = arena.sealed.keys() - self._held(arena)
+            kept = arena.stride * len(cached.intersection(arena.chain(named)))
+        return totals.unassigned + totals.free + totals.cached - kept
+
+    def _check_refusal(self, error: KvdError, arena: Arena, n_slots: int, named: Path) -> None:
+        """There was no room indeed, and the right error says so. What it named counts as used."""
+        budget = self.core.cache.budget
+        # Directories so small grow once, at the first slot.
+        real = budget.arenas[arena.number]
+        growth = real.directory_limit - real.directory_bytes
+        need = n_slots * arena.stride + growth
+        too_small = need + budget.directories > self.n_bytes
+        assert type(error) is (errors.BudgetTooSmall if too_small else errors.AllLeased)
+        assert need > self._available(arena, named), "refused, though there was room"
+        for path in arena.chain(named):
+            if (arena.number, path) in self.unheld:
+                self.unheld[arena.number, path] = self.steps
+
+    def _check_eviction(self, evicted: list[tuple[int, Path]], arenas: list[Arena]) -> None:
+        """Nothing stayed that had been unused for longer than what went."""
+        cached = {
+            (arena.number, path)
+            for arena in self.arenas.values()
+            for path in arena.sealed.keys() - self._held(arena)
+        }
+        numbers = {arena.number for arena in arenas}
+        stayed = [
+            self.unheld[place] for place in cached if place in self.unheld and place[0] in numbers
+        ]
+        for place in evicted:
+            assert place[0] in numbers
+            assert self.unheld.get(place, self.steps) <= min(stayed, default=self.steps)
+        self.unheld = {place: self.unheld.get(place, self.steps) for place in cached}
+
+    def _compare(self) -> None:
+        cache = self.core.cache
+        accounting.check(cache)
+        assert not self.seals, "a copy was good, and its block was not sealed"
+        for arena in self.arenas.values():
+            self._compare_arena(arena)
+        for session in self.sessions.values():
+            session.advance()
+            assert self.shell.headers[session.id] == session.completed
+            assert all(commit > session.completed for commit in session.flushes.values())
+        reading = {job.session for job in self.shell.queue if isinstance(job, Copy)}
+        assert self.shell.stagings.keys() == self.sessions.keys() | reading
+        self._compare_sequences()
+        if not self.shell.queue:
+            self._compare_memory()
+
+    def _compare_sequences(self) -> None:
+        cache = self.core.cache
+        assert {
+            (each.context.number, each.seq_id): (
+                each.generation,
+                each.full,
+                each.leased,
+                each.length,
+                each.timed_out,
+            )
+            for each in self.sequences()
+        } == {
+            (each.context.number, each.seq_id): (
+                each.generation,
+                _path(each.tip),
+                _path(each.leased),
+                each.length,
+                each.state is State.TIMED_OUT,
+            )
+            for each in cache.sequences()
+        }
+        full = len(self.sequences()) >= self.max_sequences
+        for context in self.contexts.values():
+            assert cache.contexts[context.number].free_ids == context.free_ids
+        for alloc in self.allocs.values():
+            assert full or not alloc.context.free_ids, "left waiting"
+        rows = accounting.report_of_sequences(cache, self.now)
+        assert len(rows) == len(self.sequences()) + len(self.allocs)
+        deadlines = [alloc.deadline for alloc in self.allocs.values()]
+        for sequence in self.sequences():
+            if sequence.idle and not sequence.timed_out:
+                deadlines.append(sequence.touched + sequence.idle)
+        assert self.core.next_deadline() == min(deadlines, default=None)
+
+    def _compare_arena(self, arena: Arena) -> None:
+        real = self.core.cache.budget.arenas[arena.number]
+        records = self.shell.arenas[arena.number].records
+        sealed = accounting.sealed_blocks(real)
+        assert {_path(block): block.slot for block in sealed} == arena.sealed
+        assert {block.slot: block.key for block in sealed} == {
+            slot: record.key for slot, record in records.items()
+        }
+        filling = {_path(block): block for block in real.root.below() if block.state is FILLING}
+        assert filling.keys() == arena.filling.keys()
+        for path, block in filling.items():
+            sources = arena.filling[path].sources
+            assert [_source(source) for source in block.sources or ()] == [
+                _source(source) for source in sources
+            ]
+            # It will end: the shell has a job for it, or for the append that is to fill it.
+            assert block.in_flight or not sources[0].commit.answered
+        known = {*arena.sealed, *arena.filling, ()}
+        assert all(arena.parent(path) in known for path in known)
+
+    def _compare_memory(self) -> None:
+        """The shell is idle: its memory is what the core accounts for."""
+        totals = accounting.totals(self.core.cache)
+        backed = totals.directory + totals.staging
+        for arena in self.arenas.values():
+            counts = accounting.arena_counts(self.core.cache.budget.arenas[arena.number])
+            assert len(self.shell.arenas[arena.number].memory) == counts["total"]
+            backed += counts["total"] * arena.stride
+        assert backed == totals.backed
+
+
+def _tokens(data: bytes) -> Path:
+    return unpack(f"<{len(data) // 4}I", data)
+
+
+def _slots(data: bytes) -> list[int]:
+    return list(unpack(f"<{len(data) // 4}I", data))
+
+
+def _path(block: Block) -> Path:
+    path: Path = ()
+    node: Block | None = block
+    while node is not None:
+        path = _tokens(node.tokens) + path
+        node = node.parent
+    return path
+
+
+def _source(source: Any) -> tuple[bytes, int, int]:
+    return (source.commit.session.id, source.commit.number, source.offset)
+
+
+def _is(expected: Any) -> Answered:
+    def answered(body: Any) -> None:
+        assert body == expected
+
+    return answered
+
+
+def _fails(error: type[KvdError]) -> Answered:
+    def answered(body: Any) -> None:
+        assert type(body) is error, body
+
+    return answered

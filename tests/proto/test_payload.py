@@ -1,0 +1,212 @@
+"""Every lie that a payload can tell is refused, with BadPayload and nothing else."""
+
+import contextlib
+import random
+import struct
+from collections.abc import Callable
+
+import pytest
+
+from kvd_proto.errors import BadMessage, BadPayload
+from kvd_proto.geometry import Geometry, LayerGeometry
+from kvd_proto.payload import FORMATS, LLAMA_MAGIC, ArrayBlock, LlamaState, make_format
+from tests.proto.blocks import MAGIC, header_bytes, llama_block
+
+# Layers that differ, so that a header in the wrong layer is wrong.
+GEOMETRY = Geometry(
+    (
+        LayerGeometry("f16", 8, "q8_0", 34),
+        LayerGeometry("q4_0", 18, "f32", 4),
+        LayerGeometry("f16", 6, "f16", 2),
+    )
+)
+START, N_TOKENS = 64, 5
+FORMAT = LlamaState(GEOMETRY, 8)
+AFTER_CELLS = 16 + 12 * N_TOKENS
+BUFFERS: list[Callable[[bytearray], bytes | bytearray | memoryview]] = [
+    bytes,
+    bytearray,
+    memoryview,
+    lambda block: memoryview(block).toreadonly(),
+    lambda block: memoryview(bytearray(3) + block)[3:],  # not aligned
+    lambda block: memoryview(block).cast("H"),  # items of two bytes
+]
+
+
+def block() -> bytearray:
+    return llama_block(GEOMETRY, START, N_TOKENS)
+
+
+def test_the_magic_is_that_of_llama_cpp() -> None:
+    assert LLAMA_MAGIC == MAGIC == 0xAF143CD8
+
+
+@pytest.mark.parametrize("as_buffer", BUFFERS)
+def test_a_true_block_is_accepted_in_any_buffer(as_buffer: Callable[..., bytes]) -> None:
+    FORMAT.validate(as_buffer(block()), START, N_TOKENS)
+    ArrayBlock(GEOMETRY, 8).validate(as_buffer(bytearray(8 * 72)), START, N_TOKENS)
+
+
+@pytest.mark.parametrize("as_buffer", BUFFERS)
+def test_a_false_block_is_refused_in_any_buffer(as_buffer: Callable[..., bytes]) -> None:
+    wrong = block()
+    wrong[0] ^= 1
+    with pytest.raises(BadPayload, match="magic"):
+        FORMAT.validate(as_buffer(wrong), START, N_TOKENS)
+    with pytest.raises(BadPayload, match="wrong size"):
+        FORMAT.validate(as_buffer(block() + b"\0\0"), START, N_TOKENS)
+    with pytest.raises(BadPayload, match="wrong size"):
+        ArrayBlock(GEOMETRY, 8).validate(as_buffer(bytearray(8 * 72 + 2)), START, N_TOKENS)
+
+
+@pytest.mark.parametrize("n_tokens", range(1, 9))
+@pytest.mark.parametrize("start", [0, 1, 64, (1 << 20) - 8])
+def test_every_length_at_any_place_is_accepted(start: int, n_tokens: int) -> None:
+    found = llama_block(GEOMETRY, start, n_tokens)
+    assert len(found) == FORMAT.size(n_tokens)
+    FORMAT.validate(found, start, n_tokens)
+    with pytest.raises(BadPayload, match="cell 0 is position"):
+        FORMAT.validate(found, start + 1, n_tokens)
+
+
+@pytest.mark.parametrize("change", [-1, 1, -12, 12, -(12 + 72), 12 + 72])
+def test_wrong_sizes_are_refused(change: int) -> None:
+    wrong = block() + bytes(change) if change > 0 else block()[:change]
+    with pytest.raises(BadPayload, match="wrong size") as caught:
+        FORMAT.validate(wrong, START, N_TOKENS)
+    assert caught.value.details == {
+        "expected": FORMAT.size(N_TOKENS),
+        "got": FORMAT.size(N_TOKENS) + change,
+        "n_tokens": N_TOKENS,
+    }
+
+
+@pytest.mark.parametrize("n_tokens", [-1, 0, 9, 1 << 40])
+def test_wrong_numbers_of_tokens_are_refused(n_tokens: int) -> None:
+    for each in (FORMAT, ArrayBlock(GEOMETRY, 8)):
+        with pytest.raises(BadPayload, match="1 to 8 tokens"):
+            each.validate(b"", 0, n_tokens)
+
+
+LIES = {
+    "magic": (0, "<I", 0, "magic is 0x0"),
+    "source seq": (4, "<i", 3, "source seq is 3"),
+    "no stream": (8, "<I", 0, "n_stream 0"),
+    "two streams": (8, "<I", 2, "n_stream 2"),
+    "no cells": (12, "<I", 0, "0 cells, not 5"),
+    "fewer cells": (12, "<I", N_TOKENS - 1, "4 cells, not 5"),
+    "more cells": (12, "<I", N_TOKENS + 1, "6 cells, not 5"),
+    "huge number of cells": (12, "<I", 0xFFFFFFFF, "4294967295 cells"),
+    "first position": (16, "<i", 0, "cell 0 is position 0"),
+    "negative position": (16, "<i", -1, "cell 0 is position -1"),
+    "swapped positions": (16 + 12, "<i", START + 2, "cell 1 is position 66"),
+    "last position": (16 + 48, "<i", START + 5, "cell 4 is position 69"),
+    "no sequence": (20, "<I", 0, "0 sequences"),
+    "two sequences": (20 + 24, "<I", 2, "cell 2 .* 2 sequences"),
+    "seq id": (24, "<i", 1, "seq 1"),
+    "negative seq id": (24 + 48, "<i", -1, "cell 4 .* seq -1"),
+    "v_trans": (AFTER_CELLS, "<I", 1, "v_trans and n_layer"),
+    "n_layer": (AFTER_CELLS + 4, "<I", 2, "v_trans and n_layer"),
+    "K type": (AFTER_CELLS + 8, "<i", 30, "of K in layer 0"),
+    "K row bytes": (AFTER_CELLS + 12, "<Q", 16, "of K in layer 0"),
+    "huge K row bytes": (AFTER_CELLS + 12, "<Q", (1 << 64) - 1, "of K in layer 0"),
+    "type of a later layer": (AFTER_CELLS + 8 + 52, "<i", 20, "of K in layer 1"),
+    "V type": (AFTER_CELLS + 8 + 36 + 5 * 32, "<i", 1, "of V in layer 0"),
+    "row bytes of the last V": (len(block()) - 10 - 8, "<Q", 0, "of V in layer 2"),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_every_lie_is_refused_by_name(lie: str) -> None:
+    offset, form, value, named = LIES[lie]
+    wrong = block()
+    before = struct.unpack_from(form, wrong, offset)[0]
+    struct.pack_into(form, wrong, offset, value)
+    assert value != before
+    with pytest.raises(BadPayload, match=named) as caught:
+        FORMAT.validate(memoryview(wrong), START, N_TOKENS)
+    assert caught.value.details
+
+
+def test_the_block_of_another_geometry_of_the_same_size_is_refused() -> None:
+    rows = [LayerGeometry("f16", 8, "f16", 6), LayerGeometry("f16", 6, "f16", 8)]
+    wanted, other = Geometry(tuple(rows)), Geometry(tuple(reversed(rows)))
+    with pytest.raises(BadPayload, match="of K in layer 0"):
+        LlamaState(wanted, 8).validate(llama_block(other, 0, 3), 0, 3)
+
+
+def test_no_changed_header_byte_is_ever_accepted() -> None:
+    """Each bit of each byte that is not a K/V row."""
+    good = bytes(block())
+    for offset in header_bytes(GEOMETRY, N_TOKENS):
+        for bit in range(8):
+            wrong = bytearray(good)
+            wrong[offset] ^= 1 << bit
+            with pytest.raises(BadPayload):
+                FORMAT.validate(wrong, START, N_TOKENS)
+
+
+def test_many_changed_header_bytes_are_never_accepted() -> None:
+    rng = random.Random(7)
+    good = bytes(block())
+    places = header_bytes(GEOMETRY, N_TOKENS)
+    for _ in range(3000):
+        wrong = bytearray(good)
+        for offset in rng.sample(places, rng.randrange(1, 20)):
+            wrong[offset] = rng.randrange(256)
+        if wrong == good:
+            continue
+        with pytest.raises(BadPayload):
+            FORMAT.validate(wrong, START, N_TOKENS)
+
+
+def test_rows_may_be_anything() -> None:
+    rng = random.Random(8)
+    found = block()
+    headers = set(header_bytes(GEOMETRY, N_TOKENS))
+    for offset in range(len(found)):
+        if offset not in headers:
+            found[offset] = rng.randrange(256)
+    FORMAT.validate(found, START, N_TOKENS)
+
+
+def test_validation_keeps_no_view() -> None:
+    """A mapping can be closed right after its payload was checked, whatever came out."""
+    found = block()
+    with memoryview(found) as view:
+        FORMAT.validate(view, START, N_TOKENS)
+    with contextlib.suppress(BadPayload):
+        FORMAT.validate(memoryview(found), START + 1, N_TOKENS)
+    found += b"x"  # BufferError while a view is left
+
+
+def test_formats_by_name() -> None:
+    for name, cls in FORMATS.items():
+        made = make_format(name, GEOMETRY, 8)
+        assert type(made) is cls
+        assert made.name == name
+        assert made.max_bytes == made.size(8)
+    with pytest.raises(BadMessage, match="unknown payload format"):
+        make_format("LLAMA-STATE", GEOMETRY, 8)
+
+
+def test_llama_state_knows_its_types_and_whole_blocks_only() -> None:
+    for layer in (("f17", 2, "f16", 2), ("f16", 2, "nope", 2)):
+        with pytest.raises(BadMessage, match="unknown ggml type"):
+            make_format("llama-state", Geometry.from_wire([layer]), 8)
+    for layer in (("f16", 3, "f16", 2), ("f16", 2, "q8_0", 35), ("q4_0", 19, "f16", 2)):
+        with pytest.raises(BadMessage, match="multiple"):
+            make_format("llama-state", Geometry.from_wire([layer]), 8)
+
+
+def test_array_blocks_take_any_type_and_always_have_room_for_all_tokens() -> None:
+    made = make_format("array", Geometry.from_wire([("float32", 12, "?", 5)] * 3), 8)
+    assert [made.size(n) for n in (1, 7, 8)] == [3 * 17 * 8] * 3
+
+
+def test_largest_geometry() -> None:
+    rows = [("f32", 1 << 24, "f32", 1 << 24)] * 512
+    made = make_format("llama-state", Geometry.from_wire(rows), 1024)
+    assert made.max_bytes == 24 + 12 * 1024 + 24 * 512 + (1 << 44)
+    with pytest.raises(BadPayload, match="wrong size"):
+        made.validate(bytes(1000), 0, 1024)

@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import psutil
+
 from kvd import __version__
 from kvd.arena import ByteRange, Segment
 from kvd.core.accounting import AccountingError, Totals, arena_counts, check, sealed_blocks, totals
@@ -183,6 +185,7 @@ def _status(cache: Cache, now: Totals, instance: str, uptime: float) -> dict[str
         "version": __version__,
         "instance": instance,
         "uptime_seconds": round(uptime, 3),
+        "rss_bytes": psutil.Process().memory_info().rss,
         "clients": len(cache.sessions),
         "sequences": {
             "max": cache.limits.max_sequences,

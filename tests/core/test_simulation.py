@@ -1,5 +1,5 @@
-"""Long runs of random steps over a tiny vocabulary, each from its seed: everything may happen at any
-moment. Shorter runs that shrink to the few steps that matter: test_model.py.
+"""Long runs of random steps over a tiny vocabulary, each from its seed: everything may happen at
+any moment. Shorter runs that shrink to the few steps that matter: test_model.py.
 """
 
 import os

@@ -884,7 +884,7 @@ class World:
         deadlines = [alloc.deadline for alloc in self.allocs.values()]
         for sequence in self.sequences():
             if sequence.idle and not sequence.timed_out:
-                deadlines.append(sequence.touched + sequence.idle)
+                deadlines.append(sequence.touched + sequence.idle)  # noqa: PERF401
         assert self.core.next_deadline() == min(deadlines, default=None)
 
     def _compare_arena(self, arena: Arena) -> None:

@@ -79,9 +79,17 @@ def start_daemon(
 
 
 @contextlib.contextmanager
-def running_daemon(*flags: str, runtime_dir: Path, instance: str | None = None) -> Iterator[Daemon]:
+def running_daemon(
+    *flags: str,
+    runtime_dir: Path,
+    instance: str | None = None,
+    prefix: tuple[str, ...] = (),
+    environ: dict[str, str] | None = None,
+) -> Iterator[Daemon]:
     """A daemon for a test; afterwards nothing of it is left in /dev/shm."""
-    daemon = start_daemon(*flags, runtime_dir=runtime_dir, instance=instance)
+    daemon = start_daemon(
+        *flags, runtime_dir=runtime_dir, instance=instance, prefix=prefix, environ=environ
+    )
     try:
         yield daemon
     finally:

@@ -116,6 +116,7 @@ class AsyncSequence(SequenceState):
     def unstage(self, staged: Staged) -> None:
         """Give back what `stage` gave and no append will use. Afterwards that does nothing."""
         appending.unstage(self, staged)
+        self._client.wake()
 
     async def append(self, tokens: Tokens, payloads: Staged | Iterable[Payload]) -> Commit:
         """Commit the blocks of `tokens`, which follow the sequence's full blocks; see
@@ -188,6 +189,8 @@ class AsyncContext(ContextState):
 class AsyncClient(ClientState):
     """A connection to the daemon of this machine; made by `connect`."""
 
+    overlapping = True
+
     def __init__(
         self,
         runtime_dir: str | os.PathLike[str] | None = None,
@@ -248,7 +251,9 @@ class AsyncClient(ClientState):
         """End the session: all that it held is given back; see `client.Client.close`. Calls that
         are still waiting raise Closed."""
         session = self.session
-        if not self.closed and not self.forked and session is not None and session.lost is None:
+        is_open = not self.closed and not self.forked
+        # After the end of its loop nobody can wait any more.
+        if is_open and session is not None and not (self._loop and self._loop.is_closed()):
             with suppress(KvdError):
                 await self.run(settle_appends(session, self.timeout))
         self.shut_down()

@@ -61,7 +61,8 @@ def stage(sequence: SequenceState, n_tokens: int, wait: float | None) -> Operati
         if staged is not None:
             return staged
         left = deadline - time.monotonic()
-        if left <= 0 or not (session.in_flight or area.has_commits()):
+        may_change = session.in_flight or area.has_commits() or client.overlapping
+        if left <= 0 or not may_change:
             raise StagingFull(
                 "the staging is full of blocks that are not stored yet", staging_bytes=area.size
             )
@@ -77,9 +78,12 @@ def unstage(sequence: SequenceState, staged: Staged) -> None:
         session.staging.give_back(staged)
 
 
-def post_append(sequence: SequenceState, tokens: Tokens, staged: Staged) -> Commit:
+def post_append(
+    sequence: SequenceState, tokens: Tokens, staged: Staged, start: int | None = None
+) -> Commit:
     """Send an append and do not wait. The staging and the commit's outcome take care of
-    themselves."""
+    themselves. Raises BadPosition, and sends nothing, if the blocks begin at `start` and that is
+    not where the sequence ends: an append before them has been refused meanwhile."""
     packed = pack_tokens(tokens)
     session = sequence.live_session()
     session.receive()  # an earlier append may have failed: this one must not build on it
@@ -101,6 +105,10 @@ def post_append(sequence: SequenceState, tokens: Tokens, staged: Staged) -> Comm
             "what is committed was staged in this session, and neither committed nor given back",
             of_this_session=staged.buffer is area.buffer,
             spent=staged.spent,
+        )
+    if start is not None and start != sequence.full_tokens:
+        raise BadPosition(
+            "what this append builds on was not stored", start=start, expected=sequence.full_tokens
         )
     start = sequence.full_tokens
     n_full = start // block_tokens
@@ -215,10 +223,14 @@ def checked_payloads(
 def _wait_for_room(session: Session, area: StagingArea, timeout: float) -> Operation[None]:
     """Wait until something has changed that may make room."""
     commit = area.oldest_commit
-    before = session.in_flight
-    if commit is None or before >= MAX_UNANSWERED:
+    if commit is None or session.in_flight >= MAX_UNANSWERED:
         # An append's reply tells which commit to wait for.
-        yield Wait(session, lambda: session.in_flight < before, timeout, may_fail=True)
+        replies, changes = session.replies, area.changes
+
+        def is_news() -> bool:
+            return session.replies != replies or area.changes != changes
+
+        yield Wait(session, is_news, timeout, may_fail=True)
     else:
         yield from call(session, Flush(commit), timeout, may_fail=True)
 

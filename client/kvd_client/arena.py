@@ -10,8 +10,8 @@ import os
 from collections.abc import Sequence
 from contextlib import suppress
 from itertools import pairwise
-from typing import Any, cast
-from weakref import WeakValueDictionary
+from typing import Any, NamedTuple, cast
+from weakref import ref
 
 import numpy as np
 import numpy.typing as npt
@@ -78,48 +78,62 @@ class Arena:
         return self._mapping
 
 
+class _Given(NamedTuple):
+    """A view that was handed out, and the array below it, as long as they live."""
+
+    block: int
+    payload: ref[npt.NDArray[np.uint8]]
+    view: ref[memoryview]
+
+
 class Views:
-    """The views of one sequence's blocks that were handed out, as long as they live.
+    """The views of one sequence's blocks that were handed out.
 
     A memoryview can be made invalid, and whoever uses it then gets a ValueError. Slices of it and
     arrays over it cannot; but they keep the array below them alive, which tells that they exist.
     """
 
     def __init__(self) -> None:
-        self._next = 0
-        self._payloads: WeakValueDictionary[tuple[int, int], npt.NDArray[np.uint8]]
-        self._payloads = WeakValueDictionary()
-        self._views: WeakValueDictionary[tuple[int, int], memoryview] = WeakValueDictionary()
+        self._given: list[_Given] = []
+        self._prune_at = 64
 
     def __len__(self) -> int:
         """Payloads over which something is alive."""
-        return len(self._payloads)
+        self._prune()
+        return len(self._given)
 
     def hand_out(self, block: int, payload: npt.NDArray[np.uint8]) -> memoryview:
         """A view of a block's payload."""
         view = memoryview(cast(Any, payload))
-        key = (block, self._next)
-        self._next += 1
-        self._payloads[key] = payload
-        self._views[key] = view
+        self._given.append(_Given(block, ref(payload), ref(view)))
+        if len(self._given) > self._prune_at:
+            self._prune()
+            self._prune_at = 2 * len(self._given) + 64
         return view
 
     def invalidate(self, first_block: int = 0) -> bool:
         """Make the memoryviews from block `first_block` on invalid. False if there are slices of
         them or arrays over them: those stay as they are."""
-        if not self._payloads:
+        if not self._given:
             return True
-        self._release(first_block)
+        for given in self._given:
+            if given.block >= first_block:
+                _release(given.view)
         if self._is_alive(first_block):
             # Perhaps only in a cycle, of an exception's frames for instance.
             gc.collect()
         return not self._is_alive(first_block)
 
-    def _release(self, first_block: int) -> None:
-        for (block, _), view in list(self._views.items()):
-            if block >= first_block:
-                with suppress(BufferError):
-                    view.release()
+    def _prune(self) -> None:
+        self._given = [given for given in self._given if given.payload() is not None]
 
     def _is_alive(self, first_block: int) -> bool:
-        return any(block >= first_block for block, _ in self._payloads)
+        self._prune()
+        return any(given.block >= first_block for given in self._given)
+
+
+def _release(view: ref[memoryview]) -> None:
+    found = view()
+    if found is not None:
+        with suppress(BufferError):
+            found.release()

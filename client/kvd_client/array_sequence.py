@@ -11,12 +11,12 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from kvd_client import context as ops
 from kvd_client.array_model import KV, ArrayModel
 from kvd_client.array_storage import Storage
 from kvd_client.client import Client, Sequence
-from kvd_client.context import Commit, Tokens
 from kvd_client.errors import BadMessage, BadPayload, Closed, KvdError, ViewsAlive
+from kvd_client.session import Commit
+from kvd_client.state import Tokens, pack_tokens
 from kvd_proto.keys import TOKEN_BYTES
 
 
@@ -72,7 +72,7 @@ class ArraySequence:
                 chunk=str(self._chunk),
                 missing_layers=self._missing,
             )
-        packed = ops.pack_tokens(tokens)
+        packed = pack_tokens(tokens)
         if not packed:
             raise BadMessage("a chunk has at least one token")
         end = self._length + len(packed) // TOKEN_BYTES
@@ -120,7 +120,7 @@ class ArraySequence:
         n_layers = len(self._model.layers)
         if len(k) != n_layers or len(v) != n_layers:
             raise BadPayload("one K and one V for each layer", layers=n_layers, k=len(k), v=len(v))
-        n_tokens = len(ops.pack_tokens(tokens)) // TOKEN_BYTES
+        n_tokens = len(pack_tokens(tokens)) // TOKEN_BYTES
         for layer, (heads, k_dim, v_dim) in enumerate(self._model.layers):
             self._checked("k", layer, k[layer], (n_tokens, heads, k_dim))
             self._checked("v", layer, v[layer], (n_tokens, heads, v_dim))

@@ -7,7 +7,7 @@ A block that is posted is read where it lies until the daemon has sealed its cop
 the arena, and its staging is free. Nothing here fails for want of the daemon or of room: storing
 stops (`error` says why), and the sequence goes on in memory of its own.
 
-Rows, layers and what an engine calls: arrays.py.
+Appends on their way: array_posted.py. Rows, layers and what an engine calls: array_sequence.py.
 """
 
 import gc
@@ -16,30 +16,21 @@ import os
 import weakref
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from kvd_client import context as ops
+from kvd_client.appending import post_append
 from kvd_client.array_block import Block
 from kvd_client.array_model import ArrayModel
-from kvd_client.context import Commit, SequenceState
-from kvd_client.errors import KvdError, ResourceError, ServiceError, StagingFull, ViewsAlive
-from kvd_client.operations import Operation, Wait, call
-from kvd_client.session import Session
+from kvd_client.array_posted import Posted, wait_for_a_seal
+from kvd_client.errors import KvdError, ResourceError, StagingFull, ViewsAlive
+from kvd_client.operations import Operation, call
+from kvd_client.session import Commit
 from kvd_client.staging import Staged
+from kvd_client.state import SequenceState
 from kvd_proto.keys import TOKEN_BYTES
 from kvd_proto.messages import Flush
 
 logger = logging.getLogger("kvd_client")
-
-
-@dataclass(slots=True, eq=False)
-class Posted:
-    """An append on its way: blocks number `first` to `end`-1, read in the staging until sealed."""
-
-    commit: Commit
-    first: int
-    end: int
-    lent: Staged
 
 
 class Storage:
@@ -54,6 +45,7 @@ class Storage:
         """`peers` are all storages that share the staging; `tokens` those that were matched."""
         self._model = model
         self._sequence = sequence
+        self._client = sequence.context.client
         self._peers = peers
         self._tokens = bytearray(tokens)
         self._posted: deque[Posted] = deque()
@@ -75,14 +67,12 @@ class Storage:
         agree are copied into an open block of our own."""
         sequence = self._sequence
         n_full = sequence.full_tokens // self._model.block_tokens
-        self.blocks = [
-            Block(self._model, ops.block_view(sequence, index)) for index in range(n_full)
-        ]
+        self.blocks = [Block(self._model, self._sealed_memory(index)) for index in range(n_full)]
         self.sealed = self.committed = n_full
         n_rows = sequence.matched_tokens - sequence.full_tokens
         if not n_rows:
             return
-        sibling = Block(self._model, ops.block_view(sequence, n_full))
+        sibling = Block(self._model, self._sealed_memory(n_full))
         yield from self.grow(1)
         for layer in range(len(self._model.layers)):
             own, found = self.blocks[-1].rows(layer), sibling.show(layer)
@@ -157,16 +147,15 @@ class Storage:
             reply = yield from ops.refresh(self._sequence, self.sealed)
             for posted in ready:
                 if reply.sealed_tokens < posted.end * self._model.block_tokens:
-                    raise ResourceError(
-                        "blocks that the daemon had accepted were not stored after all",
-                        sealed_tokens=reply.sealed_tokens,
-                        committed_tokens=posted.end * self._model.block_tokens,
-                    )
+                    # It was accepted and failed later. A flush brings the reason.
+                    yield from call(session, Flush(posted.commit.number), self._client.timeout)
+                    self._stop(posted.commit.error or ResourceError("a block was not stored"))
+                    break
                 for index in range(posted.first, posted.end):
                     block = self.blocks[index]
                     staged = block.staged
                     assert staged is not None
-                    block.move(ops.block_view(self._sequence, index))
+                    block.move(self._sealed_memory(index))
                     session.staging.give_back(staged)
                 self._posted.popleft()
                 self.sealed = posted.end
@@ -178,8 +167,12 @@ class Storage:
     def flush(self) -> Operation[None]:
         """Wait until what is posted is sealed, at most the client's timeout without progress."""
         yield from self.collect()
-        while self.sealed < self.committed and (yield from self._wait_for_a_seal([self])):
-            yield from self.collect()
+        while self.sealed < self.committed:
+            waited = yield from wait_for_a_seal(self._client, self._posted)
+            # Also when there was nothing to wait for: it may have been sealed meanwhile.
+            moved = yield from self.collect()
+            if not waited and not moved:
+                return
 
     def hide(self) -> None:
         """Raises ViewsAlive, and changes nothing, while somebody looks at a block."""
@@ -194,8 +187,12 @@ class Storage:
     def close(self) -> None:
         """Let go of all blocks; call `hide` first. What is posted is stored nevertheless."""
         session = self._sequence.session
-        if session is not None and session.lost is None:
-            self._give_back_staging(session)
+        if session is not None and session.lost is None and session.staging is not None:
+            for posted in self._posted:
+                posted.let_go(session.staging)
+            for block in self.blocks[self.committed :]:
+                if block.staged is not None:
+                    session.staging.give_back(block.staged)
         for block in self.blocks:
             block.close()
         self._peers.remove(self)
@@ -205,16 +202,17 @@ class Storage:
         """The leading posted appends that are finished, and at whose blocks nobody looks."""
         ready: list[Posted] = []
         for posted in self._posted:
-            commit = posted.commit
-            if commit.error is not None:
-                self._stop(commit.error)
+            if posted.commit.error is not None:
+                self._stop(posted.commit.error)
                 break
-            if not commit.answered or commit.number > completed:
-                break
-            if not self._is_hidden(posted.first, posted.end):
+            if not posted.is_finished(completed) or not self._is_hidden(posted.first, posted.end):
                 break
             ready.append(posted)
         return ready
+
+    def _sealed_memory(self, index: int) -> memoryview:
+        """The bytes of a block that is leased. They keep the mapping when the session is lost."""
+        return self._sequence.payload_of(index).data
 
     def _is_hidden(self, first: int, end: int) -> bool:
         """Whether nobody looks at these blocks."""
@@ -236,9 +234,12 @@ class Storage:
             kept=True,
         )
         try:
-            commit = ops.post_append(self._sequence, bytes(tokens), lent)
+            # With the start, because an append that was refused moves the sequence back unseen.
+            start = self.committed * self._model.block_tokens
+            commit = post_append(self._sequence, bytes(tokens), lent, start)
         except KvdError as error:
-            self._stop(error)
+            refusals = [each.commit.error for each in self._posted if each.commit.error]
+            self._stop(refusals[0] if refusals else error)
             return None
         self._posted.append(Posted(commit, self.committed, end, lent))
         self.committed = end
@@ -257,61 +258,28 @@ class Storage:
                 return None  # not even one block fits
             if staged is not None:
                 return staged
-            moved = False
-            for peer in list(self._peers):
-                moved |= yield from peer.collect()
-            if not moved and not (patient and (yield from self._wait_for_a_seal(self._peers))):
+            peers = [peer for peer in self._peers if peer._sequence.session is session]
+            if (yield from _collect_all(peers)):
+                continue
+            if not patient:
+                return None
+            on_their_way = [posted for peer in peers for posted in peer._posted]
+            waited = yield from wait_for_a_seal(self._client, on_their_way)
+            # Also when there was nothing to wait for: it may have been sealed meanwhile.
+            if not (yield from _collect_all(peers)) and not waited:
                 return None
         return None
-
-    def _wait_for_a_seal(self, storages: "list[Storage]") -> Operation[bool]:
-        """Wait for the oldest append of `storages` that is on its way. False if there is none, or
-        if it takes longer than the client's timeout."""
-        session = self._sequence.session
-        if session is None or session.lost is not None or session.staging is None:
-            return False
-        completed = session.staging.completed
-        waiting = [
-            posted.commit
-            for storage in storages
-            if storage._sequence.session is session
-            for posted in storage._posted
-            if posted.commit.error is None
-            and not (posted.commit.answered and posted.commit.number <= completed)
-        ]
-        if not waiting:
-            return False
-        # Those that are not answered yet have no number, and are the youngest.
-        first = min(waiting, key=lambda commit: (not commit.answered, commit.number))
-        timeout = self._sequence.context.client.timeout
-        try:
-            if first.answered:
-                yield from call(session, Flush(first.number), timeout, may_fail=True)
-            else:
-                yield Wait(session, lambda: first.answered, timeout, may_fail=True)
-        except ServiceError:
-            return False
-        return True
-
-    def _give_back_staging(self, session: Session) -> None:
-        """Free it now, or as soon as the appends that still use it have ended."""
-        area = session.staging
-        if area is None:
-            return
-        for posted in self._posted:
-            lent, commit = posted.lent, posted.commit
-            if commit.answered and commit.error is None:
-                area.committed(Staged(lent.offsets, lent.sizes, lent.buffer), commit.number)
-                continue
-            lent.kept = False
-            if commit.answered:
-                area.give_back(lent)
-        for block in self.blocks[self.committed :]:
-            if block.staged is not None:
-                area.give_back(block.staged)
 
     def _stop(self, error: KvdError) -> None:
         """Store no more of this sequence."""
         if self.error is None:
             self.error = error
             logger.info("sequence %d is not stored any further: %s", self._sequence.seq_id, error)
+
+
+def _collect_all(storages: list[Storage]) -> Operation[bool]:
+    """`collect` of each; whether any block was moved."""
+    moved = False
+    for storage in storages:
+        moved |= yield from storage.collect()
+    return moved

@@ -29,13 +29,12 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
-from kvd_client import context as ops
 from kvd_client.array_model import KV, ArrayLayer, ArrayModel
 from kvd_client.array_sequence import ArraySequence
 from kvd_client.array_storage import Storage
 from kvd_client.client import Client
-from kvd_client.context import Tokens
 from kvd_client.errors import ViewsAlive
+from kvd_client.state import Tokens, pack_tokens
 from kvd_proto.keys import TOKEN_BYTES
 
 __all__ = ["KV", "ArrayContext", "ArrayLayer", "ArrayModel", "ArraySequence"]
@@ -64,7 +63,7 @@ class ArrayContext:
         where its K/V is cached. Of a block that agrees only in part the rows that agree are copied.
         `wait` seconds for an id if none is free. Raises what Context.alloc raises.
         """
-        packed = ops.pack_tokens(tokens)
+        packed = pack_tokens(tokens)
         sequence = self.context.alloc(packed, request=request, wait=wait)
         matched = packed[: sequence.matched_tokens * TOKEN_BYTES]
         storage = Storage(self.model, sequence, self._storages, matched)

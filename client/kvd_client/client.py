@@ -57,6 +57,8 @@ from kvd_proto.messages import (
 __all__ = ["DEFAULT_STAGING", "Client", "Context", "Sequence", "connect"]
 
 T = TypeVar("T")
+_LONGEST_POLL = 3600.0
+"""Seconds: poll(2) takes an int of milliseconds."""
 
 
 class Sequence(SequenceState):
@@ -131,7 +133,7 @@ class Sequence(SequenceState):
         """Say that the engine has removed the sequence's K/V. Its id may be handed out again.
 
         Works without a daemon, too. Raises ViewsAlive, and the sequence goes on, while arrays over
-        its blocks are alive.
+        its blocks are alive; memoryviews are invalid all the same.
         """
         self._client.run(ops.release(self, failed))
 
@@ -179,7 +181,8 @@ class Context(ContextState):
     def close(self) -> None:
         """Give back the context and all of its sequences. Works without a daemon, too.
 
-        Raises ViewsAlive, and everything goes on, while arrays over blocks are alive.
+        Raises ViewsAlive, and everything goes on, while arrays over blocks are alive; memoryviews
+        are invalid all the same.
         """
         cast(Client, self.client).run(ops.close_context(self))
 
@@ -210,10 +213,10 @@ class Client(ClientState):
 
         `runtime_dir` is where the daemon's sockets are; by default wherever `instance` listens.
         `staging_bytes` is the memory for commits on their way (0: none, for readers). `timeout` is
-        for each answer, in seconds: 5; with fail_open 0.05 for what a request waits for, and 1 for
-        the first welcome. `fail_open` makes alloc go on without a daemon, and come back to it by
-        itself. `start_private` starts a daemon with `max_memory` if none runs there; it stops by
-        itself some seconds after its last client.
+        for each answer, in seconds: 5; with fail_open 0.05 for a request's answers, 1 to open the
+        client or a context, and 5 for flush and reports. `fail_open` makes alloc go on without a
+        daemon, and come back to it by itself. `start_private` starts a daemon with `max_memory` if
+        none runs there; it stops by itself some seconds after its last client.
         """
         super().__init__(
             runtime_dir,
@@ -316,20 +319,21 @@ class Client(ClientState):
 
     def _wait(self, wait: Wait) -> None:
         source, condition = wait.source, wait.condition
+        deadline = time.monotonic() + wait.timeout
         if isinstance(source, Session) and wait.timeout > 0:
             # A poll of both descriptors would cost half as much as the round trip.
             while not condition() and source.lost is None and source.receive_soon():
                 pass
         else:
             source.receive()
-        deadline = time.monotonic() + wait.timeout
         while not condition():
             if source.lost is not None:
                 raise copy_error(source.lost)
             if source is not self._polled:
                 self._watch(source)
             left = deadline - time.monotonic()
-            ready = self._poll.poll(max(0, int(left * 1000) + 1) if left > 0 else 0)
+            milliseconds = int(min(left, _LONGEST_POLL) * 1000) + 1 if left > 0 else 0
+            ready = self._poll.poll(milliseconds)
             if not ready and left <= 0:
                 raise wait.expire()
             for fd, _ in ready:

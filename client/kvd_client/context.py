@@ -93,7 +93,7 @@ def open_new_context(context: ContextState) -> Operation[None]:
     """Open it for the first time; with fail_open and no daemon it opens later by itself."""
     client = context.client
     try:
-        yield from open_context(context, client.deadline())
+        yield from open_context(context, client.first_deadline())
     except BaseException as error:
         if not (isinstance(error, KvdError) and client.without_daemon(error)):
             context.end()
@@ -118,6 +118,7 @@ def _open(context: ContextState, session: Session, deadline: float) -> Operation
         ),
         deadline,
     )
+    session.look()  # the descriptor was sent before the reply
     if registered.segment not in session.arenas:
         here = partial(session.arenas.__contains__, registered.segment)
         yield Wait(session, here, deadline - time.monotonic())

@@ -44,9 +44,9 @@ DEFAULT_STAGING = 64 << 20
 DEFAULT_TIMEOUT = 5.0
 FAIL_OPEN_TIMEOUT = 0.05
 """Seconds that a worker loses at most when the daemon hangs; it computes by itself then."""
-FIRST_WELCOME = 1.0
-"""Seconds for the first welcome with fail_open. It is not in the way of a request, and may take
-longer than an answer: the daemon gives the staging its memory, 0.6 s for a GiB."""
+PATIENCE_TO_OPEN = 1.0
+"""Seconds for a client or a context to be opened, at the least. The daemon gives the staging its
+memory first, which takes 0.6 s for a GiB."""
 SLOWEST_MEMORY = 1 << 27
 """Bytes a second: the first touch of 1 GiB has taken 8.8 s on a virtual machine."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.05, 1.0
@@ -82,6 +82,9 @@ Operation = Generator[Wait, None, T]
 
 class ClientState:
     """What both clients share: the session, when to look for a daemon again, and who we are."""
+
+    overlapping = False
+    """Whether others use the client while an operation waits."""
 
     def __init__(
         self,
@@ -131,6 +134,10 @@ class ClientState:
         """By when an answer that a request waits for must be there."""
         return time.monotonic() + self.timeout
 
+    def first_deadline(self) -> float:
+        """The same for what is not in the way of a request: opening the client, or a context."""
+        return time.monotonic() + max(self.timeout, PATIENCE_TO_OPEN)
+
     def timeout_for(self, n_bytes: int) -> float:
         """Seconds for an answer before which the daemon may have to give `n_bytes` their memory."""
         return self.timeout + n_bytes / SLOWEST_MEMORY
@@ -179,9 +186,8 @@ class ClientState:
                 self._welcomed(handshake)
 
     def first_session(self) -> Operation[Session]:
-        """Like ensure_session; for the very first one, which may take longer."""
-        patience = max(self.timeout, FIRST_WELCOME)
-        return self.ensure_session(time.monotonic() + patience)
+        """Like ensure_session, for the very first one."""
+        return self.ensure_session(self.first_deadline())
 
     def without_daemon(self, error: KvdError) -> bool:
         """Whether to go on without a daemon after `error`, because of fail_open.
@@ -291,10 +297,15 @@ class ClientState:
         self.contexts.clear()
         closed = Closed("this client has been closed")
         handshake, self._handshake = self._handshake, None
+        if self.forked:
+            # What is closed here is the child's; what it shares with its parent is left alone.
+            for source in (handshake, self.session):
+                if source is not None:
+                    source.on_end = None
         if handshake is not None:
             handshake.lose(closed)
         if self.session is not None:
-            self.session.lose(closed, hang_up=True)
+            self.session.lose(closed, hang_up=not self.forked)
 
 
 def call(

@@ -99,12 +99,13 @@ class Session:
         self.lost: KvdError | None = None
         self.on_end: Callable[[], None] | None = None
         self.arenas: dict[int, Arena] = {}
+        self.replies = 0
+        """Received so far."""
         self.unanswered_appends = 0
         self.last_commit = 0
         """The highest number that a commit was answered with."""
         self.commits: WeakValueDictionary[int, Commit] = WeakValueDictionary()
         """Those that were taken in and whose end we have not learned."""
-        self._pid = os.getpid()
         self._untold: list[Any] = []
         self._next = 0
         self._asked: dict[int, type[Any]] = {}
@@ -178,36 +179,34 @@ class Session:
                 self._take_in(self.dealer.recv(zmq.NOBLOCK))
         except zmq.ZMQError as error:
             self.lose(Unavailable(f"the request socket broke: {error.strerror}"))
-        except BaseException:
-            # KeyboardInterrupt, say: a reply was perhaps taken in and nobody was told.
-            self.lose(Unavailable("taking in a reply was interrupted"))
-            raise
 
     def receive_soon(self) -> bool:
         """Wait some milliseconds for one reply, in the quickest way there is, which does not see
         the lifeline. False if none has come."""
         try:
-            frame = self.dealer.recv()
+            self._take_in(self.dealer.recv())
         except zmq.Again:
             return False
         except zmq.ZMQError as error:
             self.lose(Unavailable(f"the request socket broke: {error.strerror}"))
-            return False
-        self._take_in(frame)
         return self.lost is None
 
     def _take_in(self, frame: bytes) -> None:
         try:
             reply = codec.decode_reply(frame, self._asked)
+            self.replies += 1
+            then = self._then.pop(reply.correlation, None)
+            self._asked.pop(reply.correlation, None)
+            if isinstance(reply.body, Flushed):
+                self._note_failures(reply.body)
+            if then is not None:
+                then(reply.body)
         except KvdError as error:
             self.lose(Unavailable(f"the daemon's reply cannot be read: {error}"))
-            return
-        then = self._then.pop(reply.correlation, None)
-        self._asked.pop(reply.correlation, None)
-        if isinstance(reply.body, Flushed):
-            self._note_failures(reply.body)
-        if then is not None:
-            then(reply.body)
+        except BaseException:
+            # KeyboardInterrupt, say: whoever waits for this reply has perhaps not been told.
+            self.lose(Unavailable("taking in a reply was interrupted"))
+            raise
 
     # --- the lifeline
 
@@ -271,13 +270,11 @@ class Session:
         if self.lost is not None:
             return
         self.lost = copy_error(error)
-        # A forked child closes what is its own, and leaves alone what it shares with its parent.
-        is_ours = os.getpid() == self._pid
-        if self.on_end is not None and is_ours:
+        if self.on_end is not None:
             self.on_end()
-        self.on_end = None
+            self.on_end = None
         self.dealer.close(linger=0)
-        if hang_up and is_ours:
+        if hang_up:
             # A forked child may have a copy.
             with suppress(OSError):
                 self._lifeline.shutdown(socket.SHUT_RDWR)

@@ -49,6 +49,8 @@ class StagingArea:
         self._busy: list[tuple[int, Staged]] = []
         """(commit, what it uses), in the order of the replies."""
         self._completed = np.frombuffer(self.buffer, dtype="<u8", count=1)
+        self.changes = 0
+        """Counts everything that may have made room."""
 
     @property
     def completed(self) -> int:
@@ -93,6 +95,7 @@ class StagingArea:
     def committed(self, staged: Staged, commit: int) -> None:
         """`staged` is free again when `commit` is finished."""
         self._busy.append((commit, staged))
+        self.changes += 1
 
     def give_back(self, staged: Staged) -> None:
         """`staged` is free now: no commit uses it. Does nothing while it is `kept`."""
@@ -100,6 +103,7 @@ class StagingArea:
             return
         for offset, size in zip(staged.offsets, staged.sizes, strict=True):
             self._release(offset, offset + round_up(size))
+        self.changes += 1
 
     def close(self) -> None:
         """Let go of the mapping. Who still writes through a view keeps it, and hurts nobody."""

@@ -160,9 +160,12 @@ class SequenceState:
 
 def pack_tokens(tokens: Tokens) -> bytes:
     """Token ids as the protocol wants them: little-endian u32. Bytes are taken as they are."""
-    if isinstance(tokens, bytes):
-        return tokens
-    array = np.asarray(tokens)
+    if isinstance(tokens, bytes | bytearray):
+        return bytes(tokens)
+    try:
+        array = np.asarray(tokens)
+    except ValueError as error:
+        raise BadMessage(f"tokens are a flat sequence of integers: {error}") from None
     if array.size == 0:
         return b""
     if array.ndim != 1 or array.dtype.kind not in "iu":

@@ -18,6 +18,7 @@ from kvd.instance import InstanceBusy, InstanceLock, UnsafePath, default_runtime
 from kvd.notify import Notifier
 from kvd.server import Server
 from kvd.settings import BadSetting, Settings, load
+from kvd.signals import StopSignals
 
 _OWN_DESCRIPTORS = 64
 _DESCRIPTORS_OF_A_SESSION = 4
@@ -49,7 +50,7 @@ def serve(settings: Settings, notifier: Notifier) -> int:
         return _fail(3, error)
     except (UnsafePath, OSError) as error:
         return _fail(1, error)
-    with lock:
+    with StopSignals() as stop, lock:
         left = lock.sweep()
         if left:
             log.warning("cold start", reason="a daemon did not stop cleanly", removed=len(left))
@@ -67,7 +68,7 @@ def serve(settings: Settings, notifier: Notifier) -> int:
         )
         try:
             with closing(server):
-                server.run()
+                server.run(stop.fd)
         except Exception as error:  # beyond repair: see server.py
             log.error("fault", error, consequence="the daemon ends")
             return 1

@@ -18,7 +18,6 @@ from a cache that is not what it says would not be.
 import math
 import os
 import select
-import signal
 import time
 from collections import deque
 from collections.abc import Callable
@@ -46,7 +45,7 @@ STATUS_SECONDS = 5.0
 
 
 class Server:
-    """One daemon. `run` serves until a signal or `stop`; `close` removes every trace of it."""
+    """One daemon. `run` serves until it is told to stop; `close` removes every trace of it."""
 
     def __init__(self, settings: Settings, lock: InstanceLock, notifier: Notifier) -> None:
         """Bind the sockets. The lock is held by the caller, who releases it after `close`.
@@ -111,36 +110,23 @@ class Server:
         self._unwatched.add(fd)
 
     def stop(self) -> None:
-        """Let `run` return after the request at hand. Safe in a signal handler."""
+        """Let `run` return when it has done what it is at."""
         self._stopping = True
 
-    def run(self) -> None:
-        """Serve until SIGTERM, SIGINT, SIGHUP or `stop`. Raises what went wrong beyond repair."""
-        wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        previous_fd = signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
-        previous = {
-            number: signal.signal(number, lambda *_: self.stop())
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-        }
-        self.watch(wake_read, select.EPOLLIN, lambda _: None)
+    def run(self, stop_fd: int) -> None:
+        """Serve until `stop_fd` is readable or `stop` was called. Raises what went wrong beyond
+        repair."""
+        self.watch(stop_fd, select.EPOLLIN, lambda _: self.stop())
         if self._notifier.ready():
             self._next_status = self._started
-        try:
-            while not self._stopping:
-                more = self._serve_requests()
-                wait = self._tick()
-                self._dispatch(0.0 if more else wait)
-        finally:
-            self._notifier.stopping()
-            self.unwatch(wake_read)
-            for number, former in previous.items():
-                signal.signal(number, former)
-            signal.set_wakeup_fd(previous_fd)
-            os.close(wake_read)
-            os.close(wake_write)
+        while not self._stopping:
+            more = self._serve_requests()
+            wait = self._tick()
+            self._dispatch(0.0 if more else wait)
 
     def close(self) -> None:
-        """Close sockets and sessions, unmap and remove the segments."""
+        """Close sockets and sessions, finish jobs, unmap and remove the segments."""
+        self._notifier.stopping()
         self._opened.close()
 
     def _dispatch(self, wait: float) -> None:
@@ -249,6 +235,8 @@ class Server:
             self._reporter.answer(incoming)
         elif kind is Ping:
             self._requests.reply(session, correlation, self._pong())
+        elif isinstance(message, KvdError):
+            self._requests.reply(session, correlation, message)
         else:
             self.handle(events.Requested(session, correlation, message))
 

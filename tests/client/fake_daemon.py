@@ -31,7 +31,6 @@ Answer = Callable[[Any], Any]
 """From a request's message to a reply's, to an error, or to the bytes of a frame."""
 
 PAGE = 4096
-SESSION = b"\1" * 16
 
 
 class FakeDaemon:
@@ -123,7 +122,8 @@ class FakeDaemon:
 def usual_welcome(hello: Hello) -> Welcome:
     """With the staging that was asked for."""
     size = hello.staging_bytes + PAGE if hello.staging_bytes else 0
-    return Welcome(PROTOCOL_VERSION, SESSION, bytes(16), "fake", size)
+    session = b"\1" + os.urandom(15)
+    return Welcome(PROTOCOL_VERSION, session, bytes(16), "fake", size)
 
 
 @contextmanager

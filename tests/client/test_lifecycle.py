@@ -58,14 +58,30 @@ def timed(call: Callable[[], object]) -> float:
 # --- restart
 
 
+@pytest.fixture
+def mortal(own_daemon: Daemon) -> Iterator[Daemon]:
+    """A daemon that the test kills; another one then sweeps what it left."""
+    yield own_daemon
+    if own_daemon.process.poll() is not None and own_daemon.segments():
+        flags = {"runtime_dir": own_daemon.runtime_dir, "instance": own_daemon.instance}
+        start_daemon(*SMALL, **flags).stop()
+
+
+@pytest.fixture
+def worker(mortal: Daemon) -> Iterator[kvd_client.Client]:
+    with kvd_client.connect(mortal.runtime_dir, staging_bytes=STAGING) as connected:
+        yield connected
+
+
 @pytest.mark.parametrize("kill", [False, True])
 def test_after_a_restart_everything_old_is_stale_and_everything_new_works(
-    daemon: Daemon, client: kvd_client.Client, context: kvd_client.Context, kill: bool
+    mortal: Daemon, worker: kvd_client.Client, kill: bool
 ) -> None:
+    client, context = worker, worker.open_context(MODEL, n_seq_max=4)
     store(context, PROMPT)
     old, older = context.alloc(PROMPT), context.alloc(PROMPT[:8])
     staged = old.stage(8)
-    second = restart(daemon, kill=kill)
+    second = restart(mortal, kill=kill)
     try:
         assert client.ping().pid == second.process.pid
         assert not old.shared
@@ -101,10 +117,11 @@ def test_after_a_restart_everything_old_is_stale_and_everything_new_works(
 
 
 def test_the_first_to_notice_that_the_daemon_has_gone_is_told_so(
-    daemon: Daemon, context: kvd_client.Context
+    mortal: Daemon, worker: kvd_client.Client
 ) -> None:
+    context = worker.open_context(MODEL, n_seq_max=4)
     sequence = context.alloc([])
-    daemon.kill()
+    mortal.kill()
     with pytest.raises(errors.Unavailable):
         sequence.append(PROMPT, payloads(PROMPT))
     with pytest.raises(errors.StaleHandle):
@@ -113,15 +130,13 @@ def test_the_first_to_notice_that_the_daemon_has_gone_is_told_so(
         context.alloc([])
     sequence.release()
     context.close()
-    running = start_daemon(*SMALL, runtime_dir=daemon.runtime_dir, instance=daemon.instance)
-    running.stop()  # it sweeps what the killed one left
 
 
 def test_an_alloc_that_waits_is_told_at_once_when_the_daemon_dies(
-    daemon: Daemon, client: kvd_client.Client
+    mortal: Daemon, worker: kvd_client.Client
 ) -> None:
-    with client.open_context(MODEL, n_seq_max=1) as context, context.alloc([]):
-        killer = threading.Timer(0.1, daemon.process.kill)
+    with worker.open_context(MODEL, n_seq_max=1) as context, context.alloc([]):
+        killer = threading.Timer(0.1, mortal.kill)
         killer.start()
 
         def wait() -> None:
@@ -130,9 +145,6 @@ def test_an_alloc_that_waits_is_told_at_once_when_the_daemon_dies(
 
         assert timed(wait) < 5
         killer.join()
-        daemon.kill()
-    running = start_daemon(*SMALL, runtime_dir=daemon.runtime_dir, instance=daemon.instance)
-    running.stop()
 
 
 # --- fail open

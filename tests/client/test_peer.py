@@ -23,7 +23,7 @@ from kvd_proto.messages import (
     Welcome,
 )
 from tests.client.blocks import MODEL, open_files, payloads
-from tests.client.fake_daemon import SESSION, fake_daemon, usual_welcome
+from tests.client.fake_daemon import fake_daemon, usual_welcome
 
 PROMPT = list(range(24))
 PONG = Pong("1", "fake", 1, 1)
@@ -71,7 +71,7 @@ def test_a_reply_to_nobody_is_passed_over(tmp_path: Path) -> None:
         (codec.encode_datagram(Hello(1, "x", 0)), errors.Unavailable, "did not welcome"),
         (codec.encode_datagram(Refused("unsupported_version", "no", {"daemon": 9})),
          errors.UnsupportedVersion, "daemon=9"),
-        (codec.encode_datagram(Welcome(1, SESSION, bytes(16), "fake", 1 << 20)),
+        (codec.encode_datagram(Welcome(1, b"\1" * 16, bytes(16), "fake", 1 << 20)),
          errors.Unavailable, "did not welcome"),  # the descriptor is missing
     ],
 )  # fmt: skip

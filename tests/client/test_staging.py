@@ -12,7 +12,7 @@ import pytest
 import kvd_client
 from kvd_client import errors
 from kvd_client.staging import Staged, StagingArea
-from tests.client.blocks import BLOCK_TOKENS, MODEL, STRIDE, holds, payloads
+from tests.client.blocks import BLOCK_TOKENS, MODEL, STRIDE, eventually, holds, payloads
 from tests.support import Daemon, running_daemon
 
 PAGE = 4096
@@ -153,21 +153,25 @@ def test_unanswered_appends_are_limited_however_much_room_there_is(daemon: Daemo
         client.open_context(MODEL) as context,
         context.alloc([]) as sequence,
     ):
+        commits: list[kvd_client.Commit] = []
+
+        def post_all() -> None:
+            for at in range(1000):
+                staged = sequence.stage(BLOCK_TOKENS, wait=0.1)
+                staged.block(0)[:] = blocks[at]
+                block = tokens[at * BLOCK_TOKENS : (at + 1) * BLOCK_TOKENS]
+                commits.append(sequence.post_append(block, staged))
+
         daemon.process.send_signal(signal.SIGSTOP)
-        posted = 0
         try:
             with pytest.raises(errors.StagingFull):
-                for posted in range(1000):
-                    at = posted * BLOCK_TOKENS
-                    staged = sequence.stage(BLOCK_TOKENS, wait=0.1)
-                    staged.block(0)[:] = blocks[posted]
-                    sequence.post_append(tokens[at : at + BLOCK_TOKENS], staged)
+                post_all()
         finally:
             daemon.process.send_signal(signal.SIGCONT)
-        assert 100 < posted < 500
+        assert 100 < len(commits) < 500
         client.flush()
-        assert sequence.refresh() == posted * BLOCK_TOKENS
-        assert holds(sequence, tokens[: posted * BLOCK_TOKENS])
+        assert sequence.refresh() == len(commits) * BLOCK_TOKENS
+        assert holds(sequence, tokens[: len(commits) * BLOCK_TOKENS])
 
 
 def test_a_posted_append_that_is_refused_gives_its_room_back(daemon: Daemon) -> None:
@@ -259,5 +263,9 @@ def test_posted_appends_are_stored_although_the_client_closes_at_once(
     with kvd_client.connect(daemon.runtime_dir, staging_bytes=1 << 20) as client:
         sequence = client.open_context(MODEL).alloc([])
         sequence.post_append(PROMPT, payloads(PROMPT))
-    with context.alloc(PROMPT) as sequence:
-        assert sequence.matched_tokens == len(PROMPT)
+
+    def matched() -> int:
+        with context.alloc(PROMPT) as found:
+            return found.matched_tokens
+
+    eventually(lambda: matched() == len(PROMPT))

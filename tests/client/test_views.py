@@ -39,7 +39,7 @@ def test_a_view_is_read_only_bytes(sequence: kvd_client.Sequence) -> None:
         view[0] = 0
     array = np.frombuffer(view, np.uint8)
     assert not array.flags.writeable
-    with pytest.raises(ValueError, match="writeable|WRITEABLE"):
+    with pytest.raises(ValueError, match="WRITEABLE"):
         array.flags.writeable = True
 
 
@@ -118,15 +118,19 @@ def test_an_append_waits_for_nobody_who_looks_at_the_block_that_it_replaces(
 
 def test_an_error_that_release_adds_does_not_hide_the_first(context: kvd_client.Context) -> None:
     store(context, PROMPT)
-    with (
-        pytest.raises(errors.ViewsAlive) as raised,
-        context.alloc(PROMPT) as sequence,
-    ):
-        array = np.frombuffer(sequence.block(0), np.uint8)
-        raise ZeroDivisionError
+    kept: list[object] = []
+
+    def fail() -> None:
+        with context.alloc(PROMPT) as sequence:
+            kept[:] = [sequence, np.frombuffer(sequence.block(0), np.uint8)]
+            raise ZeroDivisionError
+
+    with pytest.raises(errors.ViewsAlive) as raised:
+        fail()
     assert isinstance(raised.value.__context__, ZeroDivisionError)
-    del array
-    raised.value.__context__.__traceback__ = None
+    sequence = kept[0]
+    kept.clear()
+    assert isinstance(sequence, kvd_client.Sequence)
     sequence.release()
 
 
@@ -140,10 +144,14 @@ def test_many_views_leave_nothing_behind(sequence: kvd_client.Sequence) -> None:
     del kept
 
 
-def test_views_outlive_the_daemon(daemon: Daemon, sequence: kvd_client.Sequence) -> None:
+def test_views_outlive_the_daemon(own_daemon: Daemon) -> None:
     """The mapping is ours; the bytes stay what they were."""
+    client = kvd_client.connect(own_daemon.runtime_dir, staging_bytes=1 << 20)
+    context = client.open_context(MODEL)
+    store(context, PROMPT)
+    sequence = context.alloc(PROMPT)
     array = np.frombuffer(sequence.block(2), np.uint8)
-    daemon.stop()
+    own_daemon.stop()
     with pytest.raises(errors.Unavailable):
         sequence.refresh()
     assert not sequence.shared
@@ -155,6 +163,7 @@ def test_views_outlive_the_daemon(daemon: Daemon, sequence: kvd_client.Sequence)
     del array
     sequence.release()
     assert mappings() == []
+    client.close()
 
 
 def test_leased_blocks_are_not_evicted_under_a_view(

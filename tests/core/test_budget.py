@@ -11,11 +11,9 @@ from kvd.core.events import DropRecord, Effect, Punch
 from kvd.core.tree import FILLING, SEALED, Block
 from kvd_proto.errors import AllLeased, BudgetTooSmall
 from kvd_proto.geometry import Geometry
-from tests.core.driver import BLOCK_TOKENS, PAGE, array_format, packed
+from tests.core.driver import BLOCK_TOKENS, PAGE, SMALL_DIRECTORY, array_format, packed
 
 FIRST_DIRECTORY = 4 * PAGE
-DIRECTORY = 5 * PAGE
-"""Of an arena of up to 56 slots, once it has used one."""
 
 
 class Bench:
@@ -205,7 +203,7 @@ def test_slots_without_memory_are_used_again_and_backed_anew() -> None:
 
 
 def test_no_slots_are_no_trouble() -> None:
-    bench = Bench(DIRECTORY, 1)
+    bench = Bench(SMALL_DIRECTORY, 1)
     taken = bench.budget.take(bench.arenas[0], 0, bench.effects)
     assert (taken.slots, taken.to_back, bench.effects) == ([], [], [])
 
@@ -214,7 +212,7 @@ def test_no_slots_are_no_trouble() -> None:
 
 
 def test_memory_moves_between_arenas_of_different_stride() -> None:
-    bench = Bench(2 * DIRECTORY + 6 * PAGE, 1, 3)
+    bench = Bench(2 * SMALL_DIRECTORY + 6 * PAGE, 1, 3)
     small, large = bench.arenas
     blocks = [bench.store(small.root, token) for token in range(6)]
     assert (bench.budget.unassigned, small.cached) == (PAGE, 6)
@@ -233,7 +231,7 @@ def test_memory_moves_between_arenas_of_different_stride() -> None:
 
 
 def test_free_slots_of_others_go_before_anything_cached() -> None:
-    bench = Bench(2 * DIRECTORY + 2 * PAGE, 1, 1)
+    bench = Bench(2 * SMALL_DIRECTORY + 2 * PAGE, 1, 1)
     one, other = bench.arenas
     cached = bench.store(one.root, 1)
     (slot,) = bench.take(other, 1)
@@ -245,7 +243,7 @@ def test_free_slots_of_others_go_before_anything_cached() -> None:
 
 
 def test_nothing_is_evicted_while_something_is_unassigned() -> None:
-    bench = Bench(DIRECTORY + 3 * PAGE, 1)
+    bench = Bench(SMALL_DIRECTORY + 3 * PAGE, 1)
     bench.store(bench.arenas[0].root, 1)
     bench.take(bench.arenas[0], 2)
     assert not bench.happened(DropRecord)
@@ -255,7 +253,7 @@ def test_nothing_is_evicted_while_something_is_unassigned() -> None:
 
 def test_own_slots_are_used_again_as_they_are() -> None:
     """An evicted block's memory is its successor's, without the operating system."""
-    bench = Bench(DIRECTORY + PAGE, 1)
+    bench = Bench(SMALL_DIRECTORY + PAGE, 1)
     bench.store(bench.arenas[0].root, 1)
     bench.effects.clear()
     taken = bench.budget.take(bench.arenas[0], 1, bench.effects)
@@ -285,7 +283,7 @@ def test_directories_are_charged_and_grow_in_chunks() -> None:
 
 
 def test_growth_of_the_directory_can_be_what_does_not_fit() -> None:
-    bench = Bench(DIRECTORY + 2 * PAGE, 1)
+    bench = Bench(SMALL_DIRECTORY + 2 * PAGE, 1)
     arena = bench.arenas[0]
     with pytest.raises(BudgetTooSmall):
         bench.take(arena, 3)
@@ -294,7 +292,7 @@ def test_growth_of_the_directory_can_be_what_does_not_fit() -> None:
 
 
 def test_staging_and_a_new_directory_make_room_too() -> None:
-    bench = Bench(2 * DIRECTORY, 1)
+    bench = Bench(2 * SMALL_DIRECTORY, 1)
     for token in range(5):
         bench.store(bench.arenas[0].root, token)
     bench.effects.clear()
@@ -303,14 +301,14 @@ def test_staging_and_a_new_directory_make_room_too() -> None:
     bench.arena(2, 1)
     assert bench.budget.unassigned == PAGE - 1
     bench.budget.return_staging(1)
-    assert (bench.budget.staging, bench.sum) == (0, 2 * DIRECTORY)
+    assert (bench.budget.staging, bench.sum) == (0, 2 * SMALL_DIRECTORY)
 
 
 # --- no room
 
 
 def test_all_leased_and_too_small_are_different_answers() -> None:
-    bench = Bench(DIRECTORY + 4 * PAGE, 1)
+    bench = Bench(SMALL_DIRECTORY + 4 * PAGE, 1)
     arena = bench.arenas[0]
     a, b = bench.chain(arena, 1, 2)
     bench.budget.hold(a)
@@ -319,7 +317,7 @@ def test_all_leased_and_too_small_are_different_answers() -> None:
     with pytest.raises(AllLeased) as leased:
         bench.take(arena, 4)
     assert leased.value.details["blocks"] == 4
-    assert leased.value.details["budget_bytes"] == DIRECTORY + 4 * PAGE
+    assert leased.value.details["budget_bytes"] == SMALL_DIRECTORY + 4 * PAGE
     with pytest.raises(BudgetTooSmall):
         bench.take(arena, 5)
     assert (list(bench.budget.lru), bench.budget.unassigned) == before

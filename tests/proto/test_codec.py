@@ -1,6 +1,7 @@
 """Every message there and back, and every way in which one can be wrong."""
 
-import gc
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import msgpack
@@ -285,27 +286,29 @@ def test_evidence_of_the_deepest_value_is_short() -> None:
     assert show(value) == "list of length 1"
 
 
-def test_sending_while_packing_does_not_mix_messages_up() -> None:
-    """A finalizer may send a message whenever the garbage collector runs, also within pack()."""
-    sent = []
-
-    class Sends:
-        def __init__(self) -> None:
-            self.cycle = self
-
-        def __del__(self) -> None:
-            sent.append(codec.encode_request(2, Ping()))
-
+def test_threads_do_not_mix_messages_up() -> None:
+    """They share one packer, which must not give way within a message."""
     layers = list(Geometry.from_wire([["f16", 2, "f16", 2]] * MAX_LAYERS).layers)
-    message = RegisterModel("m", b"f" * 32, "array", 1, layers)
-    expected = codec.encode_request(1, message)
-    before = gc.get_threshold()
-    gc.set_threshold(5)
+
+    def encode(seed: int) -> set[bytes]:
+        fingerprint = bytes([seed]) * 32
+        message = RegisterModel("m", fingerprint, "array", 1, layers)
+        return {codec.encode_request(seed, message) for _ in range(300)}
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
     try:
-        for _ in range(200):
-            Sends()
-            assert codec.encode_request(1, message) == expected
+        with ThreadPoolExecutor(4) as pool:
+            results = list(pool.map(encode, range(8)))
     finally:
-        gc.set_threshold(*before)
-    assert sent
-    assert set(sent) == {codec.encode_request(2, Ping())}
+        sys.setswitchinterval(before)
+    for seed, frames in enumerate(results):
+        (frame,) = frames
+        assert codec.decode_request(frame).message.fingerprint == bytes([seed]) * 32
+
+
+def test_a_message_that_cannot_be_packed_leaves_nothing_for_the_next() -> None:
+    expected = codec.encode_request(1, Ping())
+    with pytest.raises(BadMessage):
+        codec.encode_request(1, Alloc(5, "request", b"tokens", 0, 0, 1 << 64))
+    assert codec.encode_request(1, Ping()) == expected

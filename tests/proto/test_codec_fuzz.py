@@ -169,6 +169,25 @@ def test_duplicate_keys_and_foreign_types_are_refused_in_requests() -> None:
             codec.decode_datagram(b"\x94\x01\x01\xa1c" + value)
 
 
+@pytest.mark.parametrize(
+    "value",
+    [
+        b"\xc7\x01\x05\x00",  # an extension of one byte
+        b"\xd4\x05\x00",
+        b"\xd6\xff\x00\x00\x00\x00",  # a timestamp
+        b"\x81\x01\x01",  # keys that are no text
+        b"\x81\xc0\x01",
+        b"\x81\x90\x01",
+        b"\x81\xca\x00\x00\x00\x00\x01",
+    ],
+)
+def test_reports_hold_only_plain_values(value: bytes) -> None:
+    good = b"\x93\x07\x00\x81\xa1a" + b"\x01"
+    assert codec.decode_reply(good, {7: Status}).body == Reported({"a": 1})
+    with pytest.raises(BadMessage, match="not a MessagePack message"):
+        codec.decode_reply(good[:-1] + value, {7: Status})
+
+
 def test_last_of_equal_keys_counts_in_replies() -> None:
     frame = b"\x93\x07\x00" + b"\x82\xa1a\x01\xa1a\x02"
     assert codec.decode_reply(frame, {7: Status}).body == Reported({"a": 2})

@@ -253,6 +253,15 @@ def test_a_header_that_claims_a_long_registration_is_none(length: int) -> None:
     assert layout.read_header(memory) is None
 
 
+def test_a_header_whose_registration_is_cut_off_is_none_even_if_its_checksum_is_right() -> None:
+    memory = directory(1000)
+    fixed = struct.pack("<8sIIIIQ", layout.MAGIC, 64 + 4 * 32, 32, 5, 1 << 20, 4096)
+    within = bytes([0x80]) * (DIRECTORY_HEADER_BYTES - 40)
+    checksum = layout.xxhash.xxh3_64_intdigest(fixed + within)
+    memory[:DIRECTORY_HEADER_BYTES] = fixed + struct.pack("<Q", checksum) + within
+    assert layout.read_header(memory) is None
+
+
 @pytest.mark.parametrize("length", [0, 8, 39, 40, DIRECTORY_HEADER_BYTES - 1])
 def test_what_is_shorter_than_a_header_is_none(length: int) -> None:
     memory = directory()

@@ -180,7 +180,8 @@ def verify(report: Report, look: Look) -> str:
         lines = [look.paint("ok", "green") + ": the accounts, the blocks and the system agree"]
     else:
         found = report["differences"]
-        lines = [look.paint(f"{len(found)} differences", "red")]
+        plural = "s" if len(found) != 1 else ""
+        lines = [look.paint(f"{len(found)} difference{plural}", "red")]
         lines += [f"  {clean(each)}" for each in found]
     columns = (Column("TERM"), Column("BYTES", right=True), Column("", right=True))
     cells = [(name, count(value), size(value)) for name, value in report["terms"].items()]

@@ -1,0 +1,271 @@
+"""The recount finds a fault in every single term, and says which; and the reports add up."""
+
+from collections.abc import Callable
+
+import pytest
+
+from kvd.core.accounting import (
+    AccountingError,
+    Totals,
+    arena_counts,
+    check,
+    sealed_blocks,
+    totals,
+)
+from kvd.core.budget import Arena
+from kvd.core.cache import AllocBacking, AppendBacking, Cache, Copying
+from kvd.core.tree import GONE, Block
+from kvd_proto.messages import COMPLETED, Release
+from tests.core.driver import BUDGET, FULL_DIRECTORY, PAGE, STAGING, Driver, alloc, path_of
+
+CACHED, HELD, ABOVE = (1, 2, 3, 4), (5, 6, 7, 8), (5, 6)
+COPYING, BACKING = (10, 11), (12, 13)
+
+
+@pytest.fixture
+def cache() -> Cache:
+    """Blocks in every state, reserved slots, a free and a punched one, a copy for the dead."""
+    driver = Driver()
+    driver.connect("s")
+    driver.register(b"s")
+    driver.register(b"s", "second", pages=3)
+    context = driver.context(b"s", n_ids=8)
+    for tokens in (CACHED, (20, 21), (22, 23)):
+        handle = driver.alloc(b"s", context)
+        driver.store(handle, 0, *tokens)  # slots 0 and 1, 2, 3
+        driver.ask(b"s", Release(*handle.fields, COMPLETED))
+    held = driver.alloc(b"s", context)
+    driver.store(held, 0, *HELD)  # 4, 5
+    driver.ask(b"s", alloc(context, reserve=2))  # 6
+    driver.work()
+    driver.append(driver.alloc(b"s", context), 0, *COPYING)  # 7
+    driver.back()
+    driver.jobs.clear()
+    driver.connect("dead", staging=PAGE * 2)
+    driver.register(b"dead")
+    driver.append(driver.alloc(b"dead", driver.context(b"dead")), 0, 30)  # 8
+    driver.back()
+    driver.disconnect(b"dead")
+    driver.append(held, 4, *BACKING)  # 9
+    driver.ask(b"s", alloc(context, reserve=4))  # 10, 11
+    driver.ask(b"s", alloc(driver.context(b"s", n_ids=1, busy=[0]), wait_ms=1000))
+    budget = driver.cache.budget
+    arena = budget.arenas[1]
+    for path in ((20, 21), (22, 23)):
+        budget.drop(block_of(arena, path), [])
+    budget._punch(arena, 1, [])
+    check(driver.cache)
+    return driver.cache
+
+
+def block_of(arena: Arena, path: tuple[int, ...]) -> Block:
+    return next(block for block in arena.root.below() if path_of(block) == path)
+
+
+def first(cache: Cache) -> Arena:
+    return cache.budget.arenas[1]
+
+
+def block(path: tuple[int, ...]) -> Callable[[Cache], Block]:
+    return lambda cache: block_of(first(cache), path)
+
+
+def test_the_story_has_every_kind_of_slot_and_job(cache: Cache) -> None:
+    arena = first(cache)
+    assert arena_counts(arena) == {
+        "free": 1,
+        "filling": 6,
+        "active": 2,
+        "cached": 2,
+        "pinned": 0,
+        "total": 11,
+    }
+    assert arena.punched == [3]
+    assert {type(job) for job in cache.jobs.values()} == {AllocBacking, AppendBacking, Copying}
+    assert cache.leaving
+    assert cache.waiting
+
+
+def add(attribute: str, of: Callable[[Cache], object], amount: int) -> Callable[[Cache], None]:
+    def plant(cache: Cache) -> None:
+        owner = of(cache)
+        setattr(owner, attribute, getattr(owner, attribute) + amount)
+
+    plant.__name__ = f"{attribute} {amount:+}"
+    return plant
+
+
+def of_budget(cache: Cache) -> object:
+    return cache.budget
+
+
+def of_cache(cache: Cache) -> object:
+    return cache
+
+
+def of_session(cache: Cache) -> object:
+    return cache.sessions[b"s"]
+
+
+def of_dead_session(cache: Cache) -> object:
+    return cache.leaving[b"dead"]
+
+
+def swap(cache: Cache) -> None:
+    """A parent before its child."""
+    cache.budget.lru.move_to_end(block_of(first(cache), CACHED))
+
+
+def lose_from_the_lru(cache: Cache) -> None:
+    del cache.budget.lru[block_of(first(cache), CACHED)]
+
+
+def put_into_the_lru(cache: Cache) -> None:
+    cache.budget.lru[block_of(first(cache), HELD)] = None
+
+
+def count_one_twice(cache: Cache) -> None:
+    arena = first(cache)
+    arena.free.append(block_of(arena, HELD).slot)
+    cache.budget.unassigned -= arena.stride
+
+
+def lose_a_slot(cache: Cache) -> None:
+    """From a list without a total of its own, and the budget is none the poorer."""
+    first(cache).punched.pop()
+
+
+def lose_a_reserved_slot(cache: Cache) -> None:
+    next(each for each in cache.sequences() if each.reserved).reserved.pop()
+
+
+def lose_a_job(cache: Cache) -> None:
+    number = next(number for number, job in cache.jobs.items() if isinstance(job, AllocBacking))
+    del cache.jobs[number]
+
+
+def swap_slots(cache: Cache) -> None:
+    block_of(first(cache), HELD).slot = block_of(first(cache), CACHED).slot
+
+
+def lease_what_is_gone(cache: Cache) -> None:
+    block_of(first(cache), BACKED).state = GONE
+
+
+BACKED = HELD + BACKING
+
+
+def put_children_below_a_tail(cache: Cache) -> None:
+    block_of(first(cache), ABOVE).tokens = b"\5\0\0\0"
+
+
+def leave_a_shorter_one(cache: Cache) -> None:
+    """Its longer sibling should have replaced it."""
+    block_of(first(cache), CACHED).tokens = b"\3\0\0\0"
+    arena = first(cache)
+    parent = block_of(arena, (1, 2))
+    slot = arena.punched.pop()
+    longer = Block(arena, parent, b"\3\0\0\0\4\0\0\0", b"", slot)
+    longer.state = "sealed"
+    parent.children.append(longer)
+    cache.budget.lru[longer] = None
+    cache.budget.lru.move_to_end(longer, last=False)
+    arena.cached += 1
+    cache.budget.unassigned -= arena.stride
+
+
+def forget_a_waiter(cache: Cache) -> None:
+    cache.waiting.popitem()
+
+
+@pytest.mark.parametrize(
+    ("plant", "says"),
+    [
+        (add("unassigned", of_budget, 1), "budget .* the sum of Totals"),
+        (add("staging", of_budget, PAGE), "budget .* staging="),
+        (add("staging_bytes", of_session, -PAGE), "staging: running total .*, recounted"),
+        (add("staging_bytes", of_dead_session, PAGE), "staging: running total"),
+        (add("in_flight", of_session, 1), "copies from the staging of s: running total 2"),
+        (add("in_flight", of_dead_session, -1), "copies from the staging of dead"),
+        (add("open_sequences", of_cache, 1), "open sequences"),
+        (forget_a_waiter, "waiting: running total 0, recounted 1"),
+        (add("filling", first, 1), "budget .* filling="),
+        (add("active", first, 1), "budget .* active="),
+        (add("cached", first, 1), "budget .* cached="),
+        (add("directory_bytes", first, PAGE), "budget .* directory="),
+        (add("holds", block(HELD), 1), r"holds of slot \d+: running total 2, recounted 1"),
+        (add("holds", block(CACHED), 1), "holds of slot"),
+        (add("holds", block(COPYING), -1), "holds of slot"),
+        (add("high_water", first, 1), "each slot below 13 should be in one of"),
+        (swap, "would be evicted before its child"),
+        (lose_from_the_lru, "which is not in the LRU"),
+        (put_into_the_lru, "blocks in the LRU: running total 3, recounted 2"),
+        (count_one_twice, "each slot below 12 should be in one of .*'free'"),
+        (lose_a_slot, "each slot below 12 should be in one of .*'punched': \\[\\]"),
+        (lose_a_reserved_slot, "filling: running total 6, recounted 5"),
+        (lose_a_job, "filling: running total 6, recounted 4"),
+        (swap_slots, "each slot below 12 should be in one of .*'active'"),
+        (lease_what_is_gone, "sequence 3 of context 1 leases a block that is gone"),
+        (put_children_below_a_tail, "is not full and has children"),
+        (leave_a_shorter_one, "nobody holds slot"),
+    ],
+)
+def test_every_planted_fault_is_found(
+    cache: Cache, plant: Callable[[Cache], None], says: str
+) -> None:
+    plant(cache)
+    with pytest.raises(AccountingError, match=says):
+        check(cache)
+
+
+def test_totals_that_hide_each_others_fault_are_found(cache: Cache) -> None:
+    """The sum is right, and the recount of the arena is not."""
+    arena = first(cache)
+    arena.active += 1
+    arena.filling -= 1
+    totals(cache).check()
+    with pytest.raises(AccountingError, match="filling: running total 5, recounted 6"):
+        check(cache)
+
+
+def test_totals_add_up_and_name_the_padding() -> None:
+    driver = Driver()
+    driver.connect("s")
+    driver.register(b"s", layers=[["f16", 256, "f16", 256]])
+    handle = driver.alloc(b"s", driver.context(b"s"))
+    driver.store(handle, 0, 1, 2, 3)
+    found = totals(driver.cache)
+    assert found == Totals(
+        budget=BUDGET,
+        unassigned=BUDGET - FULL_DIRECTORY - STAGING - 2 * PAGE,
+        directory=FULL_DIRECTORY,
+        staging=STAGING,
+        free=0,
+        filling=0,
+        active=2 * PAGE,
+        cached=0,
+        padding=2 * (PAGE - 1024),
+    )
+    assert found.backed == FULL_DIRECTORY + STAGING + 2 * PAGE
+
+
+def test_the_error_prints_every_term() -> None:
+    broken = Totals(100, 50, 10, 10, 5, 5, 5, 5, 3)
+    with pytest.raises(AccountingError) as error:
+        broken.check()
+    assert "budget 100 != 90" in str(error.value)
+    for term in (
+        "unassigned=50",
+        "directory=10",
+        "staging=10",
+        "free=5",
+        "filling=5",
+        "active=5",
+        "cached=5",
+    ):
+        assert term in str(error.value)
+
+
+def test_sealed_blocks_are_those_with_a_record(cache: Cache) -> None:
+    paths = {path_of(each) for each in sealed_blocks(first(cache))}
+    assert paths == {(1, 2), CACHED, ABOVE, HELD}

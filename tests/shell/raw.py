@@ -221,8 +221,13 @@ def raw_client(daemon: Daemon, **options: Any) -> Iterator[Raw]:
 def lifeline(daemon: Daemon) -> socket.socket:
     """A connected lifeline that has not said hello."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    sock.settimeout(SECONDS)
-    sock.connect(str(daemon.runtime_dir / "lifeline.sock"))
+    try:
+        # Blocking: with a timeout it would be an error that the daemon's backlog is full.
+        sock.connect(str(daemon.runtime_dir / "lifeline.sock"))
+        sock.settimeout(SECONDS)
+    except BaseException:
+        sock.close()
+        raise
     return sock
 
 

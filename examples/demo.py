@@ -154,7 +154,7 @@ def draw(answers: dict[str, Answer]) -> None:
     axes.set_xticks(range(len(names)), labels)
     axes.set_ylabel("seconds to first token")
     axes.margins(y=0.15)
-    axes.legend(frameon=False)
+    figure.legend(loc="outside upper center", ncols=2, frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(OUT / "first-token.png", dpi=150)
     say(f"chart: {(OUT / 'first-token.png').relative_to(ROOT)}")

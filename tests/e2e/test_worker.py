@@ -17,7 +17,7 @@ from kvd_client.integrations.llama.errors import NotShareable, Reason
 from kvd_client.integrations.llama.worker import LlamaSequence, LlamaWorker
 from tests.e2e.workers import TINY_OPTIONS, store_at_once, worker_process
 from tests.llama import tiny_models
-from tests.support import Daemon, running_daemon, start_daemon
+from tests.support import Daemon, running_daemon
 
 pytestmark = pytest.mark.model
 
@@ -249,9 +249,12 @@ def test_a_daemon_that_dies_takes_no_sequence_along(
 ) -> None:
     runtime_dir = tmp_path / "run"
     prompt = fresh_prompt(80)
-    daemon = start_daemon(runtime_dir=runtime_dir)
-    with open_worker(tiny, runtime_dir, timeout=PATIENT) as worker:
+    with (
+        running_daemon(runtime_dir=runtime_dir) as daemon,
+        open_worker(tiny, runtime_dir, timeout=PATIENT) as worker,
+    ):
         run(worker, prompt)
+        worker.client.flush()
         with worker.open(prompt) as sequence:
             assert sequence.matched_tokens == 79
             tokens = []

@@ -21,7 +21,8 @@ _UNITS = {"": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 
 _SIZE = re.compile(r"\s*([0-9]+)\s*([a-zA-Z]*)\s*")
 _LEVELS = ("debug", "info", "warning", "error")
 _RANGES = {
-    "max_memory": (1 << 20, 1 << 50),
+    # Slots are numbered with 32 bits, and none is smaller than a page.
+    "max_memory": (1 << 20, (1 << 44) - (1 << 12)),
     "max_sequences": (1, 1 << 20),
     "max_sessions": (1, 1 << 16),
     "n_seq_max": (1, MAX_SEQ_IDS),

@@ -25,7 +25,7 @@ def test_python_in_the_readme_runs(
 
 
 def test_the_readme_has_python() -> None:
-    assert len(BLOCKS) >= 1
+    assert len(BLOCKS) == 2
 
 
 def test_commands_in_the_readme_run(daemon: Daemon, tmp_path: Path) -> None:

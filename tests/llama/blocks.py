@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from kvd_client.integrations.llama.engine import LlamaEngine
+from kvd_client.integrations.llama.engine import BlockAt, LlamaEngine
 
 Tokens = npt.NDArray[np.int32]
 
@@ -45,7 +45,8 @@ def import_all(engine: LlamaEngine, seq: int, blocks: list[Block]) -> None:
 
 
 def import_one(engine: LlamaEngine, seq: int, block: Block) -> None:
-    engine.import_block(seq, block.payload.ctypes.data, len(block.payload), block.start, block.n)
+    payload = block.payload
+    engine.import_blocks(seq, block.start, [BlockAt(payload.ctypes.data, len(payload), block.n)])
 
 
 def same_bytes(one: list[Block], other: list[Block]) -> bool:

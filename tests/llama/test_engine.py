@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from kvd_client.integrations.llama import native
-from kvd_client.integrations.llama.engine import LlamaEngine
+from kvd_client.integrations.llama.engine import BlockAt, LlamaEngine
 from kvd_client.integrations.llama.errors import (
     DecodeFailed,
     ImportFailed,
@@ -231,7 +231,7 @@ def test_what_cannot_be_shared_is_refused_but_usable(
             for call in (
                 lambda: engine.layout,
                 lambda: engine.export_block(0, 0, 5, address, len(payload)),
-                lambda: engine.import_block(1, address, len(payload), 0, 5),
+                lambda: engine.import_blocks(1, 0, [BlockAt(address, len(payload), 5)]),
                 lambda: engine.copy_prefix(0, 1, 3),
             ):
                 with pytest.raises(NotShareable) as again:
@@ -312,8 +312,21 @@ def test_a_block_of_another_place_or_size_is_refused(tiny: LlamaModel, stored: l
             (size, 32, 31, "bytes, not"),
         ):
             with pytest.raises(ImportFailed, match=message):
-                engine.import_block(0, address, n_bytes, start, n)
+                engine.import_blocks(0, start, [BlockAt(address, n_bytes, n)])
         assert same_bytes(export_all(engine, 0), stored[:1])
+
+
+def test_a_bad_block_among_good_ones_ends_the_import_there(
+    tiny: LlamaModel, stored: list[Block]
+) -> None:
+    with tiny_engine(tiny) as engine:
+        places = [BlockAt(b.payload.ctypes.data, len(b.payload), b.n) for b in stored]
+        with pytest.raises(ImportFailed, match=r"tokens 64 \.\. 95"):
+            engine.import_blocks(0, 0, [*places[:2], places[3]])
+        engine.check_range(0, 0, 64)
+        assert same_bytes(export_all(engine, 0), stored[:2])
+        engine.import_blocks(0, 64, places[2:])
+        assert same_bytes(export_all(engine, 0), stored)
 
 
 def test_an_import_without_room_leaves_what_was_there(
@@ -569,7 +582,7 @@ def test_a_closed_engine_refuses_everything(tiny: LlamaModel) -> None:
         lambda: engine.prefill(0, prompt(5, N_VOCAB), 5),
         lambda: engine.length(0),
         lambda: engine.export_block(0, 0, 5, 0, 1 << 20),
-        lambda: engine.import_block(0, 0, engine.layout.state_bytes(5), 0, 5),
+        lambda: engine.import_blocks(0, 0, [BlockAt(0, engine.layout.state_bytes(5), 5)]),
     ):
         with pytest.raises(LlamaEngineError, match="closed"):
             call()

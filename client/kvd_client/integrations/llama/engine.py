@@ -15,8 +15,9 @@ An engine belongs to one thread at a time.
 import contextlib
 import ctypes
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import TracebackType
+from typing import NamedTuple
 
 import llama_cpp.llama_cpp as bindings
 
@@ -42,6 +43,14 @@ MAX_SEQUENCES = 255
 """LLAMA_MAX_SEQ is 256, and one id is scratch."""
 
 
+class BlockAt(NamedTuple):
+    """A block's bytes in memory: where, how many, and of how many tokens."""
+
+    address: int
+    n_bytes: int
+    n_tokens: int
+
+
 class LlamaEngine(LlamaContext):
     """A context with sequence ids 0 .. n_seq_max-1 for its user.
 
@@ -52,7 +61,7 @@ class LlamaEngine(LlamaContext):
 
     Raises NotShareable if K/V cannot be shared exactly. With `require_shareable=False` that is
     left in `not_shareable`, and only the calls that need sharing raise it (layout, export_block,
-    import_block, copy_prefix). All is freed if the constructor raises, and by close().
+    import_blocks, copy_prefix). All is freed if the constructor raises, and by close().
     """
 
     not_shareable: NotShareable | None
@@ -189,32 +198,37 @@ class LlamaEngine(LlamaContext):
             f"the state of tokens {start} .. {start + n - 1} of sequence {seq} is not {n} cells"
         )
 
-    def import_block(self, seq: int, src_address: int, n_bytes: int, start: int, n: int) -> None:
-        """Append the block of tokens [start, start+n) that lies at `src_address` to the sequence.
+    def import_blocks(self, seq: int, start: int, blocks: Iterable[BlockAt]) -> None:
+        """Append blocks to a sequence that ends at `start`, each where the one before it ends.
 
-        The sequence must end at `start`, and the bytes be exactly what export_block wrote for
-        this range in a context of the same fingerprint. ImportFailed otherwise, and when the
-        context has no n free cells; the sequence then has its tokens 0 .. start-1 as before and
-        nothing else.
+        Each must be exactly what export_block wrote for its range in a context of the same
+        fingerprint. ImportFailed otherwise, and when the context has not enough free cells; the
+        sequence then has what it had, the blocks before the one that failed, and nothing else.
         """
         self._check(seq)
-        form = self._form(n)
-        size = form.n_bytes
-        if n_bytes != size:
-            raise ImportFailed(f"a block of {n} tokens has {size} bytes, not {n_bytes}")
+        self._check_shareable()
         memory, scratch = self._memory, self._scratch
         end = native.memory_seq_pos_max(memory, seq) + 1
         if end != start:
             raise ImportFailed(f"sequence {seq} ends at {end}, the block begins at {start}")
-        if not form.is_canonical(form.header(src_address), start):
-            raise ImportFailed(f"the bytes are not a block of tokens {start} .. {start + n - 1}")
         try:
-            if native.state_seq_set_data(self._context, src_address, size, scratch) != size:
-                raise ImportFailed(
-                    f"tokens {start} .. {start + n - 1} of sequence {seq} were not taken: "
-                    f"{native.take_errors()}"
-                )
-            native.memory_seq_cp(memory, scratch, seq, -1, -1)
+            for address, n_bytes, n_tokens in blocks:
+                form = self._form(n_tokens)
+                if n_bytes != form.n_bytes:
+                    raise ImportFailed(
+                        f"a block of {n_tokens} tokens has {form.n_bytes} bytes, not {n_bytes}"
+                    )
+                end = start + n_tokens
+                if not form.is_canonical(form.header(address), start):
+                    raise ImportFailed(f"the bytes are not a block of tokens {start} .. {end - 1}")
+                # This also empties the scratch sequence of the block before.
+                if native.state_seq_set_data(self._context, address, n_bytes, scratch) != n_bytes:
+                    raise ImportFailed(
+                        f"tokens {start} .. {end - 1} of sequence {seq} were not taken: "
+                        f"{native.take_errors()}"
+                    )
+                native.memory_seq_cp(memory, scratch, seq, -1, -1)
+                start = end
         finally:
             native.memory_seq_rm(memory, scratch, -1, -1)
 

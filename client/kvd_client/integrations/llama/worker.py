@@ -23,7 +23,7 @@ import numpy.typing as npt
 from kvd_client.client import DEFAULT_STAGING, Client, Context, Sequence
 from kvd_client.context import Commit, Model
 from kvd_client.errors import KvdError, StagingFull
-from kvd_client.integrations.llama.engine import LlamaEngine
+from kvd_client.integrations.llama.engine import BlockAt, LlamaEngine
 from kvd_client.integrations.llama.errors import ImportFailed, NotExportable
 from kvd_client.integrations.llama.fingerprint import fingerprint
 from kvd_client.integrations.llama.params import kv_type_name
@@ -49,6 +49,12 @@ def model_of(engine: LlamaEngine, block_tokens: int = 32) -> Model:
     return Model(
         engine.model.path.name, fingerprint(engine).digest, "llama-state", layers, block_tokens
     )
+
+
+def address_of(array: npt.NDArray[np.uint8]) -> int:
+    """Where an array's bytes lie; a third of the time that `array.ctypes.data` takes."""
+    address: int = array.__array_interface__["data"][0]
+    return address
 
 
 class LlamaWorker:
@@ -189,14 +195,11 @@ class LlamaSequence:
         leased, engine = self.leased, self._engine
         block_tokens = self.worker.context.model.block_tokens
         try:
-            for index in range(leased.n_blocks):
-                block = leased.block(index)
-                is_last = index == leased.n_blocks - 1
-                count = leased.last_block_tokens if is_last else block_tokens
-                address = np.frombuffer(block, np.uint8).ctypes.data
-                start = index * block_tokens
-                engine.import_block(self.seq_id, address, len(block), start, count)
             if leased.n_blocks:
+                payloads = [leased.payload_of(index) for index in range(leased.n_blocks)]
+                counts = [block_tokens] * (leased.n_blocks - 1) + [leased.last_block_tokens]
+                blocks = map(BlockAt, map(address_of, payloads), map(len, payloads), counts)
+                engine.import_blocks(self.seq_id, 0, blocks)
                 engine.truncate(self.seq_id, leased.matched_tokens)
             engine.check_range(self.seq_id, 0, leased.matched_tokens)
         except ImportFailed as error:
@@ -295,7 +298,7 @@ class LlamaSequence:
         block_tokens = self.worker.context.model.block_tokens
         staged = leased.stage(n_tokens, wait=wait)
         try:
-            base = np.frombuffer(staged.buffer, np.uint8).ctypes.data
+            base = address_of(np.frombuffer(staged.buffer, np.uint8))
             for index, (offset, size) in enumerate(zip(staged.offsets, staged.sizes, strict=True)):
                 first = start + index * block_tokens
                 count = min(block_tokens, start + n_tokens - first)

@@ -29,7 +29,7 @@ class Arena:
     def __init__(self, fd: int, size: int) -> None:
         """Takes over `fd`."""
         self._fd = fd
-        self._size = size
+        self.size = size
         self._mapping: mmap.mmap | None = None
         self._populated: set[int] = set()
 
@@ -74,7 +74,7 @@ class Arena:
 
     def _map(self) -> mmap.mmap:
         if self._mapping is None:
-            self._mapping = mmap.mmap(self._fd, self._size, mmap.MAP_SHARED, mmap.PROT_READ)
+            self._mapping = mmap.mmap(self._fd, self.size, mmap.MAP_SHARED, mmap.PROT_READ)
         return self._mapping
 
 

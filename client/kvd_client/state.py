@@ -5,6 +5,7 @@ in client.py and aio.py.
 """
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -147,6 +148,18 @@ class SequenceState:
         count = self.last_block_tokens if is_last else context.model.block_tokens
         return context.arena.read(self.slots[index] * context.stride, context.payload.size(count))
 
+    def payloads(self) -> "Payloads":
+        """Where all payloads lie, for code that wants addresses; not counted as views."""
+        self.check()
+        context = self.context
+        assert context.arena is not None
+        memory = context.arena.read(0, context.arena.size)
+        base: int = memory.__array_interface__["data"][0]
+        sizes = [context.payload.max_bytes] * len(self.slots)
+        if sizes:
+            sizes[-1] = context.payload.size(self.last_block_tokens)
+        return Payloads(memory, [base + slot * context.stride for slot in self.slots], sizes)
+
     def views(self) -> Views:
         """Those that were handed out."""
         if self._views is None:
@@ -156,6 +169,17 @@ class SequenceState:
     def invalidate_views(self, first_block: int = 0) -> bool:
         """Make views from block `first_block` on invalid. False if arrays over them are alive."""
         return self._views is None or self._views.invalidate(first_block)
+
+
+class Payloads(NamedTuple):
+    """Addresses and sizes (bytes) of a sequence's blocks, in order.
+
+    Valid as long as the lease, and while `memory`, the arena they lie in, is referred to.
+    """
+
+    memory: npt.NDArray[np.uint8]
+    addresses: list[int]
+    sizes: list[int]
 
 
 def pack_tokens(tokens: Tokens) -> bytes:

@@ -51,12 +51,6 @@ def model_of(engine: LlamaEngine, block_tokens: int = 32) -> Model:
     )
 
 
-def address_of(array: npt.NDArray[np.uint8]) -> int:
-    """Where an array's bytes lie; a third of the time that `array.ctypes.data` takes."""
-    address: int = array.__array_interface__["data"][0]
-    return address
-
-
 class LlamaWorker:
     """An engine and its context at the daemon. A context manager."""
 
@@ -196,9 +190,9 @@ class LlamaSequence:
         block_tokens = self.worker.context.model.block_tokens
         try:
             if leased.n_blocks:
-                payloads = [leased.payload_of(index) for index in range(leased.n_blocks)]
+                payloads = leased.payloads()
                 counts = [block_tokens] * (leased.n_blocks - 1) + [leased.last_block_tokens]
-                blocks = map(BlockAt, map(address_of, payloads), map(len, payloads), counts)
+                blocks = map(BlockAt, payloads.addresses, payloads.sizes, counts)
                 engine.import_blocks(self.seq_id, 0, blocks)
                 engine.truncate(self.seq_id, leased.matched_tokens)
             engine.check_range(self.seq_id, 0, leased.matched_tokens)
@@ -298,7 +292,7 @@ class LlamaSequence:
         block_tokens = self.worker.context.model.block_tokens
         staged = leased.stage(n_tokens, wait=wait)
         try:
-            base = address_of(np.frombuffer(staged.buffer, np.uint8))
+            base = np.frombuffer(staged.buffer, np.uint8).ctypes.data
             for index, (offset, size) in enumerate(zip(staged.offsets, staged.sizes, strict=True)):
                 first = start + index * block_tokens
                 count = min(block_tokens, start + n_tokens - first)

@@ -71,16 +71,17 @@ def memory_headroom(*, count_file_cache: bool = False, sources: Sources = SYSTEM
 
 
 def check_room(
-    n_bytes: int, *, reserve: int = RESERVE_BYTES, sources: Sources = SYSTEM
+    n_bytes: int, *, in_shm: bool = True, reserve: int = RESERVE_BYTES, sources: Sources = SYSTEM
 ) -> Headroom:
     """Raise NotEnoughRoom unless `n_bytes` can be backed now and leave `reserve` bytes of the
-    machine's and of the cgroup's memory; return what was left before. Nothing is reserved: whoever
+    machine's and of the cgroup's memory; return what was left before. A memfd is not `in_shm`: it
+    lies in a file system of the kernel's own, which has no size. Nothing is reserved: whoever
     asks and then backs must be the only one who does."""
     room = memory_headroom(sources=sources)
     if room.cgroup is not None and room.cgroup < n_bytes + reserve:
         # A cgroup that reads files, model files for instance, is always full, of their pages.
         room = memory_headroom(count_file_cache=True, sources=sources)
-    if room.shm is not None and room.shm < n_bytes:
+    if in_shm and room.shm is not None and room.shm < n_bytes:
         raise NotEnoughRoom(f"the size of {sources.shm}", n_bytes, room.shm)
     if room.cgroup is not None and room.cgroup < n_bytes + reserve:
         limit = f"memory.max of {room.cgroup_path}, with {reserve} bytes in reserve,"

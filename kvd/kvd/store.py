@@ -180,7 +180,7 @@ class Store:
         room = self.stagings[session] = StagingRoom(n_bytes)
 
         def make() -> None:
-            check_room(n_bytes)
+            check_room(n_bytes, in_shm=False)
             room.staging = Staging.create(n_bytes)
 
         self._call(make, lambda result: then(self._refusal(result.error)))

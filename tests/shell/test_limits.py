@@ -3,6 +3,7 @@ memory controller of the machine that runs the tests cannot be had everywhere.""
 
 import os
 import timeit
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -127,6 +128,18 @@ def test_shm_that_is_short_is_named():
     with pytest.raises(NotEnoughRoom, match="the size of /dev/shm") as caught:
         check_room(2 * room.shm)
     assert caught.value.available == pytest.approx(room.shm, rel=0.1)
+
+
+def test_a_memfd_needs_no_room_in_shm(tree: CgroupTree, tmp_path: Path):
+    """Where /dev/shm is small, as it is in containers, stagings are had all the same."""
+    sources = replace(tree.sources, shm=str(tmp_path))
+    room = memory_headroom(sources=sources)
+    assert room.shm is not None
+    sources = replace(sources, meminfo=str(tmp_path / "meminfo"))
+    (tmp_path / "meminfo").write_text(f"MemAvailable: {4 * room.shm // 1024} kB\n")
+    check_room(2 * room.shm, in_shm=False, sources=sources)
+    with pytest.raises(NotEnoughRoom, match="the size of"):
+        check_room(2 * room.shm, sources=sources)
 
 
 def test_it_is_fast_enough_to_ask_before_every_block(tree: CgroupTree):

@@ -1,0 +1,192 @@
+"""Any process may die at any moment: what it held is given back, and nothing half done is seen."""
+
+import contextlib
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.shell import raw
+from tests.shell.conftest import Bystander
+from tests.shell.raw import (
+    BLOCK_TOKENS,
+    Raw,
+    expected_blocks,
+    has_ended,
+    make_alloc,
+    many_tokens,
+    raw_client,
+    until,
+)
+from tests.support import Daemon, running_daemon, start_daemon
+
+pytestmark = pytest.mark.usefixtures("nothing_is_lost")
+
+CYCLES = 20
+PROMPT = many_tokens(700_000, 4 * BLOCK_TOKENS)
+
+
+@contextlib.contextmanager
+def client_process(function: Any, daemon: Daemon, *arguments: Any) -> Iterator[Any]:
+    """Run `function(pipe, daemon, ...)` in a new process; yields it, with the pipe as `pipe`."""
+    fork = multiprocessing.get_context("fork")
+    ours, theirs = fork.Pipe()
+    process: Any = fork.Process(target=function, args=(theirs, daemon, *arguments))
+    process.start()
+    theirs.close()
+    process.pipe = ours
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.join()
+        ours.close()
+
+
+def hold_everything(pipe: Connection, daemon: Daemon) -> None:
+    """Leases, a reservation, a full pool with somebody waiting, and a staging."""
+    client = Raw(daemon, name="victim")
+    context = client.open(n_seq_max=3)
+    client.store(context, PROMPT, fill=3)
+    client.alloc(context, PROMPT)
+    client.alloc(context, PROMPT, reserve=5 * BLOCK_TOKENS)
+    client.post(make_alloc(context, PROMPT, wait_ms=60_000))
+    pipe.send(client.status()["sequences"])
+    signal.pause()
+
+
+def fork_and_hold(pipe: Connection, daemon: Daemon) -> None:
+    """The same, with a child that keeps every descriptor open; tells the child's pid."""
+    client = Raw(daemon, name="parent")
+    client.store(client.open(), PROMPT, fill=3)
+    child = os.fork()
+    if child == 0:
+        signal.pause()
+    pipe.send(child)
+    signal.pause()
+
+
+def append_for_ever(pipe: Connection, daemon: Daemon, seed: int) -> None:
+    """Store prompt after prompt; each block's payload says which prompt it is of."""
+    client = Raw(daemon, name="writer")
+    context = client.open()
+    pipe.send("ready")
+    for number in range(1_000_000):
+        fill = (seed + number) % 251
+        sequence = client.store(context, prompt_of(fill), fill=fill)
+        client.release(context, sequence)
+
+
+def prompt_of(fill: int) -> bytes:
+    return many_tokens(800_000 + 1000 * fill, 6 * BLOCK_TOKENS)
+
+
+def test_killed_client_gives_everything_back(daemon: Daemon, bystander: Bystander) -> None:
+    before = bystander.client.status()
+    with client_process(hold_everything, daemon) as victim:
+        assert victim.pipe.recv() == {**before["sequences"], "in_use": 4, "free": 12, "waiting": 1}
+        assert bystander.client.status()["accounting"]["filling_bytes"] == 5 * raw.STRIDE
+        os.kill(victim.pid, signal.SIGKILL)
+        until(lambda: bystander.client.status()["clients"] == 1)
+    # What it had committed stays, and is everybody's.
+    client, context = bystander.client, bystander.context
+    found = client.alloc(context, PROMPT)
+    assert found.matched_tokens == 4 * BLOCK_TOKENS
+    assert client.read(context, found) == expected_blocks(4, fill=3)
+    client.release(context, found)
+
+
+def test_killed_client_whose_child_lives_gives_everything_back(
+    daemon: Daemon, bystander: Bystander
+) -> None:
+    """The child keeps the lifeline open, so only the pidfd tells of the death."""
+    with client_process(fork_and_hold, daemon) as victim:
+        child = victim.pipe.recv()
+        try:
+            os.kill(victim.pid, signal.SIGKILL)
+            until(lambda: bystander.client.status()["clients"] == 1)
+            os.kill(child, 0)  # it lives
+        finally:
+            os.kill(child, signal.SIGKILL)
+
+
+def test_stopped_client_is_not_robbed(daemon: Daemon, bystander: Bystander) -> None:
+    with client_process(hold_everything, daemon) as victim:
+        victim.pipe.recv()
+        held = bystander.client.status()["sequences"]
+        os.kill(victim.pid, signal.SIGSTOP)
+        for _ in range(50):
+            bystander.check()
+        assert bystander.client.status()["sequences"] == held
+        assert bystander.client.status()["clients"] == 2
+
+
+def test_clients_killed_while_they_store_leave_whole_blocks_only(
+    daemon: Daemon, bystander: Bystander
+) -> None:
+    pause = random.Random(5)
+    for cycle in range(CYCLES):
+        with client_process(append_for_ever, daemon, 13 * cycle) as victim:
+            victim.pipe.recv()
+            # Somewhere in a store: after so many answers to somebody else.
+            for _ in range(pause.randrange(1, 40)):
+                bystander.check()
+            os.kill(victim.pid, signal.SIGKILL)
+            until(lambda: bystander.client.status()["clients"] == 1)
+    client, context = bystander.client, bystander.context
+    n_found = 0
+    for fill in range(251):
+        found = client.alloc(context, prompt_of(fill))
+        n_blocks = found.matched_tokens // BLOCK_TOKENS
+        assert client.read(context, found) == expected_blocks(n_blocks, fill=fill)
+        n_found += n_blocks
+        client.release(context, found)
+    assert n_found > 0, "nothing was stored at all"
+
+
+def test_sigterm_removes_every_trace_and_tells_the_clients(tmp_path: Path) -> None:
+    daemon = start_daemon(runtime_dir=tmp_path / "rt")
+    with raw_client(daemon) as client:
+        client.store(client.open(), PROMPT)
+        assert len(daemon.segments()) == 3  # the lock, an arena, and its directory
+        assert daemon.stop() == 0
+        assert has_ended(client.lifeline)
+    assert daemon.segments() == []
+    assert [path.name for path in daemon.runtime_dir.iterdir()] == []
+
+
+def test_second_daemon_refuses_to_start_and_touches_nothing(
+    daemon: Daemon, bystander: Bystander, tmp_path: Path
+) -> None:
+    segments = daemon.segments()
+    for runtime_dir in (daemon.runtime_dir, tmp_path / "elsewhere"):
+        command = [sys.executable, "-m", "kvd", "serve", "--instance", daemon.instance]
+        command += ["--runtime-dir", str(runtime_dir)]
+        second = subprocess.run(command, capture_output=True, text=True, timeout=30)
+        assert second.returncode == 3
+        assert str(daemon.process.pid) in second.stderr
+    assert daemon.segments() == segments
+    bystander.check()
+
+
+def test_start_after_a_kill_is_cold_and_says_so(tmp_path: Path) -> None:
+    first = start_daemon(runtime_dir=tmp_path / "rt")
+    with raw_client(first) as client:
+        client.store(client.open(), PROMPT)
+        left = first.segments()
+        first.kill()
+        assert has_ended(client.lifeline)
+    assert first.segments() == left
+    with running_daemon(runtime_dir=tmp_path / "rt", instance=first.instance) as second:
+        assert "cold start" in second.log.read_text()
+        assert len(second.segments()) == 1  # the lock
+        with raw_client(second) as client:
+            assert client.alloc(client.open(), PROMPT).matched_tokens == 0

@@ -132,6 +132,8 @@ def test_shm_that_is_short_is_named():
 
 def test_a_memfd_needs_no_room_in_shm(tree: CgroupTree, tmp_path: Path):
     """Where /dev/shm is small, as it is in containers, stagings are had all the same."""
+    tree.add("a", "max", 0)
+    tree.enter("/a")
     sources = replace(tree.sources, shm=str(tmp_path))
     room = memory_headroom(sources=sources)
     assert room.shm is not None

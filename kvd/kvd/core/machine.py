@@ -98,8 +98,8 @@ class Core:
         try:
             body = self._answer(session, event, now, effects)
         except KvdError as error:
-            # Without its frames: they hold views of the session's staging, which must be closed when
-            # the session ends, and `body` among them would keep them in a cycle.
+            # Without its frames: they hold views of the session's staging, which must be closed
+            # when the session ends, and `body` among them would keep them in a cycle.
             body = error.with_traceback(None)
         if body is not None:
             cache.reply(session, event.correlation, body, effects)

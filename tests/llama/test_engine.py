@@ -623,8 +623,9 @@ def test_what_an_engine_takes_is_given_back(tiny: LlamaModel) -> None:
     before = process.memory_info().rss
     for _ in range(4):
         with tiny_engine(tiny, n_ctx=65_536, type_k="f32", type_v="f32") as engine:
-            assert process.memory_info().rss - before > 48 << 20
-            assert engine.n_ctx == 65_536
+            # llama.cpp writes zeros to all of it, so a context that stays would be seen below. (It
+            # is not seen here: the allocator may use memory again that it has not given back.)
+            assert engine.layout.bytes_per_token * engine.n_ctx >= 64 << 20
         with pytest.raises(NotShareable):
             tiny_engine(tiny, n_ctx=65_536, type_k="f32", type_v="f32", flash_attn=False)
     assert process.memory_info().rss - before < 48 << 20

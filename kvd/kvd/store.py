@@ -10,6 +10,7 @@ the job was submitted, but for what the operating system has refused meanwhile (
 """
 
 import os
+import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -98,6 +99,18 @@ class Store:
     def create_arena(self, effect: CreateArena) -> None:
         """Make both segments; raises NoSpace of kvd_proto.errors, leaving nothing behind."""
         try:
+            stored = self._make_arena(effect)
+        except errors.NoSpace:
+            # What the core has just evicted for this is punched by the copier's thread, which may
+            # not have come to it. Rare, and short: so the loop waits.
+            punched = threading.Event()
+            self._call(punched.set, _succeeded)
+            punched.wait()
+            stored = self._make_arena(effect)
+        self.arenas[effect.arena] = stored
+
+    def _make_arena(self, effect: CreateArena) -> StoredArena:
+        try:
             directory = Directory(self._segment_name(f"dir-{effect.arena}"), effect)
         except (NoSpace, OSError) as error:
             raise errors.NoSpace(f"no memory for the model's directory: {error}") from error
@@ -114,9 +127,7 @@ class Store:
             raise errors.NoSpace(f"no memory for the model's arena: {error}") from error
         geometry = Geometry(effect.layers)
         payload_format = make_format(effect.payload_format, geometry, effect.block_tokens)
-        self.arenas[effect.arena] = StoredArena(
-            effect, segment, directory, payload_format, read_only_fd
-        )
+        return StoredArena(effect, segment, directory, payload_format, read_only_fd)
 
     def write_record(self, effect: WriteRecord) -> None:
         self.arenas[effect.arena].directory.write(effect)

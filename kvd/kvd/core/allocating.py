@@ -189,7 +189,8 @@ def _open(
         except ResourceError:
             close_sequence(cache, sequence, State.FAILED, effects)
             raise
-    cache.deadlines.add(sequence)
+    if message.idle_timeout_ms:
+        cache.deadlines.add(sequence)
     counters = cache.counters
     counters.sequences_opened += 1
     counters.queried_tokens += len(message.tokens) // TOKEN_BYTES

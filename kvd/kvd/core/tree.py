@@ -198,15 +198,16 @@ def match(root: Block, tokens: bytes, block_bytes: int) -> Match:
     full: list[Block] = []
     node = root
     position = 0
-    while True:
+    for position in range(0, len(tokens), block_bytes):
         chunk = tokens[position : position + block_bytes]
         child = node.child(chunk)
         if child is None or child.state is not SEALED or len(chunk) < block_bytes:
             break
         full.append(child)
         node = child
-        position += block_bytes
-    agreement = node.longest_agreeing(chunk) if chunk and node.children else None
+    else:
+        return Match(full, None, len(tokens) // TOKEN_BYTES)
+    agreement = node.longest_agreeing(chunk) if node.children else None
     if agreement is None:
         return Match(full, None, position // TOKEN_BYTES)
     return Match(full, agreement.block, position // TOKEN_BYTES + agreement.n_tokens)

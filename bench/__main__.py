@@ -17,7 +17,7 @@ def main() -> None:
     rows = roundtrip.measure(n_requests)
     print("first tokens ...", flush=True)
     rows += first_token.measure(n_hits)
-    report.write(rows, n_hits)
+    report.write(rows, n_requests, n_hits)
 
 
 if __name__ == "__main__":

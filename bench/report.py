@@ -46,7 +46,7 @@ def row(
     )
 
 
-def write(rows: Sequence[Row], samples: int) -> None:
+def write(rows: Sequence[Row], n_requests: int, n_hits: int) -> None:
     """Write bench/report.json and print the same as a table."""
     machine = {
         "cpu": _cpu(),
@@ -54,7 +54,8 @@ def write(rows: Sequence[Row], samples: int) -> None:
         "kernel": platform.release(),
         "python": platform.python_version(),
         "load_before": _LOAD_AT_START,
-        "samples": samples,
+        "requests": n_requests,
+        "hits": n_hits,
     }
     content = {"machine": machine, "rows": [asdict(each) for each in rows]}
     REPORT.write_text(json.dumps(content, indent=2) + "\n")

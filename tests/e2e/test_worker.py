@@ -124,6 +124,24 @@ def os_bytes(daemon: Daemon) -> int:
     return total
 
 
+def test_an_alloc_and_a_commit_of_many_blocks_are_one_request_each(worker: LlamaWorker) -> None:
+    def requests() -> int:
+        found: int = worker.client.status()["counters"]["requests"]
+        return found
+
+    prompt = fresh_prompt(10 * BLOCK)
+    before = requests()
+    with worker.open(prompt) as sequence:
+        assert requests() == before + 1
+        sequence.prefill()
+        sequence.store()
+        worker.client.flush()
+        assert requests() == before + 3, "one append of ten blocks, and the flush"
+    with worker.open(prompt) as again:
+        assert again.matched_tokens == len(prompt) - 1
+        assert requests() == before + 5, "one release, one alloc that matches ten blocks"
+
+
 def test_decoded_tokens_need_no_round_trip(worker: LlamaWorker) -> None:
     with worker.open(fresh_prompt(20)) as sequence:
         logits = sequence.prefill()

@@ -1,0 +1,81 @@
+"""Settings: defaults, file, environment, flags, in this order of strength; anything odd is
+refused."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvd.settings import BadSetting, Settings, load, parse_size
+
+
+def file(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "kvd.toml"
+    path.write_text(text)
+    return path
+
+
+def test_the_stronger_source_wins(tmp_path: Path) -> None:
+    path = file(tmp_path, 'max_memory = "1GiB"\nmax_sequences = 50\nn_seq_max = 4\n')
+    environ = {"KVD_MAX_MEMORY": "2GiB", "KVD_MAX_SEQUENCES": "60", "KVD_UNKNOWN": "x"}
+    got = load(path, {"max_memory": "3GiB", "instance": None}, environ)
+    assert got == Settings(max_memory=3 << 30, max_sequences=60, n_seq_max=4)
+
+
+def test_without_anything_there_are_the_defaults() -> None:
+    assert load(None, {}, {}) == Settings()
+    assert (Settings().max_memory, Settings().max_sequences, Settings().n_seq_max) == (
+        4096 << 20,
+        100,
+        8,
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "n_bytes"),
+    [(5, 5), ("5", 5), ("5B", 5), ("3 KiB", 3072), ("2mib", 2 << 20), ("1TiB", 1 << 40)],
+)
+def test_sizes(text: str | int, n_bytes: int) -> None:
+    assert parse_size(text) == n_bytes
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "1.5GiB", "-1", "4GB", "4 GiB more", True, None, 1.0])
+def test_what_is_no_size(text: Any) -> None:
+    with pytest.raises(ValueError, match="a size is"):
+        parse_size(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("max_memroy = 1", "there is no setting 'max_memroy'; known: .*max_memory"),
+        ("max_memory = 1048575", "max_memory = 1048575: it is from 1048576"),
+        ('max_memory = "much"', "max_memory = 'much': a size is"),
+        ("max_memory = true", "max_memory = True"),
+        ("max_sequences = 0", "it is from 1"),
+        ("max_sequences = 2.5", "it is a whole number"),
+        ("n_seq_max = 256", "it is from 1 to 255"),
+        ("n_seq_max = 101", r"max_sequences \(100\) is less than n_seq_max \(101\)"),
+        ("log_level = 'loud'", "it is one of debug, info, warning, error"),
+        ("instance = 'a/b'", "instance = 'a/b'"),
+        ("instance = 7", "it is text"),
+        ("linger_seconds = -1", "it is from 0"),
+        ("max_memory =", "Invalid value"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_its_name(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(BadSetting, match=message) as refused:
+        load(file(tmp_path, text), {}, {})
+    assert "kvd.toml" in str(refused.value) or "max_sequences (100)" in str(refused.value)
+
+
+def test_a_file_that_was_named_must_be_there(tmp_path: Path) -> None:
+    with pytest.raises(BadSetting, match="No such file"):
+        load(tmp_path / "none.toml", {}, {})
+
+
+def test_the_source_of_a_bad_value_is_named() -> None:
+    with pytest.raises(BadSetting, match=r"environment: max_sessions = 'many'"):
+        load(None, {}, {"KVD_MAX_SESSIONS": "many"})
+    with pytest.raises(BadSetting, match=r"flag: max_sessions = 0"):
+        load(None, {"max_sessions": 0}, {})

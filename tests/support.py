@@ -64,7 +64,7 @@ def start_daemon(
         ready.bind(address)
         ready.settimeout(0.1)
         command = [*prefix, sys.executable, "-m", "kvd", "serve", "--instance", name]
-        command += ["--runtime-dir", str(runtime_dir), *flags]
+        command += ["--runtime-dir", str(runtime_dir), "--no-keep-on-stop", *flags]
         env = {**os.environ, "NOTIFY_SOCKET": address, **(environ or {})}
         process = subprocess.Popen(command, env=env, stderr=sink)
         for _ in range(int(START_SECONDS / 0.1)):

@@ -47,6 +47,7 @@ def start_private_daemon(runtime_dirs: Sequence[Path], instance: str, max_memory
                 *(sys.executable, "-P", "-m", "kvd", "serve", "--instance", instance),
                 *("--runtime-dir", str(path), "--max-memory", max_memory),
                 *("--linger-seconds", str(LINGER_SECONDS), "--log-level", "warning"),
+                "--no-keep-on-stop",  # nobody may ever start it again
             ],
             env={**os.environ, "NOTIFY_SOCKET": address},
             stdin=subprocess.DEVNULL,

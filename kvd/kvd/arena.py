@@ -1,8 +1,9 @@
 """One named shared-memory segment: created sparse, backed and punched out range by range.
 
-Covers what the daemon does to a segment it owns: create it, back a range before its first use,
-punch it out, say what the operating system has backed, hand out read-only descriptors, let go;
-and the search for segments that a dead daemon left behind.
+Covers what the daemon does to a segment it owns: create it or adopt one that a daemon before it
+made, back a range before its first use, punch it out, say what the operating system has backed and
+who still reads, hand out read-only descriptors, let go; and the search for segments that a dead
+daemon left behind.
 Does not cover which range holds which block (kvd.core), the asking of limits before backing
 (limits.py), the thread that does the slow part (copier.py), nor whose leftovers may be removed
 (instance.py).
@@ -17,8 +18,11 @@ Needs Linux 5.14 (MADV_POPULATE_WRITE). The page size is taken to be PAGE, 4 KiB
 
 import ctypes
 import errno
+import fcntl
+import mmap
 import os
 import stat
+import struct
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -33,6 +37,7 @@ SHM_DIR = "/dev/shm"  # where shm_open(3) keeps its names on Linux
 _MADV_POPULATE_WRITE = 23
 _FALLOC_FL_KEEP_SIZE = 1
 _FALLOC_FL_PUNCH_HOLE = 2
+_FLOCK = struct.Struct("hhqqi4x")  # struct flock: type, whence, start, length, pid
 
 # Called through ctypes rather than mmap.madvise because a CDLL call releases the GIL.
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -78,7 +83,7 @@ class ByteRange(NamedTuple):
 
 
 class Segment:
-    """A sparse shared-memory segment that this process created and alone writes.
+    """A sparse shared-memory segment that this process alone writes.
 
     `buffer` is a writable memoryview of all of it. Touch only ranges that are backed: an access to
     a hole fills it, uncounted, and kills the process with SIGBUS if there is no memory. Views of
@@ -88,18 +93,14 @@ class Segment:
     run beside them.
     """
 
-    def __init__(self, memory: shared_memory.SharedMemory, fd: int, read_only_fd: int) -> None:
-        """Takes over all three. Use Segment.create()."""
-        if memory.buf is None:
-            raise ValueError(f"shared memory {memory.name} is closed")
-        self._memory = memory
+    def __init__(self, name: str, fd: int, size: int) -> None:
+        """Takes over `fd`. Use Segment.create() or Segment.adopt()."""
         self._fd = fd
-        self._read_only_fd = read_only_fd
-        self._mapping = memory.buf.obj
+        self._mapping = mmap.mmap(fd, size)
         self._buffer = memoryview(self._mapping)
         self._closed = False
-        self.name = memory.name
-        self.size = len(self._buffer)
+        self.name = name
+        self.size = size
 
     @classmethod
     def create(cls, name: str, size: int) -> "Segment":
@@ -112,22 +113,42 @@ class Segment:
         _check_name(name)
         if size <= 0 or size % PAGE or size > sys.maxsize:
             raise ValueError(f"a segment's size is a positive multiple of {PAGE}, not {size}")
-        memory = _create_untracked(name, size)
-        descriptors: list[int] = []
+        _create_untracked(name, size).close()
         try:
-            # Descriptors of our own: the class keeps its one private and gives no read-only one.
-            flags = os.O_NOFOLLOW | os.O_CLOEXEC
-            descriptors.append(os.open(f"{SHM_DIR}/{name}", os.O_RDWR | flags))
-            descriptors.append(os.open(f"{SHM_DIR}/{name}", os.O_RDONLY | flags))
-            # 0600 whatever the umask: a stricter one would keep the daemon from its own segment
-            # after a restart.
-            os.fchmod(descriptors[0], 0o600)
-            return cls(memory, descriptors[0], descriptors[1])
+            # A descriptor of our own: the class keeps its one private.
+            fd = _open_segment(name)
+            try:
+                # 0600 whatever the umask: a stricter one would keep the daemon from its own segment
+                # after a restart.
+                os.fchmod(fd, 0o600)
+                return cls(name, fd, size)
+            except BaseException:
+                os.close(fd)
+                raise
         except BaseException:
-            for descriptor in descriptors:
-                os.close(descriptor)
-            memory.close()
             os.unlink(f"{SHM_DIR}/{name}")
+            raise
+
+    @classmethod
+    def adopt(cls, name: str) -> "Segment":
+        """A segment that a daemon before this one made, with what it has backed.
+
+        Never with SharedMemory(name), which unlinks the segment when attaching fails.
+        PermissionError if it is not this user's regular file of mode 0600; any OSError leaves it as
+        it is.
+        """
+        _check_name(name)
+        fd = _open_segment(name)
+        try:
+            found = os.fstat(fd)
+            kept = stat.S_ISREG(found.st_mode) and stat.S_IMODE(found.st_mode) == 0o600
+            if not kept or found.st_uid != os.geteuid():
+                raise PermissionError(errno.EPERM, "not a segment of this user's, mode 0600", name)
+            if found.st_size <= 0 or found.st_size % PAGE:
+                raise OSError(errno.EINVAL, f"a segment has whole pages, not {found.st_size} bytes")
+            return cls(name, fd, found.st_size)
+        except BaseException:
+            os.close(fd)
             raise
 
     @property
@@ -191,11 +212,33 @@ class Segment:
             ranges.append(ByteRange(start, position - start))
         return ranges
 
-    def read_only_fd(self) -> int:
+    def open_reader(self, life: int) -> int:
         """A new O_RDONLY descriptor of the segment, for handing to a client; the caller closes it.
-        Works even when somebody else has unlinked the name."""
+        Works even when somebody else has unlinked the name.
+
+        Whoever has that descriptor, or a mapping made with it, is a reader of `life` (from 0) until
+        the last of both is gone: the kernel keeps count, see has_readers_before().
+        """
         self._check_open()
-        return os.dup(self._read_only_fd)
+        # Opened anew, not duplicated: a lock belongs to an opening, and so does a client.
+        fd = os.open(f"/proc/self/fd/{self._fd}", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            lock = _FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, life, 1, 0)
+            fcntl.fcntl(fd, fcntl.F_OFD_SETLK, lock)
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+
+    def has_readers_before(self, life: int) -> bool:
+        """Whether any process can still read the segment through a descriptor of a life before
+        `life`."""
+        self._check_open()
+        if not life:
+            return False
+        lock = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, life, 0)
+        found = _FLOCK.unpack(fcntl.fcntl(self._fd, fcntl.F_OFD_GETLK, lock))
+        return bool(found[0] != fcntl.F_UNLCK)
 
     def close(self, *, unlink: bool) -> None:
         """Unmap, and with `unlink` remove the name, too, if it still means this segment. Clients
@@ -207,7 +250,7 @@ class Segment:
             return
         try:
             self._buffer.release()
-            self._memory.close()
+            self._mapping.close()
         except BufferError as error:
             self._buffer = memoryview(self._mapping)
             raise MappingInUse(f"segment {self.name}") from error
@@ -215,7 +258,6 @@ class Segment:
         if unlink:
             self._unlink()
         os.close(self._fd)
-        os.close(self._read_only_fd)
 
     def _unlink(self) -> None:
         path = f"{SHM_DIR}/{self.name}"
@@ -267,6 +309,10 @@ def remove_segment(name: str) -> bool:
         return False
     os.unlink(path)
     return True
+
+
+def _open_segment(name: str) -> int:
+    return os.open(f"{SHM_DIR}/{name}", os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
 
 
 def _check_name(name: str) -> None:

@@ -51,9 +51,6 @@ def serve(settings: Settings, notifier: Notifier) -> int:
     except (UnsafePath, OSError) as error:
         return _fail(1, error)
     with StopSignals() as stop, lock:
-        left = lock.sweep()
-        if left:
-            log.warning("cold start", reason="a daemon did not stop cleanly", removed=len(left))
         _raise_descriptor_limit(settings)
         try:
             server = Server(settings, lock, notifier)
@@ -111,6 +108,11 @@ def _parser() -> argparse.ArgumentParser:
     serving.add_argument("--max-sessions", type=int, metavar="N", help="default: 256")
     serving.add_argument("--n-seq-max", type=int, metavar="N", help="ids a context may have: 8")
     serving.add_argument("--log-level", choices=("debug", "info", "warning", "error"))
+    serving.add_argument(
+        "--keep-on-stop",
+        action=argparse.BooleanOptionalAction,
+        help="keep the cache in shared memory for the next start (default: yes)",
+    )
     serving.add_argument(
         "--linger-seconds", type=int, metavar="S", help="stop after so long without a client"
     )

@@ -2,8 +2,8 @@
 
 Covers the instance's name, its runtime directory, its two locks, the names of its shared memory,
 and the removal of shared memory that a dead daemon of this instance left.
-Does not cover the sockets in the runtime directory (lifeline.py, server.py) nor what the segments
-hold (arena.py).
+Does not cover the sockets in the runtime directory (lifeline.py, server.py), what the segments
+hold (arena.py), nor which of them are of use still (adoption.py).
 
 Two locks, because an instance holds two places that others could claim: a runtime directory, and
 the names in /dev/shm, which follow from user and instance name alone.
@@ -22,7 +22,7 @@ import fcntl
 import os
 import re
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -115,15 +115,19 @@ class InstanceLock:
             raise ValueError(f"not an ending for a segment's name: {suffix!r}")
         return f"{self.prefix}.{suffix}"
 
-    def sweep(self) -> list[str]:
-        """Remove all segments of this instance, and return their names. While the locks are held
-        nobody but this process and dead daemons can have made them: call it before the first one
-        is created. RuntimeError after release()."""
+    def segments(self) -> list[str]:
+        """The names of all segments of this instance. While the locks are held nobody but this
+        process and dead daemons can have made them. RuntimeError after release()."""
         if not self._held:
             raise RuntimeError(f"the lock of instance {self.instance} is not held")
         lock_name = f"{self.prefix}.{_LOCK_SUFFIX}"
-        names = list_segments(f"{self.prefix}.")
-        return [name for name in names if name != lock_name and remove_segment(name)]
+        return [name for name in list_segments(f"{self.prefix}.") if name != lock_name]
+
+    def sweep(self, keep: Iterable[str] = ()) -> list[str]:
+        """Remove all segments of this instance but those in `keep`, and return their names: call it
+        before the first one is created. RuntimeError after release()."""
+        kept = set(keep)
+        return [name for name in self.segments() if name not in kept and remove_segment(name)]
 
     def release(self) -> None:
         """Let go of both locks and remove their files. Doing it again does nothing."""

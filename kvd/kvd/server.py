@@ -23,7 +23,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack
 
-from kvd import __version__, log, reports
+from kvd import __version__, adoption, log, reports
 from kvd.core import events
 from kvd.core.cache import Limits
 from kvd.core.machine import Core
@@ -40,6 +40,8 @@ from kvd_proto.paths import LIFELINE_SOCKET, REQUESTS_SOCKET
 
 BURST_SECONDS = 0.002
 """Requests are served for so long before the other descriptors get their turn."""
+READERS_SECONDS = 0.25
+"""Between two looks for readers of a former life, as long as there are any."""
 STATUS_SECONDS = 5.0
 """The least time between two status lines for the service manager."""
 
@@ -59,23 +61,24 @@ class Server:
         self._events: deque[events.Event] = deque()
         self._next_watchdog = -math.inf if notifier.watchdog_interval else math.inf
         self._next_status = math.inf
+        self._next_readers = -math.inf
         # 2^63 ids are enough for every start to have a range of its own.
         first_context = int.from_bytes(os.urandom(7), "little") << 7 | 1
-        self.core = Core(
-            Limits(
-                settings.max_memory,
-                settings.max_sequences,
-                settings.max_sessions,
-                settings.n_seq_max,
-                first_context,
-            )
+        self._limits = Limits(
+            settings.max_memory,
+            settings.max_sequences,
+            settings.max_sessions,
+            settings.n_seq_max,
+            first_context,
         )
+        self.core = Core(self._limits)
         with ExitStack() as opened:
             self._poller = opened.enter_context(select.epoll())
             self._handlers: dict[int, Callable[[int], None]] = {}
             self._unwatched: set[int] = set()
             self.store = Store(lock.segment_name, self.handle)
-            opened.callback(self.store.close)
+            opened.callback(self._close_store)
+            self._adopt(lock)
             self._requests = Requests(lock.runtime_dir / REQUESTS_SOCKET, self._reply_lost)
             opened.callback(self._requests.close)
             self._reporter = Reporter(
@@ -129,6 +132,30 @@ class Server:
         self._notifier.stopping()
         self._opened.close()
 
+    def _adopt(self, lock: InstanceLock) -> None:
+        """Take over what an earlier daemon left. Whatever that is, it never keeps us from
+        starting."""
+        try:
+            for number, found in enumerate(adoption.find(lock), 1):
+                self.store.find_arena(number, found)
+                self.handle(found.event(number))
+        except Exception as error:
+            log.error("cold start", error)
+            self._events.clear()
+            self.store.close(keep_arenas=False)
+            lock.sweep()
+            self.core = Core(self._limits)
+            self.store = Store(lock.segment_name, self.handle)
+
+    def _close_store(self) -> None:
+        """The core may have been changed by what went wrong, but what it left in shared memory is
+        checked by whoever adopts it."""
+        keep = self._settings.keep_on_stop
+        n_bytes = sum(stored.segment.backed_bytes() for stored in self.store.arenas.values())
+        self.store.close(keep_arenas=keep)
+        if keep and n_bytes:
+            log.info("kept for the next start", n_bytes=n_bytes, remove_with="kvd purge")
+
     def _dispatch(self, wait: float) -> None:
         """Wait for descriptors, `wait` seconds at most (-1: for ever), and call their handlers."""
         for fd, mask in self._poller.poll(wait):
@@ -176,6 +203,8 @@ class Server:
                     store.set_completed(session, commit)
                 case events.WriteRecord():
                     store.write_record(effect)
+                case events.UseRecord():
+                    store.use_record(effect)
                 case events.DropRecord():
                     store.drop_record(effect)
                 case events.Copy():
@@ -184,6 +213,13 @@ class Server:
                     store.back(effect)
                 case events.Punch():
                     store.punch(effect)
+                case events.Check():
+                    store.check(effect)
+                case events.ArenaAdopted():
+                    store.adopt_arena(effect)
+                case events.ArenaRefused(arena, reason):
+                    log.warning("cold start", arena=arena, reason=reason)
+                    store.refuse_arena(arena)
                 case events.CreateArena():
                     if not self._create_arena(effect, effects[-1]):
                         return
@@ -258,6 +294,7 @@ class Server:
             self.sessions.expire_handshakes(now),
             self._give_signs(now),
             self._linger(now),
+            self._look_for_readers(now),
         )
         return -1 if due == math.inf else max(0.0, due - now)
 
@@ -272,6 +309,17 @@ class Server:
             self._notifier.status(reports.line(self.core.cache))
             self._next_status = now + STATUS_SECONDS
         return min(self._next_watchdog, self._next_status)
+
+    def _look_for_readers(self, now: float) -> float:
+        """Ask from time to time whether clients of an earlier daemon can still read its arenas;
+        returns when the next time is."""
+        if not self.store.has_former_readers:
+            return math.inf
+        if now >= self._next_readers:
+            self._next_readers = now + READERS_SECONDS
+            for arena in self.store.find_readers_gone():
+                self.handle(events.ReadersGone(arena))
+        return self._next_readers
 
     def _linger(self, now: float) -> float:
         """Stop when no client has been there for linger_seconds; returns when that will be."""

@@ -89,7 +89,16 @@ class Sessions:
         stored = self._store.arenas[arena]
         message = SegmentShared(arena, stored.segment.size)
         connection = self._by_session[session]
-        self._send(connection, codec.encode_datagram(message), [stored.read_only_fd])
+        try:
+            fd = stored.open_reader()
+        except OSError as error:  # too many descriptors are open
+            log.warning("arena not shared", pid=connection.peer.pid, reason=error)
+            connection.peer.shut_down()
+            return
+        try:
+            self._send(connection, codec.encode_datagram(message), [fd])
+        finally:
+            os.close(fd)
 
     def give_up(self, session: SessionId) -> None:
         """A reply to this client is lost: end its session, before it goes on without knowing. A

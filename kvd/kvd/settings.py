@@ -19,6 +19,7 @@ from kvd_proto.paths import DEFAULT_INSTANCE
 DEFAULT_FILE = Path("/etc/kvd/kvd.toml")
 _UNITS = {"": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
 _SIZE = re.compile(r"\s*([0-9]+)\s*([a-zA-Z]*)\s*")
+_WORDS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 _LEVELS = ("debug", "info", "warning", "error")
 _RANGES = {
     # Slots are numbered with 32 bits, and none is smaller than a page.
@@ -49,6 +50,8 @@ class Settings:
     log_level: str = "info"
     linger_seconds: int = 0
     """Above 0: stop when no client has been connected for so long (private daemons)."""
+    keep_on_stop: bool = True
+    """Whether arenas stay in shared memory when the daemon is told to stop, for the next start."""
 
 
 def load(
@@ -123,6 +126,11 @@ def _read(name: str, value: Any) -> Any:
         if type(value) is int or (isinstance(value, str) and value.strip().isdecimal()):
             return int(value)
         raise ValueError("it is a whole number")
+    if _NAMES[name] is bool:
+        found = value if type(value) is bool else _WORDS.get(str(value).strip().lower())
+        if found is None:
+            raise ValueError("it is true or false")
+        return found
     if not isinstance(value, str):
         raise ValueError("it is text")
     return value

@@ -17,12 +17,15 @@ from functools import partial
 from itertools import pairwise
 from typing import TypeVar, cast
 
-from kvd import copier, log
+from kvd import adoption, copier, log
 from kvd.arena import ByteRange, NoSpace, Segment
 from kvd.copier import BackJob, CallJob, Copier, CopyJob, ItemResult, JobResult, PunchJob
 from kvd.core.events import (
+    ArenaAdopted,
     Back,
     Backed,
+    Check,
+    Checked,
     Copied,
     Copy,
     CopyResult,
@@ -31,6 +34,7 @@ from kvd.core.events import (
     Event,
     Punch,
     SessionId,
+    UseRecord,
     WriteRecord,
 )
 from kvd.directory import Directory
@@ -51,8 +55,8 @@ class StoredArena:
     segment: Segment
     directory: Directory
     format: PayloadFormat
-    read_only_fd: int
-    """For handing to clients: at hand, so that no client is refused for want of a descriptor."""
+    has_former_readers: bool = False
+    """Whether clients of an earlier daemon may still read it."""
     growing: dict[int, int] = field(default_factory=dict)
     """By job: how long the directory will be when it has ended."""
 
@@ -61,10 +65,14 @@ class StoredArena:
         """What the directory has in memory when all jobs have ended well."""
         return max([self.directory.backed, *self.growing.values()])
 
-    def close(self) -> None:
-        os.close(self.read_only_fd)
-        self.segment.close(unlink=True)
-        self.directory.close(unlink=True)
+    def open_reader(self) -> int:
+        """A read-only descriptor for one client of this daemon; the caller closes it."""
+        return self.segment.open_reader(self.directory.life)
+
+    def close(self, *, unlink: bool) -> None:
+        # The arena first: a directory without its arena is removed by the next daemon.
+        self.segment.close(unlink=unlink)
+        self.directory.close(unlink=unlink)
 
 
 @dataclass(slots=True, eq=False)
@@ -110,27 +118,66 @@ class Store:
         self.arenas[effect.arena] = stored
 
     def _make_arena(self, effect: CreateArena) -> StoredArena:
+        token = os.urandom(4).hex()  # nobody can have taken the names before us
         try:
-            directory = Directory(self._segment_name(f"dir-{effect.arena}"), effect)
+            name = self._segment_name(adoption.DIRECTORY + token)
+            directory = Directory.create(name, effect, adoption.boot_id())
         except (NoSpace, OSError) as error:
             raise errors.NoSpace(f"no memory for the model's directory: {error}") from error
         try:
-            name = self._segment_name(f"arena-{effect.arena}")
+            name = self._segment_name(adoption.ARENA + token)
             segment = Segment.create(name, effect.slots * effect.stride_bytes)
-            try:
-                read_only_fd = segment.read_only_fd()
-            except OSError:
-                segment.close(unlink=True)
-                raise
         except OSError as error:
             directory.close(unlink=True)
             raise errors.NoSpace(f"no memory for the model's arena: {error}") from error
-        geometry = Geometry(effect.layers)
-        payload_format = make_format(effect.payload_format, geometry, effect.block_tokens)
-        return StoredArena(effect, segment, directory, payload_format, read_only_fd)
+        return StoredArena(effect, segment, directory, _format(effect))
+
+    def find_arena(self, number: int, found: adoption.Found) -> None:
+        """Take over what an earlier daemon left, before the core is told of it."""
+        self.arenas[number] = StoredArena(
+            found.arena, found.segment, found.directory, _format(found.arena), found.has_readers
+        )
+
+    def adopt_arena(self, effect: ArenaAdopted) -> None:
+        """Serve a found arena on."""
+        stored = self.arenas[effect.arena]
+        stored.directory.shrink(effect.directory_bytes)
+        stored.directory.ensure(effect.directory_bytes)
+        stored.directory.begin_life()
+        log.info(
+            "warm start",
+            model=stored.arena.name,
+            tenant=stored.arena.tenant,
+            blocks=effect.blocks,
+            n_bytes=effect.blocks * stored.arena.stride_bytes,
+            life=stored.directory.life,
+        )
+
+    def refuse_arena(self, number: int) -> None:
+        """Remove a found arena that the core cannot use."""
+        self.arenas.pop(number).close(unlink=True)
+
+    def find_readers_gone(self) -> list[int]:
+        """The arenas that clients of an earlier daemon could read at the last call, and cannot any
+        more."""
+        gone = []
+        for number, stored in self.arenas.items():
+            life = stored.directory.life
+            if stored.has_former_readers and not stored.segment.has_readers_before(life):
+                stored.has_former_readers = False
+                gone.append(number)
+        return gone
+
+    @property
+    def has_former_readers(self) -> bool:
+        """Whether clients of an earlier daemon may still read anything."""
+        return any(stored.has_former_readers for stored in self.arenas.values())
 
     def write_record(self, effect: WriteRecord) -> None:
         self.arenas[effect.arena].directory.write(effect)
+
+    def use_record(self, effect: UseRecord) -> None:
+        self.arenas[effect.arena].directory.use(effect.slot, effect.last_use)
 
     def drop_record(self, effect: DropRecord) -> None:
         self.arenas[effect.arena].directory.drop(effect.slot)
@@ -182,6 +229,28 @@ class Store:
 
         self._copier.submit(CopyJob(self._new_job(then), items))
 
+    def check(self, effect: Check) -> None:
+        """Start to compare slots with their checksums."""
+        stored = self.arenas[effect.arena]
+        stride = stored.arena.stride_bytes
+
+        def compare() -> list[bool]:
+            buffer = stored.segment.buffer
+            found = []
+            for slot, n_bytes, checksum in effect.items:
+                with buffer[slot * stride : slot * stride + n_bytes] as payload:
+                    found.append(copier.checksum(payload) == checksum)
+            return found
+
+        def then(results: list[bool] | None, error: Exception | None) -> None:
+            if results is None:
+                raise error or AssertionError("a check without a result")
+            if not all(results):
+                log.error("damaged blocks", model=stored.arena.name, blocks=results.count(False))
+            self._handle(Checked(effect.job, results))
+
+        self.ask(compare, then)
+
     # --- stagings
 
     def open_staging(
@@ -230,14 +299,15 @@ class Store:
         for result in self._copier.results():
             self._then.pop(result.job_id)(result)
 
-    def close(self) -> None:
-        """Finish all jobs, unmap everything and remove the segments' names."""
+    def close(self, *, keep_arenas: bool) -> None:
+        """Finish all jobs and unmap everything. The arenas' segments are kept for the next daemon,
+        or their names removed."""
         self._copier.stop()
         for room in self.stagings.values():
             _close(room)
         self.stagings.clear()
         for stored in self.arenas.values():
-            stored.close()
+            stored.close(unlink=not keep_arenas)
         self.arenas.clear()
 
     def _call(self, work: Callable[[], object], then: Callable[[JobResult], None]) -> None:
@@ -264,6 +334,10 @@ def _succeeded(result: JobResult) -> None:
     """The job cannot fail but by a fault of ours: then the daemon must not go on."""
     if result.error is not None:
         raise result.error
+
+
+def _format(arena: CreateArena) -> PayloadFormat:
+    return make_format(arena.payload_format, Geometry(arena.layers), arena.block_tokens)
 
 
 def _close(room: StagingRoom) -> None:

@@ -2,20 +2,24 @@
 
 Header, 16 KiB, so that the largest legal registration fits:
 
-    0    8  magic "KVDDIR\\0\\1"
+    0    8  magic "KVDDIR\\0\\2"
     8    4  record_bytes            12   4  block_tokens
     16   4  slots                   20   4  length of the registration
     24   8  stride_bytes            32   8  xxh3-64 of bytes 0..32 and of the registration
-    40  ..  the registration: MessagePack map of tenant, name, fingerprint, format, layers
+    40  ..  the registration: MessagePack map of tenant, name, fingerprint, format, layers, boot
+    16376 8 life: how many daemons have served this directory, the first one included
 
 Record of slot i, at 16384 + i * record_bytes, little-endian:
 
-    0    8  xxh3-64 of bytes 8 .. record_bytes, or 1 where that is 0; zeroed before, and written
+    0    8  xxh3-64 of bytes 16 .. record_bytes, or 1 where that is 0; zeroed before, and written
             after everything else
-    8    4  number of tokens        12   4  position of the first token
-    16  16  key                     32  16  parent's key
-    48   8  generation              56   8  xxh3-64 of the payload
-    64  4B  tokens, zeros after the last
+    8    8  last use: a clock that counts uses, not seconds. Not covered by the checksum, since it
+            changes alone, in one aligned store; a wrong one would cost nothing but the order of
+            eviction
+    16   4  number of tokens        20   4  position of the first token
+    24  16  key                     40  16  parent's key
+    56   8  generation              64   8  xxh3-64 of the payload
+    72  4B  tokens, zeros after the last
 
 A record counts if its checksum is right and not zero; a torn one is recognised by that and counts
 as absent. What a slot's bytes are is told by the payload format (payload.py).
@@ -30,11 +34,14 @@ import xxhash
 from kvd_proto.geometry import PAGE_BYTES
 from kvd_proto.keys import TOKEN_BYTES
 
-MAGIC = b"KVDDIR\0\1"
+MAGIC = b"KVDDIR\0\2"
 DIRECTORY_HEADER_BYTES = 4 * PAGE_BYTES
 _HEADER = struct.Struct("<8sIIIIQ")
 _BODY = struct.Struct("<II16s16sQQ")
 _SUM = struct.Struct("<Q")
+_LIFE_OFFSET = DIRECTORY_HEADER_BYTES - _SUM.size
+_USED_OFFSET = _SUM.size
+_BODY_OFFSET = _USED_OFFSET + _SUM.size
 
 
 class Record(NamedTuple):
@@ -59,7 +66,7 @@ class Header(NamedTuple):
 
 def record_bytes(block_tokens: int) -> int:
     """Bytes of one record."""
-    return _SUM.size + _BODY.size + TOKEN_BYTES * block_tokens
+    return _BODY_OFFSET + _BODY.size + TOKEN_BYTES * block_tokens
 
 
 def record_offset(slot: int, block_tokens: int) -> int:
@@ -67,7 +74,9 @@ def record_offset(slot: int, block_tokens: int) -> int:
     return DIRECTORY_HEADER_BYTES + slot * record_bytes(block_tokens)
 
 
-def write_record(directory: memoryview, slot: int, block_tokens: int, record: Record) -> None:
+def write_record(
+    directory: memoryview, slot: int, block_tokens: int, record: Record, last_use: int
+) -> None:
     """Write a record so that at every moment it is whole or recognisably torn."""
     offset = record_offset(slot, block_tokens)
     end = offset + record_bytes(block_tokens)
@@ -81,7 +90,7 @@ def write_record(directory: memoryview, slot: int, block_tokens: int, record: Re
     )
     body += record.tokens.ljust(TOKEN_BYTES * block_tokens, b"\0")
     drop_record(directory, slot, block_tokens)
-    directory[offset + _SUM.size : end] = body
+    directory[offset + _USED_OFFSET : end] = _SUM.pack(last_use) + body
     directory[offset : offset + _SUM.size] = _SUM.pack(xxhash.xxh3_64_intdigest(body) or 1)
 
 
@@ -91,13 +100,35 @@ def drop_record(directory: memoryview, slot: int, block_tokens: int) -> None:
     directory[offset : offset + _SUM.size] = _SUM.pack(0)
 
 
+def write_last_use(directory: memoryview, slot: int, block_tokens: int, last_use: int) -> None:
+    """Say that the slot's block was used; its record stays as it is."""
+    _SUM.pack_into(directory, record_offset(slot, block_tokens) + _USED_OFFSET, last_use)
+
+
+def read_last_use(directory: memoryview, slot: int, block_tokens: int) -> int:
+    """What was last written as the slot's last use."""
+    (last_use,) = _SUM.unpack_from(directory, record_offset(slot, block_tokens) + _USED_OFFSET)
+    return int(last_use)
+
+
+def write_life(directory: memoryview, life: int) -> None:
+    """Say which daemon, counted from 1, serves this directory now."""
+    _SUM.pack_into(directory, _LIFE_OFFSET, life)
+
+
+def read_life(directory: memoryview) -> int:
+    """Which daemon served this directory last."""
+    (life,) = _SUM.unpack_from(directory, _LIFE_OFFSET)
+    return int(life)
+
+
 def read_record(directory: memoryview, slot: int, block_tokens: int) -> Record | None:
     """The record of `slot`, or None if it is absent or torn."""
     offset = record_offset(slot, block_tokens)
     (checksum,) = _SUM.unpack_from(directory, offset)
     if checksum == 0:
         return None
-    body = bytes(directory[offset + _SUM.size : offset + record_bytes(block_tokens)])
+    body = bytes(directory[offset + _BODY_OFFSET : offset + record_bytes(block_tokens)])
     if checksum != (xxhash.xxh3_64_intdigest(body) or 1):
         return None
     n_tokens, start, key, parent_key, generation, payload_sum = _BODY.unpack_from(body)
@@ -120,7 +151,7 @@ def write_header(directory: memoryview, header: Header) -> None:
     )
     checksum = _SUM.pack(xxhash.xxh3_64_intdigest(fixed + registration))
     whole = fixed + checksum + registration
-    if len(whole) > DIRECTORY_HEADER_BYTES:
+    if len(whole) > _LIFE_OFFSET:
         raise ValueError(f"a registration of {len(registration)} bytes does not fit the header")
     directory[: len(whole)] = whole
 
@@ -133,7 +164,7 @@ def read_header(directory: memoryview) -> Header | None:
     magic, size, block_tokens, slots, length, stride = _HEADER.unpack(fixed)
     (checksum,) = _SUM.unpack_from(directory, _HEADER.size)
     first = _HEADER.size + _SUM.size
-    end = min(first + length, DIRECTORY_HEADER_BYTES)
+    end = min(first + length, _LIFE_OFFSET)
     registration = bytes(directory[first:end])
     if (
         magic != MAGIC

@@ -11,6 +11,7 @@ from kvd.core.events import DropRecord, Effect, Punch
 from kvd.core.tree import FILLING, SEALED, Block
 from kvd_proto.errors import AllLeased, BudgetTooSmall
 from kvd_proto.geometry import Geometry
+from kvd_proto.layout import record_bytes
 from tests.core.driver import BLOCK_TOKENS, PAGE, SMALL_DIRECTORY, array_format, packed
 
 FIRST_DIRECTORY = 4 * PAGE
@@ -273,12 +274,12 @@ def test_directories_are_charged_and_grow_in_chunks() -> None:
     assert arena.directory_bytes == DIRECTORY_CHUNK
     assert bench.budget.unassigned == (1 << 22) - DIRECTORY_CHUNK - PAGE
     assert arena.directory_bytes >= directory_bytes_for(1, BLOCK_TOKENS)
-    fits = (DIRECTORY_CHUNK - directory_bytes_for(0, BLOCK_TOKENS)) // 72
+    fits = (DIRECTORY_CHUNK - directory_bytes_for(0, BLOCK_TOKENS)) // record_bytes(BLOCK_TOKENS)
     bench.take(arena, fits - 1)
     assert (arena.high_water, arena.directory_bytes) == (fits, DIRECTORY_CHUNK)
     # All slots have been used: the rest of the last chunk would never be.
     bench.take(arena, 1)
-    assert arena.directory_bytes == arena.directory_limit == 90112
+    assert arena.directory_bytes == arena.directory_limit == 98304
     assert bench.sum == 1 << 22
 
 

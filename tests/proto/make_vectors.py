@@ -266,19 +266,21 @@ def directory() -> dict[str, Any]:
         "fingerprint": arena,
         "format": "llama-state",
         "layers": TINY,
+        "boot": bytes(range(16)),
     }
     header = layout.Header(4, 3, 4096, registration)
     record = layout.Record(4, tokens(5, 6), block_key(parent, tokens(5, 6)), parent, 9, U64 - 1)
     memory = memoryview(bytearray(layout.record_offset(3, 4)))
     layout.write_header(memory, header)
     header_bytes = bytes(memory[: layout.DIRECTORY_HEADER_BYTES]).rstrip(b"\0")
-    layout.write_record(memory, 2, 4, record)
+    layout.write_record(memory, 2, 4, record, 77)
     first = layout.record_offset(2, 4)
     return {
         "header": {"fields": _fields(header), "hex": header_bytes.hex()},
         "record": {
             "slot": 2,
             "offset": first,
+            "last_use": 77,
             "fields": _fields(record),
             "hex": bytes(memory[first : first + layout.record_bytes(4)]).hex(),
         },

@@ -17,6 +17,7 @@ from tests.proto.shapes import legal_message
 BLOCK_TOKENS = 5
 SIZE = layout.record_bytes(BLOCK_TOKENS)
 OLD = Record(0, struct.pack("<5I", 1, 2, 3, 4, 5), b"k" * 16, b"p" * 16, 7, 0x1122334455667788)
+USED = 0x99AABBCCDDEEFF00
 NEW = Record(5, struct.pack("<2I", 9, 8), b"K" * 16, b"P" * 16, 8, (1 << 64) - 1)
 
 RECORDS = st.builds(
@@ -53,6 +54,12 @@ def directory(n_slots: int = 3) -> memoryview:
     return memoryview(bytearray(DIRECTORY_HEADER_BYTES + n_slots * SIZE))
 
 
+def content_of(memory: bytes | bytearray | memoryview) -> bytes:
+    """Slot 1's record without its last use, which is told apart from the record."""
+    first = layout.record_offset(1, BLOCK_TOKENS)
+    return bytes(memory[first : first + 8]) + bytes(memory[first + 16 : first + SIZE])
+
+
 def read(memory: memoryview, slot: int = 1) -> Record | None:
     return layout.read_record(memory, slot, BLOCK_TOKENS)
 
@@ -60,16 +67,16 @@ def read(memory: memoryview, slot: int = 1) -> Record | None:
 # --- records
 
 
-def test_a_record_has_64_bytes_and_its_tokens() -> None:
-    assert layout.record_bytes(32) == 64 + 4 * 32
+def test_a_record_has_72_bytes_and_its_tokens() -> None:
+    assert layout.record_bytes(32) == 72 + 4 * 32
     assert layout.record_offset(0, 32) == 16384
-    assert layout.record_offset(3, 32) == 16384 + 3 * 192
+    assert layout.record_offset(3, 32) == 16384 + 3 * 200
 
 
 @given(record=RECORDS, slot=st.integers(0, 2))
 def test_a_record_comes_back_as_it_was_written(record: Record, slot: int) -> None:
     memory = directory()
-    layout.write_record(memory, slot, BLOCK_TOKENS, record)
+    layout.write_record(memory, slot, BLOCK_TOKENS, record, USED)
     assert [read(memory, each) == record for each in range(3)] == [
         each == slot for each in range(3)
     ]
@@ -83,7 +90,7 @@ def test_a_record_comes_back_as_it_was_written(record: Record, slot: int) -> Non
 def test_a_later_record_replaces_an_earlier_one() -> None:
     memory = directory()
     for record in (OLD, NEW, OLD):
-        layout.write_record(memory, 1, BLOCK_TOKENS, record)
+        layout.write_record(memory, 1, BLOCK_TOKENS, record, USED)
         assert read(memory) == record
 
 
@@ -91,11 +98,36 @@ def test_an_empty_directory_has_no_records() -> None:
     assert [read(directory(), slot) for slot in range(3)] == [None] * 3
 
 
+@given(first=st.integers(0, (1 << 64) - 1), second=st.integers(0, (1 << 64) - 1))
+def test_the_last_use_changes_alone(first: int, second: int) -> None:
+    memory = directory()
+    layout.write_record(memory, 1, BLOCK_TOKENS, OLD, first)
+    assert layout.read_last_use(memory, 1, BLOCK_TOKENS) == first
+    layout.write_last_use(memory, 1, BLOCK_TOKENS, second)
+    assert layout.read_last_use(memory, 1, BLOCK_TOKENS) == second
+    assert read(memory) == OLD
+    assert not any(memory[: layout.record_offset(1, BLOCK_TOKENS)])
+    assert not any(memory[layout.record_offset(2, BLOCK_TOKENS) :])
+
+
+def test_a_life_is_told_apart_from_the_header() -> None:
+    memory = directory()
+    header = Header(1024, 7, 4096, largest_registration())
+    layout.write_life(memory, 1)
+    layout.write_header(memory, header)
+    whole = layout.read_header(memory)
+    assert whole is not None
+    layout.write_life(memory, (1 << 64) - 1)
+    assert layout.read_life(memory) == (1 << 64) - 1
+    assert layout.read_header(memory) == whole
+    assert not any(memory[DIRECTORY_HEADER_BYTES:])
+
+
 def test_a_record_that_cannot_be_written_leaves_the_old_one() -> None:
     memory = directory()
-    layout.write_record(memory, 1, BLOCK_TOKENS, OLD)
+    layout.write_record(memory, 1, BLOCK_TOKENS, OLD, USED)
     with pytest.raises(struct.error):
-        layout.write_record(memory, 1, BLOCK_TOKENS, NEW._replace(generation=1 << 64))
+        layout.write_record(memory, 1, BLOCK_TOKENS, NEW._replace(generation=1 << 64), USED)
     assert read(memory) == OLD
 
 
@@ -104,10 +136,10 @@ def test_a_record_that_cannot_be_written_leaves_the_old_one() -> None:
 def test_a_record_torn_at_any_byte_is_absent(before: Record | None, order: str) -> None:
     """The writer may die after any byte. Within one range bytes may be written in any order."""
     recorder: Any = Recorder()
-    layout.write_record(recorder, 1, BLOCK_TOKENS, NEW)
+    layout.write_record(recorder, 1, BLOCK_TOKENS, NEW, USED)
     memory = directory()
     if before is not None:
-        layout.write_record(memory, 1, BLOCK_TOKENS, before)
+        layout.write_record(memory, 1, BLOCK_TOKENS, before, USED)
     untouched = bytes(memory)
     rng = random.Random(3)
     steps = []
@@ -126,9 +158,9 @@ def test_a_record_torn_at_any_byte_is_absent(before: Record | None, order: str) 
         memory[offset] = byte
         found = read(memory)
         seen.append(found)
-        if bytes(memory) == bytes(finished):
+        if content_of(memory) == content_of(finished):
             assert found == NEW
-        elif bytes(memory) != untouched:
+        elif content_of(memory) != content_of(untouched):
             assert found is None
     assert len(seen) == 8 + SIZE
     assert seen[-1] == NEW
@@ -138,9 +170,9 @@ def test_a_record_torn_at_any_byte_is_absent(before: Record | None, order: str) 
 
 def test_no_damaged_record_is_taken_for_a_record() -> None:
     memory = directory()
-    layout.write_record(memory, 1, BLOCK_TOKENS, OLD)
+    layout.write_record(memory, 1, BLOCK_TOKENS, OLD, USED)
     first = layout.record_offset(1, BLOCK_TOKENS)
-    for offset in range(first, first + SIZE):
+    for offset in [*range(first, first + 8), *range(first + 16, first + SIZE)]:
         for bit in range(8):
             memory[offset] ^= 1 << bit
             assert read(memory) is None
@@ -157,14 +189,14 @@ def test_noise_is_no_record(noise: bytes) -> None:
 
 def test_a_record_of_too_many_tokens_is_none_even_if_its_checksum_is_right() -> None:
     recorder: Any = Recorder()
-    layout.write_record(recorder, 1, 6, Record(0, bytes(24), bytes(16), bytes(16), 1, 1))
+    layout.write_record(recorder, 1, 6, Record(0, bytes(24), bytes(16), bytes(16), 1, 1), USED)
     memory = memoryview(bytearray(DIRECTORY_HEADER_BYTES + 2 * layout.record_bytes(6)))
     for offset, content in recorder.writes:
         memory[offset : offset + len(content)] = content
     assert layout.read_record(memory, 1, 6) is not None
-    body = bytearray(memory[layout.record_offset(1, 6) + 8 : layout.record_offset(2, 6)])
+    body = bytearray(memory[layout.record_offset(1, 6) + 16 : layout.record_offset(2, 6)])
     struct.pack_into("<I", body, 0, 7)
-    memory[layout.record_offset(1, 6) + 8 : layout.record_offset(2, 6)] = body
+    memory[layout.record_offset(1, 6) + 16 : layout.record_offset(2, 6)] = body
     struct.pack_into(
         "<Q", memory, layout.record_offset(1, 6), layout.xxhash.xxh3_64_intdigest(body)
     )
@@ -181,6 +213,7 @@ def registration_of(message: RegisterModel, tenant: str = "default") -> dict[str
         "fingerprint": message.fingerprint,
         "format": message.payload_format,
         "layers": Geometry.from_wire(message.layers).layers,
+        "boot": b"b" * 16,
     }
 
 
@@ -206,6 +239,7 @@ def test_a_header_comes_back_as_it_was_written(
         "name": message.name,
         "fingerprint": message.fingerprint,
         "format": message.payload_format,
+        "boot": b"b" * 16,
     }
 
 
@@ -246,19 +280,19 @@ def test_a_header_torn_at_any_byte_is_none() -> None:
     assert layout.read_header(memoryview(whole)) is not None
 
 
-@pytest.mark.parametrize("length", [DIRECTORY_HEADER_BYTES - 39, 1 << 31, (1 << 32) - 1])
+@pytest.mark.parametrize("length", [DIRECTORY_HEADER_BYTES - 47, 1 << 31, (1 << 32) - 1])
 def test_a_header_that_claims_a_long_registration_is_none(length: int) -> None:
     memory = directory(1000)
-    struct.pack_into("<8sIIIIQ", memory, 0, layout.MAGIC, 64 + 4 * 32, 32, 5, length, 4096)
+    struct.pack_into("<8sIIIIQ", memory, 0, layout.MAGIC, 72 + 4 * 32, 32, 5, length, 4096)
     assert layout.read_header(memory) is None
 
 
 def test_a_header_whose_registration_is_cut_off_is_none_even_if_its_checksum_is_right() -> None:
     memory = directory(1000)
-    fixed = struct.pack("<8sIIIIQ", layout.MAGIC, 64 + 4 * 32, 32, 5, 1 << 20, 4096)
-    within = bytes([0x80]) * (DIRECTORY_HEADER_BYTES - 40)
+    fixed = struct.pack("<8sIIIIQ", layout.MAGIC, 72 + 4 * 32, 32, 5, 1 << 20, 4096)
+    within = bytes([0x80]) * (DIRECTORY_HEADER_BYTES - 48)
     checksum = layout.xxhash.xxh3_64_intdigest(fixed + within)
-    memory[:DIRECTORY_HEADER_BYTES] = fixed + struct.pack("<Q", checksum) + within
+    memory[: DIRECTORY_HEADER_BYTES - 8] = fixed + struct.pack("<Q", checksum) + within
     assert layout.read_header(memory) is None
 
 

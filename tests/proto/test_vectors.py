@@ -154,7 +154,8 @@ def test_directory() -> None:
     content = bytes.fromhex(found["record"]["hex"])
     memory[offset : offset + len(content)] = content
     assert layout.read_record(memory, slot, header.block_tokens) == record
-    assert struct.unpack_from("<Q", content)[0] == xxhash.xxh3_64_intdigest(content[8:])
+    assert struct.unpack_from("<Q", content)[0] == xxhash.xxh3_64_intdigest(content[16:])
+    assert layout.read_last_use(memory, slot, header.block_tokens) == found["record"]["last_use"]
 
 
 def test_values_survive_json() -> None:

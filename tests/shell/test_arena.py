@@ -247,7 +247,7 @@ def test_a_full_shm_is_an_error_that_rolls_back():
 
 def test_read_through_a_read_only_mapping_fills_a_hole_and_is_named(segment: Segment):
     segment.back(0, PAGE)
-    fd = segment.read_only_fd()
+    fd = segment.open_reader(1)
     child(
         """
         import mmap, sys
@@ -267,7 +267,7 @@ def test_read_through_a_read_only_mapping_fills_a_hole_and_is_named(segment: Seg
 def test_read_only_descriptor_gives_no_way_to_write(segment: Segment):
     segment.back(0, PAGE)
     segment.buffer[5] = 99
-    first, second = segment.read_only_fd(), segment.read_only_fd()
+    first, second = segment.open_reader(1), segment.open_reader(1)
     os.close(first)
     with mmap.mmap(second, 0, prot=mmap.PROT_READ) as view:
         assert view[5] == 99
@@ -283,7 +283,7 @@ def test_read_only_descriptor_gives_no_way_to_write(segment: Segment):
 
 def test_failed_mapping_of_the_descriptor_does_not_remove_the_segment():
     segment = Segment.create(NAME, 4 << 30)
-    fd = segment.read_only_fd()
+    fd = segment.open_reader(1)
     said = child(
         """
         import mmap, resource, sys
@@ -307,7 +307,7 @@ def test_segment_goes_on_when_somebody_removes_or_replaces_its_name(segment: Seg
     segment.buffer[0] = 7
     os.unlink(f"{SHM_DIR}/{NAME}")
     usurper = Segment.create(NAME, PAGE)
-    fd = segment.read_only_fd()
+    fd = segment.open_reader(1)
     with mmap.mmap(fd, 0, prot=mmap.PROT_READ) as view:
         assert view[0] == 7
     os.close(fd)

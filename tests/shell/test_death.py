@@ -26,7 +26,7 @@ from tests.shell.raw import (
     raw_client,
     until,
 )
-from tests.support import Daemon, running_daemon, start_daemon
+from tests.support import Daemon, start_daemon
 
 pytestmark = pytest.mark.usefixtures("nothing_is_lost")
 
@@ -175,18 +175,3 @@ def test_second_daemon_refuses_to_start_and_touches_nothing(
         assert str(daemon.process.pid) in second.stderr
     assert daemon.segments() == segments
     bystander.check()
-
-
-def test_start_after_a_kill_is_cold_and_says_so(tmp_path: Path) -> None:
-    first = start_daemon(runtime_dir=tmp_path / "rt")
-    with raw_client(first) as client:
-        client.store(client.open(), PROMPT)
-        left = first.segments()
-        first.kill()
-        assert has_ended(client.lifeline)
-    assert first.segments() == left
-    with running_daemon(runtime_dir=tmp_path / "rt", instance=first.instance) as second:
-        assert "cold start" in second.log.read_text()
-        assert len(second.segments()) == 1  # the lock
-        with raw_client(second) as client:
-            assert client.alloc(client.open(), PROMPT).matched_tokens == 0

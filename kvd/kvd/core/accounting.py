@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvd.core.budget import Arena
-from kvd.core.cache import AllocBacking, Cache, Copying
+from kvd.core.cache import AllocBacking, Cache, Checking, Copying
 from kvd.core.sequences import State
-from kvd.core.tree import FILLING, GONE, SEALED, Block
+from kvd.core.tree import ADOPTED, FILLING, GONE, SEALED, Block
 
 
 class AccountingError(AssertionError):
@@ -97,6 +97,11 @@ def check(cache: Cache) -> None:
                 f"sequence {sequence.seq_id} of context {sequence.context.number} leases a block "
                 "that is gone"
             )
+    adopted = 0
+    for arena in cache.budget.arenas.values():
+        adopted += sum(block.state is ADOPTED for block in arena.root.below())
+    unchecked = [block for block in cache.unchecked if block.state is ADOPTED]
+    _equal("blocks to check", len(unchecked), adopted)
     cached = 0
     for arena in cache.budget.arenas.values():
         _check_arena(cache, arena, leases)
@@ -115,7 +120,7 @@ def _check_arena(cache: Cache, arena: Arena, leases: dict[Block, int]) -> None:
     }
     for block in arena.root.below():
         held = sum(1 for child in block.children if child.holds)
-        expected = leases.get(block, 0) + held + (block.state is FILLING)
+        expected = leases.get(block, 0) + held + (block.state is FILLING) + (block in arena.former)
         _equal(f"holds of slot {block.slot}", block.holds, expected)
         if block.children and block.n_tokens != arena.block_tokens:
             raise AccountingError(f"slot {block.slot} is not full and has children")
@@ -152,9 +157,9 @@ def _check_order(cache: Cache) -> None:
 
 
 def _slots_set_aside(cache: Cache, arena: Arena) -> list[int]:
-    """Slots that are filling and have no block in the tree: reserved ones, and those that only a
-    job of the shell still knows, since their blocks are gone."""
-    found: list[int] = []
+    """Slots that are filling and have no block in the tree: reserved ones, retired ones, and those
+    that only a job of the shell still knows, since their blocks are gone."""
+    found: list[int] = list(arena.retired)
     for sequence in cache.sequences():
         if sequence.context.arena is arena:
             found += sequence.reserved
@@ -162,7 +167,7 @@ def _slots_set_aside(cache: Cache, arena: Arena) -> list[int]:
         if isinstance(job, AllocBacking):
             if job.sequence.context.arena is arena:
                 found += job.slots
-        else:
+        elif not isinstance(job, Checking):
             gone = [block for block in job.blocks if block.state is GONE]
             found += [block.slot for block in gone if block.arena is arena]
     return found
@@ -190,8 +195,8 @@ def arena_counts(arena: Arena) -> dict[str, int]:
 
 
 def sealed_blocks(arena: Arena) -> list[Block]:
-    """What the arena's directory must hold."""
-    return [block for block in arena.root.below() if block.state is SEALED]
+    """What the arena's directory must hold: adopted blocks have their record already."""
+    return [block for block in arena.root.below() if block.state in (ADOPTED, SEALED)]
 
 
 def report_of_sequences(cache: Cache, now: float) -> list[dict[str, Any]]:

@@ -4,7 +4,8 @@ from operator import attrgetter
 from struct import pack
 
 from kvd.core.cache import AllocBacking, Cache
-from kvd.core.events import Backed, Effect
+from kvd.core.checking import check_first
+from kvd.core.events import Backed, Effect, UseRecord
 from kvd.core.sequences import (
     Context,
     Sequence,
@@ -35,8 +36,11 @@ def alloc(
     now: float,
     effects: list[Effect],
 ) -> Allocated | None:
-    """Answer now, or return None: the reply comes when an id is free or the reserve is backed."""
+    """Answer now, or return None: the reply comes when an id is free, the reserve is backed, or
+    what an earlier daemon left has been checked."""
     context = find_context(session, cache.contexts, message.context)
+    if cache.unchecked and check_first(cache, session, correlation, message, effects):
+        return None
     room = cache.open_sequences < cache.limits.max_sequences
     if room and context.free_ids and not context.waiting:
         return _open(cache, context, correlation, message, now, effects)
@@ -83,7 +87,11 @@ def get(cache: Cache, session: Session, message: Get, now: float) -> Blocks:
 
 def close_sequence(cache: Cache, sequence: Sequence, outcome: State, effects: list[Effect]) -> None:
     """End a sequence: its leases and its reservation go, its id is free."""
-    cache.budget.unhold(sequence.leased, effects)
+    leased = sequence.leased
+    cache.budget.unhold(leased, effects)
+    if leased.state is SEALED and leased.parent is not None:
+        # Of this block alone: what is above it was used no earlier, and a restart knows that.
+        effects.append(UseRecord(leased.arena.number, leased.slot, cache.tick()))
     for slot in sequence.reserved:
         cache.budget.give_back(sequence.context.arena, slot)
     sequence.reserved.clear()

@@ -8,6 +8,11 @@ Every slot of an arena is in one of these places:
     filling    set aside or being written
     active     sealed, and held by a lease on it or on a block below it
     cached     sealed and not held: in the LRU
+    retired    held damaged bytes that a client of an earlier daemon may still read; counts as
+               filling
+
+What an earlier daemon has left counts as active or cached like the rest, though it is not sealed
+before it has been checked.
 
 `unassigned` is what remains of the budget after directories, staging and all backed slots. The LRU
 is one for all arenas, so memory moves to where it is used. It is ordered by last use, and because a
@@ -19,7 +24,7 @@ from collections import OrderedDict
 from typing import NamedTuple
 
 from kvd.core.events import Back, DropRecord, Effect, Punch
-from kvd.core.tree import GONE, NO_SLOT, SEALED, Block
+from kvd.core.tree import FILLING, GONE, NO_SLOT, SEALED, Block
 from kvd_proto.errors import AllLeased, BudgetTooSmall, Detail
 from kvd_proto.geometry import Geometry, round_up
 from kvd_proto.layout import DIRECTORY_HEADER_BYTES, record_bytes
@@ -59,6 +64,10 @@ class Arena:
         self.high_water = 0
         self.punched: list[int] = []
         self.free: list[int] = []
+        self.retired: list[int] = []
+        self.former: dict[Block, None] = {}
+        """What clients of an earlier daemon may still read: it is leased to them, by the order of
+        its last use, until they are gone."""
         self.filling = 0
         self.active = 0
         self.cached = 0
@@ -126,7 +135,7 @@ class Budget:
             node.holds += 1
             if node.holds > 1:
                 return
-            if node.state is SEALED:
+            if node.state is not FILLING:
                 del self.lru[node]
                 node.arena.cached -= 1
                 node.arena.active += 1
@@ -146,6 +155,46 @@ class Budget:
             node = node.parent
         if block.parent is not None and not block.holds and block.is_superseded:
             self.drop(block, effects)
+
+    # --- what an earlier daemon left
+
+    def adopt(self, arena: Arena, blocks: list[Block]) -> None:
+        """Take over an arena with `blocks`, each leased once to whoever may still read it. Their
+        order is that of their last use."""
+        used = {block.slot for block in blocks}
+        arena.high_water = max(used, default=-1) + 1
+        arena.directory_bytes = arena.directory_for(arena.high_water)
+        arena.punched = [slot for slot in range(arena.high_water) if slot not in used]
+        arena.active = len(blocks)
+        arena.former = dict.fromkeys(blocks)
+        for block in blocks:
+            block.holds = 1 + len(block.children)
+        self.unassigned -= arena.directory_bytes + len(blocks) * arena.stride
+        self.arenas[arena.number] = arena
+
+    def readers_gone(self, arena: Arena, effects: list[Effect]) -> None:
+        """End the leases of those who could read the arena before this daemon was there. What
+        nobody else leases enters the LRU in the order of its last use."""
+        former, arena.former = arena.former, {}
+        for block in former:
+            self.unhold(block, effects)
+        arena.filling -= len(arena.retired)
+        arena.free.extend(arena.retired)
+        arena.retired.clear()
+
+    def drop_unleased(self, block: Block, effects: list[Effect]) -> None:
+        """Forget a block that has no children and that no sequence leases. If a client of an
+        earlier daemon may still read it, its slot is set aside until nobody can."""
+        arena = block.arena
+        is_read = block in arena.former
+        if is_read:
+            del arena.former[block]
+            self.unhold(block, effects)
+        if block.state is not GONE:  # but that may have dropped it: a longer one replaced it
+            self.drop(block, effects)
+        if is_read:
+            arena.retired.append(arena.free.pop())
+            arena.filling += 1
 
     # --- room
 

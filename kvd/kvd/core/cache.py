@@ -12,6 +12,7 @@ from kvd.core.events import Effect, Reply, SessionId
 from kvd.core.sequences import Context, Sequence, Session, Waiter
 from kvd.core.tree import Block
 from kvd_proto.errors import KvdError
+from kvd_proto.messages import Alloc
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,10 @@ class Counters:
     """By their owner's word, when it released them."""
     sequences_timed_out: int = 0
     sessions_opened: int = 0
+    adopted_blocks: int = 0
+    """That an earlier daemon had left."""
+    damaged_blocks: int = 0
+    """Adopted ones whose bytes did not have their checksum."""
 
 
 class AllocBacking(NamedTuple):
@@ -78,7 +83,23 @@ class Copying(NamedTuple):
     blocks: list[Block]
 
 
-Job = AllocBacking | AppendBacking | Copying
+class WaitingAlloc(NamedTuple):
+    """An alloc that waits until blocks that it may match have been checked."""
+
+    session: Session
+    correlation: int
+    message: Alloc
+
+
+class Checking(NamedTuple):
+    """A check of what an earlier daemon left: the blocks in the order of its items, and who waits
+    for their end."""
+
+    blocks: list[Block]
+    allocs: list[WaitingAlloc]
+
+
+Job = AllocBacking | AppendBacking | Copying | Checking
 
 
 @dataclass(slots=True)
@@ -97,14 +118,21 @@ class Cache:
     """All who wait for an id, in the order of their coming."""
     deadlines: Deadlines = field(default_factory=Deadlines)
     jobs: dict[int, Job] = field(default_factory=dict)
+    unchecked: dict[Block, int | None] = field(default_factory=dict)
+    """Adopted blocks, parents first, and the job that checks each, if one does already."""
     counters: Counters = field(default_factory=Counters)
     open_sequences: int = 0
     next_context: int = 0
     next_arena: int = 1
     next_job: int = 1
-    next_generation: int = 1
-    """Of blocks, so that a record's slot tells which use of it is meant."""
+    clock: int = 0
+    """Counts uses of blocks. A sealed block's generation is its first use."""
     next_ticket: int = 1
+
+    def tick(self) -> int:
+        """The clock's next moment."""
+        self.clock += 1
+        return self.clock
 
     def new_job(self, job: Job) -> int:
         """File a job under a new number."""

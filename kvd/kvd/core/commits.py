@@ -149,7 +149,7 @@ def seal(
     for source in block.sources or ():
         source.commit.pending.discard(block)
     block.sources = None
-    _supersede(block, budget, effects)
+    supersede(block, budget, effects)
     budget.unhold(block, effects)
 
 
@@ -174,9 +174,10 @@ def remove_failed(block: Block, error: KvdError, budget: Budget, effects: list[E
     Sequences that rest on a removed block must be moved off first.
     """
     for failed in reversed([block, *block.below()]):
-        if failed.state is SEALED:
-            # Its copy was sealed while its parent still waited for one; nobody holds it any more.
-            budget.drop(failed, effects)
+        if failed.state is not FILLING:
+            # Its copy was sealed while its parent still waited for one, or both were adopted. No
+            # sequence leases it any more.
+            budget.drop_unleased(failed, effects)
             continue
         for source in failed.sources or ():
             source.commit.pending.discard(failed)
@@ -208,11 +209,11 @@ def _detach(block: Block, budget: Budget, effects: list[Effect]) -> None:
     budget.unhold(parent, effects)
 
 
-def _supersede(block: Block, budget: Budget, effects: list[Effect]) -> None:
+def supersede(block: Block, budget: Budget, effects: list[Effect]) -> None:
     """A longer block replaces shorter siblings that are its prefix: now, or when they are let go
     (`Budget.unhold`)."""
     parent = block.parent
     assert parent is not None
     for shorter in parent.prefixes(block.tokens):
-        if shorter.state is SEALED and not shorter.holds:
+        if shorter.state is not FILLING and not shorter.holds:
             budget.drop(shorter, effects)

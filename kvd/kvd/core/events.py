@@ -1,8 +1,8 @@
 """What can happen to the core, and what it asks of the shell. Plain data, both ways.
 
-An effect is carried out by the shell in the order given. Jobs (`Back`, `Copy`) come back as an
-event with the same job number; the shell runs jobs and `Punch` in one queue, first in, first out,
-so that a slot is never punched or filled out of order.
+An effect is carried out by the shell in the order given. Jobs (`Back`, `Copy`, `Check`) come back
+as an event with the same job number; the shell runs jobs and `Punch` in one queue, first in, first
+out, so that a slot is never punched or filled out of order.
 """
 
 from typing import Any, NamedTuple
@@ -64,6 +64,49 @@ class Copied(NamedTuple):
     results: list[CopyResult]
 
 
+class FoundRecord(NamedTuple):
+    """A record of a directory that was found, of a slot whose memory is all there."""
+
+    slot: int
+    key: bytes
+    parent_key: bytes
+    start: int
+    tokens: bytes
+    generation: int
+    checksum: int
+    last_use: int
+
+
+class ArenaFound(NamedTuple):
+    """An arena that an earlier daemon left, before any session is there. `arena` is the number that
+    it gets. `has_readers`: clients of that daemon can still read it, until `ReadersGone`."""
+
+    arena: int
+    tenant: str
+    name: str
+    fingerprint: bytes
+    payload_format: str
+    block_tokens: int
+    layers: tuple[LayerGeometry, ...]
+    slots: int
+    stride_bytes: int
+    has_readers: bool
+    records: list[FoundRecord]
+
+
+class ReadersGone(NamedTuple):
+    """No client of an earlier daemon can read this arena any more."""
+
+    arena: int
+
+
+class Checked(NamedTuple):
+    """A `Check` job ended: for each of its items, whether the slot's bytes have the checksum."""
+
+    job: int
+    results: list[bool]
+
+
 class ArenaFailed(NamedTuple):
     """A `CreateArena` could not be carried out; the shell has told the client."""
 
@@ -74,7 +117,18 @@ class Ticked(NamedTuple):
     """Time has passed: see `Core.next_deadline`."""
 
 
-Event = Connected | Disconnected | Requested | Backed | Copied | ArenaFailed | Ticked
+Event = (
+    Connected
+    | Disconnected
+    | Requested
+    | Backed
+    | Copied
+    | Checked
+    | ArenaFound
+    | ReadersGone
+    | ArenaFailed
+    | Ticked
+)
 
 # --- effects
 
@@ -172,8 +226,48 @@ class Copy(NamedTuple):
     items: list[CopyItem]
 
 
+class CheckItem(NamedTuple):
+    """`n_bytes` of a slot should have this checksum."""
+
+    slot: int
+    n_bytes: int
+    checksum: int
+
+
+class Check(NamedTuple):
+    """Compare what an earlier daemon left in slots with the checksums of its records."""
+
+    job: int
+    arena: int
+    items: list[CheckItem]
+
+
+class ArenaAdopted(NamedTuple):
+    """What was found is used on: so many blocks, and of the directory the first
+    `directory_bytes`."""
+
+    arena: int
+    blocks: int
+    directory_bytes: int
+
+
+class ArenaRefused(NamedTuple):
+    """What was found cannot be used; its segments are to be removed."""
+
+    arena: int
+    reason: str
+
+
+class UseRecord(NamedTuple):
+    """A sequence has let go of a block: `last_use` enters its record."""
+
+    arena: int
+    slot: int
+    last_use: int
+
+
 class WriteRecord(NamedTuple):
-    """A block is sealed: its record enters the directory."""
+    """A block is sealed: its record enters the directory. It was last used at its `generation`."""
 
     arena: int
     slot: int
@@ -203,6 +297,10 @@ Effect = (
     | Back
     | Punch
     | Copy
+    | Check
     | WriteRecord
+    | UseRecord
     | DropRecord
+    | ArenaAdopted
+    | ArenaRefused
 )

@@ -6,13 +6,15 @@ is a fault of ours and does come out.
 
 from typing import Any
 
-from kvd.core import allocating, models, storing
+from kvd.core import adopting, allocating, checking, models, storing
 from kvd.core.budget import Budget
-from kvd.core.cache import AllocBacking, AppendBacking, Cache, Copying, Limits
+from kvd.core.cache import AllocBacking, AppendBacking, Cache, Checking, Copying, Limits
 from kvd.core.commits import withdraw
 from kvd.core.events import (
     ArenaFailed,
+    ArenaFound,
     Backed,
+    Checked,
     CloseStaging,
     Connected,
     Copied,
@@ -20,6 +22,7 @@ from kvd.core.events import (
     Effect,
     Event,
     OpenStaging,
+    ReadersGone,
     RefuseSession,
     Reply,
     Requested,
@@ -70,6 +73,13 @@ class Core:
                 copying = cache.jobs.pop(number)
                 assert isinstance(copying, Copying)
                 storing.copied(cache, copying, event, effects)
+            case Checked():
+                self._checked(event, now, effects)
+            case ArenaFound():
+                adopting.adopt(cache, event, effects)
+                checking.check_next(cache, effects)
+            case ReadersGone(number):
+                cache.budget.readers_gone(cache.budget.arenas[number], effects)
             case ArenaFailed(number):
                 models.forget_arena(cache, number)
             case Ticked():
@@ -133,6 +143,22 @@ class Core:
                 dropped = cache.budget.evict(name, n_blocks, effects)
                 return Evicted(dropped, cache.budget.unassigned - before)
         raise AssertionError(f"the shell answers {type(message).__name__}, not the core")
+
+    def _checked(self, event: Checked, now: float, effects: list[Effect]) -> None:
+        """A check has ended: allocs that waited for it are tried again."""
+        cache = self.cache
+        job = cache.jobs.pop(event.job)
+        assert isinstance(job, Checking)
+        checking.checked(cache, job, event, effects)
+        for session, correlation, message in job.allocs:
+            body: Any
+            try:
+                body = allocating.alloc(cache, session, correlation, message, now, effects)
+            except KvdError as error:
+                body = error
+            if body is not None:
+                cache.reply(session, correlation, body, effects)
+        checking.check_next(cache, effects)
 
     def _connect(self, event: Connected, now: float, effects: list[Effect]) -> None:
         cache = self.cache

@@ -107,24 +107,28 @@ def forget_arena(cache: Cache, number: int) -> None:
         session.shared.discard(number)
 
 
-def _create_arena(
+def make_arena(
     cache: Cache,
-    session: Session,
-    message: RegisterModel,
-    geometry: Geometry,
+    number: int,
+    tenant: str,
+    name: str,
     fingerprint: bytes,
-    effects: list[Effect],
+    geometry: Geometry,
+    payload_format: str,
+    block_tokens: int,
 ) -> Arena:
-    payload_format = make_format(message.payload_format, geometry, message.block_tokens)
+    """An arena as this configuration makes it, as long as the budget, not yet known to anyone.
+    Raises ModelTooLarge if not even one block fits the budget."""
+    form = make_format(payload_format, geometry, block_tokens)
     arena = Arena(
-        number=cache.next_arena,
-        tenant=session.tenant,
-        name=message.name,
+        number=number,
+        tenant=tenant,
+        name=name,
         fingerprint=fingerprint,
         geometry=geometry,
-        payload_format=payload_format,
-        block_tokens=message.block_tokens,
-        slots=cache.limits.max_memory // round_up(payload_format.max_bytes),
+        payload_format=form,
+        block_tokens=block_tokens,
+        slots=cache.limits.max_memory // round_up(form.max_bytes),
         root_key=root_key(fingerprint),
     )
     if not arena.slots or arena.stride + arena.directory_for(1) > cache.limits.max_memory:
@@ -135,6 +139,27 @@ def _create_arena(
             budget_bytes=cache.limits.max_memory,
             bytes_per_token=geometry.bytes_per_token,
         )
+    return arena
+
+
+def _create_arena(
+    cache: Cache,
+    session: Session,
+    message: RegisterModel,
+    geometry: Geometry,
+    fingerprint: bytes,
+    effects: list[Effect],
+) -> Arena:
+    arena = make_arena(
+        cache,
+        cache.next_arena,
+        session.tenant,
+        message.name,
+        fingerprint,
+        geometry,
+        message.payload_format,
+        message.block_tokens,
+    )
     cache.budget.charge_directory(arena, effects)
     cache.next_arena += 1
     cache.models[(session.tenant, fingerprint)] = arena

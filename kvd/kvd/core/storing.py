@@ -123,8 +123,7 @@ def copied(cache: Cache, job: Copying, event: Copied, effects: list[Effect]) -> 
         else:
             cache.counters.stored_blocks += 1
             cache.counters.stored_bytes += block.arena.format.size(block.n_tokens)
-            seal(block, result.checksum, cache.next_generation, cache.budget, effects)
-            cache.next_generation += 1
+            seal(block, result.checksum, cache.tick(), cache.budget, effects)
 
 
 def flush(cache: Cache, session: Session, correlation: int, message: Flush) -> Flushed | None:
@@ -244,7 +243,7 @@ def _refuse(cache: Cache, job: AppendBacking, error: KvdError, effects: list[Eff
         _fall_back(cache, job.first, [job.sequence], effects)
     for block in job.blocks:
         if block.slot == NO_SLOT:
-            _remove(cache, block, error, effects)
+            remove(cache, block, error, effects)
     for block in commit.unfinished:
         _lose_source(cache, block, commit, error, effects)
     commit.failure = None
@@ -270,12 +269,12 @@ def _lose_source(
     drop_source(block, commit)
     commit.failure = error
     if not block.sources:
-        _remove(cache, block, error, effects)
+        remove(cache, block, error, effects)
     elif was_first and block.first_source.commit.answered:
         _start_copy(cache, block.first_source.commit.session, [block], effects)
 
 
-def _remove(cache: Cache, block: Block, error: KvdError, effects: list[Effect]) -> None:
+def remove(cache: Cache, block: Block, error: KvdError, effects: list[Effect]) -> None:
     """Drop a block that cannot be filled, and all below it."""
     if block.state is not GONE:
         _fall_back(cache, block, cache.sequences(), effects)

@@ -5,6 +5,9 @@ the child that agrees longest with a continuation is a neighbour of where that w
 strings with the longest common prefix are adjacent in lexicographic order. Tokens are compared, not
 keys: a match can never rest on a hash.
 
+A block is FILLING until its bytes are in the arena, or ADOPTED until those that an earlier daemon
+left there have been checked; then it is SEALED, and only then can it be matched.
+
                       root (no tokens)
                      /    \\
          [t0 .. t31]        [u0 .. u31]         full blocks: may have children
@@ -22,7 +25,7 @@ if TYPE_CHECKING:
     from kvd.core.budget import Arena
     from kvd.core.commits import Source
 
-FILLING, SEALED, GONE = "filling", "sealed", "gone"
+FILLING, ADOPTED, SEALED, GONE = "filling", "adopted", "sealed", "gone"
 NO_SLOT = -1
 
 _by_tokens = attrgetter("tokens")
@@ -113,8 +116,9 @@ class Block:
         assert self.children[index] is block, "the tree lost a child"
         del self.children[index]
 
-    def longest_agreeing(self, tokens: bytes) -> "Agreement | None":
-        """The sealed child that agrees with `tokens` longest, and for how many tokens (> 0)."""
+    def longest_agreeing(self, tokens: bytes, *, adopted: bool = False) -> "Agreement | None":
+        """The sealed child (with `adopted` also one that is not checked yet) that agrees with
+        `tokens` longest, and for how many tokens (> 0)."""
         children = self.children
         middle = bisect_left(children, tokens, key=_by_tokens)
         best: Agreement | None = None
@@ -124,7 +128,8 @@ class Block:
                 agreed = common_tokens(candidate.tokens, tokens)
                 if agreed <= (best.n_tokens if best else 0):
                     break  # further neighbours agree no longer
-                if candidate.state is SEALED:
+                state = candidate.state
+                if state is SEALED or (adopted and state is ADOPTED):
                     best = Agreement(candidate, agreed)
                     break
         return best
@@ -211,6 +216,25 @@ def match(root: Block, tokens: bytes, block_bytes: int) -> Match:
     if agreement is None:
         return Match(full, None, position // TOKEN_BYTES)
     return Match(full, agreement.block, position // TOKEN_BYTES + agreement.n_tokens)
+
+
+def unchecked(root: Block, tokens: bytes, block_bytes: int) -> list[Block]:
+    """The adopted blocks that a match could use once they are checked, parents first. Mutates
+    nothing."""
+    found: list[Block] = []
+    node = root
+    for position in range(0, len(tokens), block_bytes):
+        chunk = tokens[position : position + block_bytes]
+        child = node.child(chunk)
+        if child is None or child.state is FILLING or len(chunk) < block_bytes:
+            agreement = node.longest_agreeing(chunk, adopted=True)
+            if agreement is not None and agreement.block.state is ADOPTED:
+                found.append(agreement.block)
+            break
+        if child.state is ADOPTED:
+            found.append(child)
+        node = child
+    return found
 
 
 def common_tokens(a: bytes, b: bytes) -> int:

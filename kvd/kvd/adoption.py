@@ -1,0 +1,193 @@
+"""What an earlier daemon of this instance left in shared memory, and whether it can be used.
+
+Covers finding arenas with their directories, checking that both are whole and of this machine's
+present boot, giving back all memory that no record speaks for, and removing the rest. Which records
+form a tree is the core's decision (core/adopting.py); that a block's bytes are right is checked
+later, before it is served (core/checking.py).
+
+Whatever does not fit together is removed with a line in the log that says why: then the start is a
+cold one.
+
+    dir-<token>     header, and a record for each sealed block     } of one token: one arena
+    arena-<token>   the slots                                      }
+"""
+
+from bisect import bisect_right
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from kvd import log
+from kvd.arena import ByteRange, Segment
+from kvd.core.events import ArenaFound, CreateArena, FoundRecord
+from kvd.directory import Directory, Entry
+from kvd.instance import InstanceLock
+from kvd_proto import codec
+from kvd_proto.errors import KvdError
+from kvd_proto.geometry import Geometry
+from kvd_proto.messages import RegisterModel
+from kvd_proto.payload import make_format
+
+DIRECTORY, ARENA = "dir-", "arena-"
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+class Found(NamedTuple):
+    """An arena whose two segments are whole; the memory of its slots is that of its records."""
+
+    segment: Segment
+    directory: Directory
+    arena: CreateArena
+    """As it would be made; its number is not known yet."""
+    records: list[FoundRecord]
+
+    @property
+    def has_readers(self) -> bool:
+        """Whether clients of the daemon before can still read it."""
+        return self.segment.has_readers_before(self.directory.life + 1)
+
+    def event(self, number: int) -> ArenaFound:
+        """To tell the core; `number` is the arena's from now on."""
+        arena = self.arena
+        return ArenaFound(
+            number,
+            arena.tenant,
+            arena.name,
+            arena.fingerprint,
+            arena.payload_format,
+            arena.block_tokens,
+            arena.layers,
+            arena.slots,
+            arena.stride_bytes,
+            self.has_readers,
+            self.records,
+        )
+
+
+def boot_id() -> bytes:
+    """16 bytes that are others after each boot of the machine."""
+    return bytes.fromhex(_BOOT_ID.read_text().strip().replace("-", ""))
+
+
+def find(lock: InstanceLock) -> list[Found]:
+    """All arenas that can be used. What else is left of this instance is removed."""
+    found: list[Found] = []
+    boot = boot_id()
+    names = lock.segments()
+    for name in names:
+        ending = name.removeprefix(f"{lock.prefix}.")
+        if not ending.startswith(DIRECTORY):
+            continue
+        try:
+            found.append(_open(name, lock.segment_name(ARENA + ending[len(DIRECTORY) :]), boot))
+        except (OSError, ValueError) as error:
+            log.warning("cold start", segment=name, reason=error)
+    kept = [name for each in found for name in (each.directory.segment.name, each.segment.name)]
+    removed = lock.sweep(kept)
+    if removed:
+        log.info("removed what cannot be used", segments=len(removed))
+    return found
+
+
+def _open(directory_name: str, arena_name: str, boot: bytes) -> Found:
+    """Open a directory and its arena. Raises OSError or ValueError, and leaves both as they are but
+    for memory that no record speaks for."""
+    directory = Directory.adopt(directory_name)
+    try:
+        arena = _read_registration(directory, boot)
+        segment = Segment.adopt(arena_name)
+        try:
+            if segment.size != arena.slots * arena.stride_bytes:
+                raise ValueError(f"its arena has {segment.size} bytes, not {arena.slots} slots")
+            entries = _keep_recorded(segment, directory, arena.stride_bytes)
+        except BaseException:
+            segment.close(unlink=False)
+            raise
+    except BaseException:
+        directory.close(unlink=False)
+        raise
+    return Found(segment, directory, arena, [_record(entry) for entry in entries])
+
+
+def _read_registration(directory: Directory, boot: bytes) -> CreateArena:
+    header = directory.header
+    registration: dict[str, Any] = header.registration
+    try:
+        if registration["boot"] != boot:
+            raise ValueError("it is of another boot of this machine")
+        # As strict as for a client's.
+        asked = RegisterModel(
+            registration["name"],
+            registration["fingerprint"],
+            registration["format"],
+            header.block_tokens,
+            registration["layers"],
+        )
+        model = codec.decode_request(codec.encode_request(1, asked)).message
+        tenant = registration["tenant"]
+        geometry = Geometry.from_wire(model.layers)
+        form = make_format(model.payload_format, geometry, model.block_tokens)
+    except (KeyError, TypeError, KvdError) as error:
+        raise ValueError(f"its registration cannot be used: {error!r}") from error
+    if type(tenant) is not str or not header.slots or header.stride_bytes < form.max_bytes:
+        raise ValueError("its registration cannot be used")
+    return CreateArena(
+        0,
+        tenant,
+        model.name,
+        model.fingerprint,
+        model.payload_format,
+        model.block_tokens,
+        geometry.layers,
+        form.max_bytes,
+        header.stride_bytes,
+        header.slots,
+        directory.backed,
+    )
+
+
+def _keep_recorded(segment: Segment, directory: Directory, stride: int) -> list[Entry]:
+    """The entries whose slots have all their memory. All other memory is given back, and other
+    records are dropped."""
+    ranges = segment.backed_ranges()
+    starts = [span.offset for span in ranges]
+
+    def is_whole(slot: int) -> bool:
+        index = bisect_right(starts, slot * stride) - 1
+        return index >= 0 and (slot + 1) * stride <= ranges[index].offset + ranges[index].length
+
+    kept: list[Entry] = []
+    for entry in directory.entries():
+        if is_whole(entry.slot):
+            kept.append(entry)
+        else:
+            directory.drop(entry.slot)
+    # Not only what has been seen: memory that was given and never written looks like a hole.
+    for gap in _gaps(sorted(entry.slot for entry in kept), stride, segment.size):
+        segment.punch(gap.offset, gap.length)
+    backed = segment.backed_bytes()
+    if backed != len(kept) * stride:
+        raise ValueError(f"{len(kept)} slots of {stride} bytes have {backed} bytes of memory")
+    return kept
+
+
+def _gaps(slots: list[int], stride: int, size: int) -> list[ByteRange]:
+    """What lies between these slots, before and behind them."""
+    ends = [0, *((slot + 1) * stride for slot in slots)]
+    starts = [*(slot * stride for slot in slots), size]
+    return [
+        ByteRange(end, start - end) for end, start in zip(ends, starts, strict=True) if start > end
+    ]
+
+
+def _record(entry: Entry) -> FoundRecord:
+    slot, record, last_use = entry
+    return FoundRecord(
+        slot,
+        record.key,
+        record.parent_key,
+        record.start,
+        record.tokens,
+        record.generation,
+        record.checksum,
+        last_use,
+    )

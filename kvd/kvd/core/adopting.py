@@ -1,0 +1,124 @@
+"""Adopting what an earlier daemon left: from the records of a directory to a tree of blocks.
+
+A record is taken if its parent is, its key follows from its tokens, and it fits the tree; so what
+is below a lost record goes too. What is taken enters the tree as ADOPTED, and is matched only when
+its bytes have been checked (checking.py).
+
+The order of last use comes back exactly: a release writes the deepest block's last use alone. So
+each block is leased once to the time before, and when these leases end in the order of last use,
+the LRU is what it was, tail first. As long as clients of the earlier daemon can still read the
+arena, they do not end.
+"""
+
+from collections.abc import Iterable
+from operator import attrgetter
+
+from kvd.core.budget import Arena
+from kvd.core.cache import Cache
+from kvd.core.events import (
+    ArenaAdopted,
+    ArenaFound,
+    ArenaRefused,
+    DropRecord,
+    Effect,
+    FoundRecord,
+    Punch,
+)
+from kvd.core.models import make_arena
+from kvd.core.tree import ADOPTED, Block
+from kvd_proto.errors import KvdError
+from kvd_proto.geometry import Geometry
+from kvd_proto.keys import TOKEN_BYTES, block_key
+
+_FUTURE = 1 << 63
+"""No clock comes so far: what is beyond was not written by one."""
+
+
+def adopt(cache: Cache, found: ArenaFound, effects: list[Effect]) -> None:
+    """Take an arena over, or refuse it with the reason. No session is there yet."""
+    cache.next_arena = max(cache.next_arena, found.arena + 1)
+    try:
+        arena = _make(cache, found)
+    except (KvdError, ValueError) as error:
+        effects.append(ArenaRefused(found.arena, str(error)))
+        return
+    used = {record.slot: _last_use(record) for record in found.records}
+    blocks = _plant(arena, found.records)
+    n_bytes = arena.directory_for(_high_water(blocks)) + len(blocks) * arena.stride
+    if n_bytes > cache.budget.unassigned:
+        effects.append(ArenaRefused(found.arena, "it does not fit the budget beside the others"))
+        return
+    lost = sorted(used.keys() - {block.slot for block in blocks})
+    effects.extend(DropRecord(arena.number, slot) for slot in lost)
+    if lost:
+        effects.append(Punch(arena.number, lost))
+    cache.models[(arena.tenant, arena.fingerprint)] = arena
+    cache.budget.adopt(arena, sorted(blocks, key=lambda block: (used[block.slot], -block.start)))
+    cache.unchecked.update(dict.fromkeys(blocks))
+    cache.clock = max([cache.clock, *used.values(), *(block.generation for block in blocks)])
+    cache.counters.adopted_blocks += len(blocks)
+    effects.append(ArenaAdopted(arena.number, len(blocks), arena.directory_bytes))
+    if not found.has_readers:
+        cache.budget.readers_gone(arena, effects)
+
+
+def _make(cache: Cache, found: ArenaFound) -> Arena:
+    """An empty arena of today's configuration. Raises KvdError or ValueError if the one that was
+    found is not of that kind."""
+    arena = make_arena(
+        cache,
+        found.arena,
+        found.tenant,
+        found.name,
+        found.fingerprint,
+        Geometry(found.layers),
+        found.payload_format,
+        found.block_tokens,
+    )
+    if (arena.stride, arena.slots) != (found.stride_bytes, found.slots):
+        raise ValueError(
+            f"it has {found.slots} slots of {found.stride_bytes} bytes, and would now have "
+            f"{arena.slots} of {arena.stride}: the budget was changed"
+        )
+    if (arena.tenant, arena.fingerprint) in cache.models:
+        raise ValueError("there is another arena of the same model and tenant")
+    return arena
+
+
+def _plant(arena: Arena, records: Iterable[FoundRecord]) -> list[Block]:
+    """Put the records into the empty tree as far as they fit; the blocks, parents first."""
+    by_key = {arena.root.key: arena.root}
+    planted: list[Block] = []
+    # Newer ones first, should two records be of one block.
+    for record in sorted(records, key=lambda each: (each.start, -each.generation)):
+        parent = by_key.get(record.parent_key)
+        if parent is None or not _fits(record, parent, arena):
+            continue
+        block = Block(arena, parent, record.tokens, record.key, record.slot)
+        block.state = ADOPTED
+        block.generation = record.generation
+        block.checksum = record.checksum
+        parent.add(block)
+        by_key[block.key] = block
+        planted.append(block)
+    return planted
+
+
+def _fits(record: FoundRecord, parent: Block, arena: Arena) -> bool:
+    return (
+        record.start == parent.end
+        and 0 < len(record.tokens) <= arena.block_tokens * TOKEN_BYTES
+        and (parent.parent is None or parent.n_tokens == arena.block_tokens)
+        and 0 < record.generation < _FUTURE
+        and record.slot < arena.slots
+        and record.key == block_key(parent.key, record.tokens)
+        and parent.child(record.tokens) is None
+    )
+
+
+def _last_use(record: FoundRecord) -> int:
+    return record.last_use if record.last_use < _FUTURE else 0
+
+
+def _high_water(blocks: list[Block]) -> int:
+    return max(map(attrgetter("slot"), blocks), default=-1) + 1

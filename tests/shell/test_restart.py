@@ -1,0 +1,422 @@
+"""A daemon that was killed or stopped, and the next one: warm where it is right, cold where not,
+and never a wrong byte. Real processes; the killed daemon's memory is damaged by hand where a crash
+would damage it.
+"""
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvd.adoption import boot_id
+from kvd.arena import Segment
+from kvd.directory import Directory
+from kvd_proto import layout
+from kvd_proto.errors import AllLeased, UnknownContext
+from kvd_proto.messages import Evict, Flush, Get
+from tests.shell.raw import (
+    BLOCK_TOKENS,
+    FINGERPRINT,
+    STRIDE,
+    Raw,
+    expected_blocks,
+    has_ended,
+    make_append,
+    many_tokens,
+    raw_client,
+    until,
+)
+from tests.support import Daemon, running_daemon, start_daemon
+
+PROMPT = many_tokens(1, 4 * BLOCK_TOKENS)
+OTHER = many_tokens(1, 2 * BLOCK_TOKENS) + many_tokens(500, BLOCK_TOKENS + 3)
+"""Shares two blocks with PROMPT; ends in an open tail."""
+
+
+@pytest.fixture
+def killed(tmp_path: Path) -> Iterator[Daemon]:
+    """A daemon that stored PROMPT and OTHER and was killed with SIGKILL."""
+    daemon = start_daemon(runtime_dir=tmp_path / "rt")
+    with raw_client(daemon) as client:
+        context = client.open()
+        for prompt in (PROMPT, OTHER):
+            client.release(context, client.store(context, prompt))
+        daemon.kill()
+        assert has_ended(client.lifeline)
+    yield daemon
+    for name in daemon.segments():
+        os.unlink(f"/dev/shm/{name}")
+
+
+@contextlib.contextmanager
+def next_daemon(killed: Daemon, *flags: str) -> Iterator[Daemon]:
+    with running_daemon(*flags, runtime_dir=killed.runtime_dir, instance=killed.instance) as daemon:
+        yield daemon
+
+
+def segment(daemon: Daemon, kind: str) -> str:
+    """The name of the daemon's only segment of a kind."""
+    (name,) = [name for name in daemon.segments() if f".{kind}-" in name]
+    return name
+
+
+@contextlib.contextmanager
+def opened(name: str) -> Iterator[Segment]:
+    found = Segment.adopt(name)
+    try:
+        yield found
+    finally:
+        found.close(unlink=False)
+
+
+def matched(client: Raw, context: int, prompt: bytes) -> int:
+    sequence = client.alloc(context, prompt)
+    client.release(context, sequence)
+    return sequence.matched_tokens
+
+
+def assert_warm(client: Raw) -> int:
+    """Everything is there, bit for bit, and the accounts are right; returns an open context."""
+    context = client.open()
+    sequence = client.alloc(context, PROMPT)
+    assert sequence.matched_tokens == len(PROMPT) // 4
+    assert client.read(context, sequence) == expected_blocks(4)
+    other = client.alloc(context, OTHER)
+    assert other.matched_tokens == len(OTHER) // 4
+    assert client.read(context, other)[:3] == expected_blocks(3)
+    assert client.verify()["differences"] == []
+    return context
+
+
+def log_of(daemon: Daemon) -> str:
+    return daemon.log.read_text()
+
+
+# --- warm
+
+
+def test_the_next_daemon_after_a_kill_is_warm(killed: Daemon) -> None:
+    with next_daemon(killed) as daemon, raw_client(daemon) as client:
+        assert_warm(client)
+        status = client.status()
+        assert status["counters"]["adopted_blocks"] == 6
+        assert status["counters"]["damaged_blocks"] == 0
+        assert "warm start model=model" in log_of(daemon)
+
+
+def test_a_stop_keeps_the_cache_for_the_next_start(tmp_path: Path) -> None:
+    first = start_daemon("--keep-on-stop", runtime_dir=tmp_path / "rt")
+    with raw_client(first) as client:
+        context = client.open()
+        for prompt in (PROMPT, OTHER):
+            client.store(context, prompt)
+        assert first.stop() == 0
+    assert "kept for the next start" in log_of(first)
+    with next_daemon(first) as second, raw_client(second) as client:
+        assert_warm(client)
+    assert not second.segments(), "told not to keep them, it removed them"
+
+
+def test_a_restart_after_a_restart_is_warm(killed: Daemon) -> None:
+    for _ in range(3):
+        daemon = start_daemon(runtime_dir=killed.runtime_dir, instance=killed.instance)
+        with raw_client(daemon) as client:
+            assert_warm(client)
+        daemon.kill()
+    with next_daemon(killed) as daemon:
+        assert "life=5" in log_of(daemon)
+
+
+def test_new_blocks_go_beside_adopted_ones_and_survive_too(killed: Daemon) -> None:
+    longer = PROMPT + many_tokens(900, 3 * BLOCK_TOKENS)
+    daemon = start_daemon(runtime_dir=killed.runtime_dir, instance=killed.instance)
+    with raw_client(daemon) as client:
+        context = client.open()
+        client.store(context, longer)
+        daemon.kill()
+    with next_daemon(killed) as last, raw_client(last) as client:
+        context = assert_warm(client)
+        sequence = client.alloc(context, longer)
+        assert sequence.matched_tokens == len(longer) // 4
+        assert client.read(context, sequence) == expected_blocks(7)
+
+
+def test_handles_of_before_are_refused_as_stale(killed: Daemon) -> None:
+    with next_daemon(killed) as daemon, raw_client(daemon) as client:
+        client.open()
+        for context in range(1, 20):
+            body = client.ask(Get(context, 0, 1, 0))
+            assert isinstance(body, UnknownContext), body
+
+
+def test_eviction_goes_on_in_the_order_of_last_use(tmp_path: Path) -> None:
+    prompts = [many_tokens(100 * n, BLOCK_TOKENS) for n in range(1, 6)]
+    first = start_daemon(runtime_dir=tmp_path / "rt")
+    with raw_client(first) as client:
+        context = client.open()
+        for prompt in prompts:
+            client.release(context, client.store(context, prompt))
+        for index in (2, 0, 4, 1, 3):
+            client.release(context, client.alloc(context, prompts[index]))
+        first.kill()
+    with next_daemon(first) as second, raw_client(second) as client:
+        context = client.open()
+        until(lambda: _evict(client, 3) == 3)
+        found = [matched(client, context, prompt) > 0 for prompt in prompts]
+    assert found == [False, True, False, True, False]
+
+
+def _evict(client: Raw, n_blocks: int) -> int:
+    """How many were dropped; none while a client of before may still read them."""
+    return int(client.call(Evict("", n_blocks)).blocks)
+
+
+# --- damage
+
+
+def damage_payload(killed: Daemon, slot: int) -> None:
+    with opened(segment(killed, "arena")) as arena:
+        arena.buffer[slot * STRIDE + 100] ^= 1
+
+
+def slot_of(killed: Daemon, start: int, n_tokens: int) -> int:
+    directory = Directory.adopt(segment(killed, "dir"))
+    try:
+        return next(
+            slot
+            for slot, record in directory.records().items()
+            if (record.start, len(record.tokens) // 4) == (start, n_tokens)
+        )
+    finally:
+        directory.close(unlink=False)
+
+
+@pytest.mark.parametrize(
+    ("block", "prompt_left", "other_left"),
+    [(0, 0, 0), (1, BLOCK_TOKENS, BLOCK_TOKENS), (3, 3 * BLOCK_TOKENS, len(OTHER) // 4)],
+)
+def test_a_damaged_block_is_never_served_nor_is_what_follows_it(
+    killed: Daemon, block: int, prompt_left: int, other_left: int
+) -> None:
+    damage_payload(killed, slot_of(killed, block * BLOCK_TOKENS, BLOCK_TOKENS))
+    with next_daemon(killed) as daemon, raw_client(daemon) as client:
+        context = client.open()
+        assert matched(client, context, PROMPT) == prompt_left
+        assert matched(client, context, OTHER) == other_left
+        assert client.verify()["ok"]
+        assert client.status()["counters"]["damaged_blocks"] == 1
+        assert "damaged blocks" in log_of(daemon)
+        # And it can be stored anew.
+        client.store(context, PROMPT)
+        assert matched(client, context, PROMPT) == len(PROMPT) // 4
+
+
+def test_a_torn_record_goes_with_all_that_follows_it(killed: Daemon) -> None:
+    slot = slot_of(killed, BLOCK_TOKENS, BLOCK_TOKENS)
+    with opened(segment(killed, "dir")) as directory:
+        directory.buffer[layout.record_offset(slot, BLOCK_TOKENS) + 30] ^= 0x80
+    with next_daemon(killed) as daemon, raw_client(daemon) as client:
+        context = client.open()
+        assert matched(client, context, PROMPT) == matched(client, context, OTHER) == BLOCK_TOKENS
+        assert client.status()["models"][0]["blocks"]["total"] == 1
+        assert client.verify()["ok"]
+
+
+def test_a_record_under_a_false_key_is_not_taken(killed: Daemon) -> None:
+    """Its checksum is right, so this is no accident."""
+    slot = slot_of(killed, 3 * BLOCK_TOKENS, BLOCK_TOKENS)
+    with opened(segment(killed, "dir")) as directory:
+        record = layout.read_record(directory.buffer, slot, BLOCK_TOKENS)
+        assert record is not None
+        forged = record._replace(tokens=many_tokens(7000, BLOCK_TOKENS))
+        layout.write_record(directory.buffer, slot, BLOCK_TOKENS, forged, 1)
+    with next_daemon(killed) as daemon, raw_client(daemon) as client:
+        context = client.open()
+        assert matched(client, context, PROMPT) == 3 * BLOCK_TOKENS
+        forged_prompt = PROMPT[: 4 * 3 * BLOCK_TOKENS] + many_tokens(7000, BLOCK_TOKENS)
+        assert matched(client, context, forged_prompt) == 3 * BLOCK_TOKENS
+        assert client.verify()["ok"]
+
+
+def test_memory_that_no_record_speaks_for_is_given_back(killed: Daemon) -> None:
+    with opened(segment(killed, "arena")) as arena:
+        arena.back(20 * STRIDE, 3 * STRIDE)
+        os.posix_fallocate(arena._fd, 30 * STRIDE, STRIDE)  # given, and never written
+        before = arena.backed_bytes()
+    with next_daemon(killed) as daemon, raw_client(daemon) as client:
+        assert_warm(client)
+        with opened(segment(daemon, "arena")) as arena:
+            assert arena.backed_bytes() == before - 4 * STRIDE == 6 * STRIDE
+
+
+def test_a_slot_that_lost_memory_loses_its_record(killed: Daemon) -> None:
+    slot = slot_of(killed, 3 * BLOCK_TOKENS, BLOCK_TOKENS)
+    with opened(segment(killed, "arena")) as arena:
+        arena.punch(slot * STRIDE, 4096)
+    with next_daemon(killed) as daemon, raw_client(daemon) as client:
+        assert matched(client, client.open(), PROMPT) == 3 * BLOCK_TOKENS
+        assert client.verify()["ok"]
+
+
+# --- cold
+
+
+def spoil_magic(killed: Daemon) -> None:
+    with opened(segment(killed, "dir")) as directory:
+        directory.buffer[7] = 99
+
+
+def spoil_boot(killed: Daemon) -> None:
+    with opened(segment(killed, "dir")) as directory:
+        header = layout.read_header(directory.buffer)
+        assert header is not None
+        header.registration["boot"] = bytes(16)
+        layout.write_header(directory.buffer, header)
+        assert boot_id() != bytes(16)
+
+
+def spoil_registration(killed: Daemon) -> None:
+    with opened(segment(killed, "dir")) as directory:
+        header = layout.read_header(directory.buffer)
+        assert header is not None
+        header.registration["layers"] = [["f17", 1, "f16", 2]]
+        layout.write_header(directory.buffer, header)
+
+
+def remove_arena(killed: Daemon) -> None:
+    os.unlink(f"/dev/shm/{segment(killed, 'arena')}")
+
+
+def shorten_arena(killed: Daemon) -> None:
+    os.truncate(f"/dev/shm/{segment(killed, 'arena')}", 8 * STRIDE)
+
+
+def open_to_others(killed: Daemon) -> None:
+    os.chmod(f"/dev/shm/{segment(killed, 'arena')}", 0o666)
+
+
+def empty_directory(killed: Daemon) -> None:
+    name = f"/dev/shm/{segment(killed, 'dir')}"
+    size = os.stat(name).st_size
+    os.truncate(name, 0)
+    os.truncate(name, size)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        spoil_magic, spoil_boot, spoil_registration, remove_arena, shorten_arena, open_to_others,
+        empty_directory,
+    ],
+)  # fmt: skip
+def test_what_is_not_whole_is_a_cold_start_that_says_why(killed: Daemon, spoil: Any) -> None:
+    spoil(killed)
+    with next_daemon(killed) as daemon:
+        assert "cold start" in log_of(daemon)
+        assert "removed what cannot be used" in log_of(daemon)
+        assert len(daemon.segments()) == 1  # the lock
+        with raw_client(daemon) as client:
+            context = client.open()
+            assert matched(client, context, PROMPT) == 0
+            client.store(context, PROMPT)
+            assert client.verify()["ok"]
+
+
+def test_another_budget_is_a_cold_start_that_says_why(killed: Daemon) -> None:
+    with next_daemon(killed, "--max-memory", "512MiB") as daemon, raw_client(daemon) as client:
+        assert "the budget was changed" in log_of(daemon)
+        assert matched(client, client.open(), PROMPT) == 0
+
+
+def test_a_segment_of_another_user_is_left_alone(killed: Daemon) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("needs root to give a file away")
+    name = f"/dev/shm/{segment(killed, 'arena')}"
+    os.chown(name, 65534, 65534)
+    daemon = start_daemon(runtime_dir=killed.runtime_dir, instance=killed.instance)
+    with raw_client(daemon) as client:
+        assert "cold start" in log_of(daemon)
+        assert matched(client, client.open(), PROMPT) == 0
+    daemon.stop()
+    assert daemon.segments() == [name.removeprefix("/dev/shm/")]
+
+
+# --- readers of a former life
+
+
+def test_what_a_client_of_before_may_still_read_is_not_given_to_anybody(tmp_path: Path) -> None:
+    """It holds a mapping, and bytes of blocks that it had leased; it may be stopped for hours."""
+    flags = ("--max-memory", "1MiB")
+    first = start_daemon(*flags, runtime_dir=tmp_path / "rt")
+    with raw_client(first) as old:
+        old.store(old.open(), PROMPT)
+        first.kill()
+        with next_daemon(first, *flags) as second:
+            with raw_client(second) as client:
+                context = client.open()
+                assert matched(client, context, PROMPT) == len(PROMPT) // 4, "it is served on"
+                assert _evict(client, 0) == 0
+                fill(client, context)
+                assert client.verify()["ok"]
+                assert matched(client, context, PROMPT) == len(PROMPT) // 4
+                assert read_slots(old) == sorted(expected_blocks(4))
+                old.close()
+                until(lambda: client.status()["models"][0]["blocks"]["cached"] == 4)
+                assert matched(client, context, PROMPT) == len(PROMPT) // 4
+            with raw_client(second) as client:
+                context = client.open()
+                fill(client, context)
+                assert matched(client, context, PROMPT) == 0, "now it was evicted"
+                assert client.verify()["ok"]
+
+
+def fill(client: Raw, context: int) -> None:
+    """Store a sequence that grows, and stays leased, until no more fits."""
+    sequence = client.alloc(context, b"")
+    with pytest.raises(AllLeased):  # noqa: PT012 - at some time
+        for start in range(0, 1000 * BLOCK_TOKENS, BLOCK_TOKENS):
+            new = many_tokens(10_000 + start, BLOCK_TOKENS)
+            staged = client.stage(new, start, fill=9)
+            appended = client.call(make_append(context, sequence, start, new, staged))
+            assert client.call(Flush(appended.commit)).failures == []
+
+
+def read_slots(old: Raw) -> list[bytes]:
+    """What a client sees in the first four slots."""
+    size = len(expected_blocks(1)[0])
+    return sorted(old.arena[STRIDE * slot : STRIDE * slot + size] for slot in range(4))
+
+
+def test_a_mapping_in_a_forked_child_counts_as_a_reader(tmp_path: Path) -> None:
+    first = start_daemon(runtime_dir=tmp_path / "rt")
+    with raw_client(first) as old:
+        old.store(old.open(), PROMPT)
+        child = os.fork()
+        if child == 0:
+            signal.pause()
+            os._exit(0)
+        try:
+            first.kill()
+            old.close()
+            with next_daemon(first) as second, raw_client(second) as client:
+                assert _evict(client, 0) == 0
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+                child = 0
+                until(lambda: _evict(client, 0) == 4)
+        finally:
+            if child:
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+
+
+def test_the_name_of_the_model_is_registered_already(killed: Daemon) -> None:
+    with next_daemon(killed) as daemon, raw_client(daemon) as client:
+        status = client.status()
+        assert [model["name"] for model in status["models"]] == ["model"]
+        assert client.register(fingerprint=FINGERPRINT) == 1
+        assert len(daemon.segments()) == 3

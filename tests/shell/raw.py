@@ -60,8 +60,11 @@ def until(look: Callable[[], T], seconds: float = SECONDS) -> T:
 class Raw:
     """One session: `lifeline`, `dealer`, `staging` (writable), and `arena` (read-only)."""
 
-    def __init__(self, daemon: Daemon, staging_bytes: int = 1 << 18, name: str = "raw") -> None:
-        """Say hello. Raises the error that the daemon refuses with."""
+    def __init__(
+        self, daemon: Daemon, staging_bytes: int = 1 << 18, name: str = "raw", keep_unread: int = 0
+    ) -> None:
+        """Say hello. Raises the error that the daemon refuses with. `keep_unread` is how many
+        replies are taken from the kernel before they are read (0: any number)."""
         self._requests = f"ipc://{daemon.runtime_dir}/requests.sock"
         self.context = zmq.Context()
         self.dealer: Any = None
@@ -77,15 +80,17 @@ class Raw:
             self.session = welcome.session
             self.staging_fd = fds[0] if fds else -1
             self.staging = mmap.mmap(fds[0], welcome.staging_bytes) if fds else None
-            self.dealer = self.connect(self.session)
+            self.dealer = self.connect(self.session, keep_unread)
         except BaseException:
             self.close()
             raise
 
-    def connect(self, routing_id: bytes) -> Any:
+    def connect(self, routing_id: bytes, keep_unread: int = 0) -> Any:
         """Another DEALER, with this routing id (empty: none)."""
         dealer = self.context.socket(zmq.DEALER)
         dealer.setsockopt(zmq.LINGER, 0)
+        dealer.setsockopt(zmq.RCVHWM, keep_unread)
+        dealer.setsockopt(zmq.SNDHWM, 10_000)
         if routing_id:
             dealer.setsockopt(zmq.ROUTING_ID, routing_id)
         dealer.connect(self._requests)

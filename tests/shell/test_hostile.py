@@ -882,14 +882,7 @@ def test_flood_of_one_client_leaves_room_for_another(
 
 def test_client_that_does_not_read_its_replies_is_let_go(daemon: Daemon, bystander: Bystander):
     rss = bystander.client.status()["rss_bytes"]
-    with raw_client(daemon) as client:
-        client.dealer.close()
-        client.dealer = client.context.socket(zmq.DEALER)
-        client.dealer.setsockopt(zmq.RCVHWM, 1)
-        client.dealer.setsockopt(zmq.SNDHWM, 10_000)
-        client.dealer.setsockopt(zmq.LINGER, 0)
-        client.dealer.setsockopt(zmq.ROUTING_ID, client.session)
-        client.dealer.connect(f"ipc://{daemon.runtime_dir}/requests.sock")
+    with raw_client(daemon, keep_unread=1) as client:
         client.alloc(client.open(), PROMPT)
         stop = time.monotonic() + SECONDS
         while not has_ended(client.lifeline, seconds=0):

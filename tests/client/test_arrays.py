@@ -654,7 +654,7 @@ def test_the_daemon_is_killed_under_way(
         daemon = start_daemon(runtime_dir=run, instance=name)
         stack.callback(daemon.stop)
         client = kvd_client.connect(run, fail_open=fail_open, timeout=2)
-        # Later than the client: a successor removes what the killed one has left.
+        # Later than the client: a successor removes, at its end, what the killed one has left.
         restarted = stack.enter_context(ExitStack())
         stack.enter_context(client)
         context = stack.enter_context(ArrayContext(client, engine.model))
@@ -677,10 +677,10 @@ def test_the_daemon_is_killed_under_way(
                 context.alloc(prompt)
         restarted.enter_context(running_daemon(runtime_dir=run, instance=name))
         wait_for(lambda: shared_again(context))
-        for matched in (0, 44):
+        for least in (29, 44):  # what was on its way when the daemon died may be there, too
             with context.alloc(prompt[:-1]) as sequence:
-                assert sequence.matched_tokens == matched
-                logits = engine.generate(prompt[matched:], sequence, 40)
+                assert sequence.matched_tokens >= least
+                logits = engine.generate(prompt[sequence.matched_tokens :], sequence, 40)
                 assert np.array_equal(logits, expected)
                 sequence.flush()
 

@@ -94,7 +94,7 @@ def test_verify_names_and_undoes_a_foreign_fill(daemon: Daemon, client: Raw) -> 
     assert client.status()["accounting"]["drift_bytes"] == 0
 
 
-@pytest.mark.parametrize("offset", [0, 8, 16, 48, 56, 64])
+@pytest.mark.parametrize("offset", [0, 16, 24, 40, 56, 64, 72])
 def test_verify_finds_a_record_that_was_overwritten(
     daemon: Daemon, client: Raw, offset: int
 ) -> None:

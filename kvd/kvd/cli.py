@@ -1,4 +1,5 @@
-"""The command `kvd`: `kvd serve` runs the daemon in the foreground.
+"""The command `kvd`: `kvd serve` runs the daemon in the foreground, `kvd purge` removes what one
+that is not running has left in shared memory.
 
 Exit codes: 0 stopped when asked to, 1 a fault, 2 bad usage or settings, 3 another daemon has the
 instance.
@@ -14,11 +15,12 @@ from pathlib import Path
 import zmq
 
 from kvd import __version__, log
-from kvd.instance import InstanceBusy, InstanceLock, UnsafePath, default_runtime_dir
+from kvd.instance import InstanceBusy, InstanceLock, UnsafePath, default_runtime_dir, purge
 from kvd.notify import Notifier
 from kvd.server import Server
 from kvd.settings import BadSetting, Settings, load
 from kvd.signals import StopSignals
+from kvd_proto.paths import DEFAULT_INSTANCE
 
 _OWN_DESCRIPTORS = 64
 _DESCRIPTORS_OF_A_SESSION = 4
@@ -30,6 +32,8 @@ _DESCRIPTORS_OF_MODELS = 512
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     options = _parser().parse_args(arguments)
+    if options.run == "purge":
+        return _purge(options.instance)
     flags = {name: value for name, value in vars(options).items() if name not in ("run", "config")}
     try:
         settings = load(options.config, flags)
@@ -70,6 +74,22 @@ def serve(settings: Settings, notifier: Notifier) -> int:
             log.error("fault", error, consequence="the daemon ends")
             return 1
         log.info("stopped")
+    return 0
+
+
+def _purge(instance: str) -> int:
+    try:
+        removed = purge(instance)
+    except InstanceBusy as error:
+        return _fail(3, error)
+    except ValueError as error:
+        return _fail(2, error)
+    except (UnsafePath, OSError) as error:
+        return _fail(1, error)
+    for name in removed:
+        print(f"removed /dev/shm/{name}")
+    if not removed:
+        print(f"instance {instance} has left nothing in shared memory")
     return 0
 
 
@@ -116,4 +136,8 @@ def _parser() -> argparse.ArgumentParser:
     serving.add_argument(
         "--linger-seconds", type=int, metavar="S", help="stop after so long without a client"
     )
+    purging = commands.add_parser(
+        "purge", help="remove the cache that a stopped daemon keeps in shared memory"
+    )
+    purging.add_argument("--instance", default=DEFAULT_INSTANCE, help='default: "default"')
     return parser

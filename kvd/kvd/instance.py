@@ -118,21 +118,23 @@ class InstanceLock:
     def segments(self) -> list[str]:
         """The names of all segments of this instance. While the locks are held nobody but this
         process and dead daemons can have made them. RuntimeError after release()."""
-        if not self._held:
-            raise RuntimeError(f"the lock of instance {self.instance} is not held")
-        lock_name = f"{self.prefix}.{_LOCK_SUFFIX}"
-        return [name for name in list_segments(f"{self.prefix}.") if name != lock_name]
+        self._check_held()
+        return _segments(self.prefix)
 
     def sweep(self, keep: Iterable[str] = ()) -> list[str]:
         """Remove all segments of this instance but those in `keep`, and return their names: call it
         before the first one is created. RuntimeError after release()."""
-        kept = set(keep)
-        return [name for name in self.segments() if name not in kept and remove_segment(name)]
+        self._check_held()
+        return _sweep(self.prefix, keep)
 
     def release(self) -> None:
         """Let go of both locks and remove their files. Doing it again does nothing."""
         while self._held:
             self._held.pop().release()
+
+    def _check_held(self) -> None:
+        if not self._held:
+            raise RuntimeError(f"the lock of instance {self.instance} is not held")
 
     def __enter__(self) -> Self:
         return self
@@ -144,6 +146,26 @@ class InstanceLock:
         trace: TracebackType | None,
     ) -> None:
         self.release()
+
+
+def purge(instance: str) -> list[str]:
+    """Remove all segments of an instance that no daemon serves, and return their names. Raises
+    InstanceBusy if one does, and what InstanceLock raises."""
+    prefix = segment_prefix(instance)
+    lock = _take(f"{SHM_DIR}/{prefix}.{_LOCK_SUFFIX}")
+    try:
+        return _sweep(prefix, ())
+    finally:
+        lock.release()
+
+
+def _segments(prefix: str) -> list[str]:
+    return [name for name in list_segments(f"{prefix}.") if name != f"{prefix}.{_LOCK_SUFFIX}"]
+
+
+def _sweep(prefix: str, keep: Iterable[str]) -> list[str]:
+    kept = set(keep)
+    return [name for name in _segments(prefix) if name not in kept and remove_segment(name)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,15 @@ import psutil
 
 from kvd import __version__
 from kvd.arena import ByteRange, Segment
-from kvd.core.accounting import AccountingError, Totals, arena_counts, check, sealed_blocks, totals
+from kvd.core.accounting import (
+    AccountingError,
+    Totals,
+    arena_counts,
+    check,
+    count_unchecked,
+    sealed_blocks,
+    totals,
+)
 from kvd.core.budget import Arena
 from kvd.core.cache import Cache
 from kvd.core.events import SessionId
@@ -192,6 +200,10 @@ def _status(cache: Cache, now: Totals, instance: str, uptime: float) -> dict[str
             "in_use": cache.open_sequences,
             "free": cache.limits.max_sequences - cache.open_sequences,
             "waiting": len(cache.waiting),
+        },
+        "recovery": {
+            "unchecked_blocks": count_unchecked(cache),
+            "read_from_before": sum(bool(arena.former) for arena in cache.budget.arenas.values()),
         },
         "accounting": {
             "budget_bytes": now.budget,

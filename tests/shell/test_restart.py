@@ -6,6 +6,8 @@ would damage it.
 import contextlib
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -420,3 +422,37 @@ def test_the_name_of_the_model_is_registered_already(killed: Daemon) -> None:
         assert [model["name"] for model in status["models"]] == ["model"]
         assert client.register(fingerprint=FINGERPRINT) == 1
         assert len(daemon.segments()) == 3
+
+
+# --- purge
+
+
+def purge(instance: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "kvd", "purge", "--instance", instance]
+    return subprocess.run(command, capture_output=True, text=True, timeout=30)
+
+
+def test_purge_removes_what_a_dead_daemon_left_and_says_so(killed: Daemon) -> None:
+    left = [name for name in killed.segments() if not name.endswith(".lock")]
+    done = purge(killed.instance)
+    assert done.returncode == 0
+    assert done.stdout.splitlines() == [f"removed /dev/shm/{name}" for name in left]
+    assert killed.segments() == []
+    again = purge(killed.instance)
+    assert (again.returncode, "left nothing" in again.stdout) == (0, True)
+
+
+def test_purge_never_touches_a_living_daemon(killed: Daemon) -> None:
+    with next_daemon(killed) as daemon, raw_client(daemon) as client:
+        before = daemon.segments()
+        done = purge(daemon.instance)
+        assert done.returncode == 3
+        assert str(daemon.process.pid) in done.stderr
+        assert daemon.segments() == before
+        assert_warm(client)
+
+
+def test_purge_refuses_what_is_no_instance() -> None:
+    done = purge("../etc")
+    assert done.returncode == 2
+    assert "an instance's name" in done.stderr

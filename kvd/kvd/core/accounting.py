@@ -100,8 +100,7 @@ def check(cache: Cache) -> None:
     adopted = 0
     for arena in cache.budget.arenas.values():
         adopted += sum(block.state is ADOPTED for block in arena.root.below())
-    unchecked = [block for block in cache.unchecked if block.state is ADOPTED]
-    _equal("blocks to check", len(unchecked), adopted)
+    _equal("blocks to check", count_unchecked(cache), adopted)
     cached = 0
     for arena in cache.budget.arenas.values():
         _check_arena(cache, arena, leases)
@@ -197,6 +196,11 @@ def arena_counts(arena: Arena) -> dict[str, int]:
 def sealed_blocks(arena: Arena) -> list[Block]:
     """What the arena's directory must hold: adopted blocks have their record already."""
     return [block for block in arena.root.below() if block.state in (ADOPTED, SEALED)]
+
+
+def count_unchecked(cache: Cache) -> int:
+    """Blocks that an earlier daemon left and that are not served before they are checked."""
+    return sum(block.state is ADOPTED for block in cache.unchecked)
 
 
 def report_of_sequences(cache: Cache, now: float) -> list[dict[str, Any]]:

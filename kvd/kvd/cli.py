@@ -9,7 +9,7 @@ import argparse
 import resource
 import sys
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import zmq
@@ -40,13 +40,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         notifier = Notifier.from_env()
     except (BadSetting, ValueError) as error:
         return _fail(2, error)
-    with closing(notifier):
-        return serve(settings, notifier)
+    log.set_up(settings.log_level)
+    try:
+        with closing(notifier):
+            return serve(settings, notifier)
+    finally:
+        log.close()
 
 
 def serve(settings: Settings, notifier: Notifier) -> int:
     """Run one daemon until it is told to stop; returns the exit code."""
-    log.set_up(settings.log_level)
     directory = settings.runtime_dir or default_runtime_dir(settings.instance)
     try:
         lock = InstanceLock(directory, settings.instance)
@@ -109,7 +112,8 @@ def _raise_descriptor_limit(settings: Settings) -> None:
 
 
 def _fail(code: int, error: Exception) -> int:
-    print(f"kvd: {error}", file=sys.stderr)
+    with suppress(OSError):  # the exit code tells it as well
+        print(f"kvd: {error}", file=sys.stderr, flush=True)
     return code
 
 

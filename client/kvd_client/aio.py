@@ -118,14 +118,26 @@ class AsyncSequence(SequenceState):
         appending.unstage(self, staged)
         self._client.wake()
 
-    async def append(self, tokens: Tokens, payloads: Staged | Iterable[Payload]) -> Commit:
+    async def append(
+        self,
+        tokens: Tokens,
+        payloads: Staged | Iterable[Payload],
+        *,
+        start: int | None = None,
+    ) -> Commit:
         """Commit the blocks of `tokens`, which follow the sequence's full blocks; see
         `client.Sequence.append`. Appends of one sequence must not overlap."""
-        return await self._client.run(appending.append(self, tokens, payloads))
+        return await self._client.run(appending.append(self, tokens, payloads, start))
 
-    async def post_append(self, tokens: Tokens, payloads: Staged | Iterable[Payload]) -> Commit:
+    async def post_append(
+        self,
+        tokens: Tokens,
+        payloads: Staged | Iterable[Payload],
+        *,
+        start: int | None = None,
+    ) -> Commit:
         """Like append, without waiting for the reply; it may wait for room in the staging."""
-        return await self._client.run(appending.post(self, tokens, payloads))
+        return await self._client.run(appending.post(self, tokens, payloads, start))
 
     async def refresh(self, first_block: int = 0) -> int:
         """Learn the slots of appended blocks that are sealed by now, from `first_block` (at most

@@ -107,22 +107,37 @@ class Sequence(SequenceState):
         with self._client.lock:
             appending.unstage(self, staged)
 
-    def append(self, tokens: Tokens, payloads: Staged | Iterable[Payload]) -> Commit:
+    def append(
+        self,
+        tokens: Tokens,
+        payloads: Staged | Iterable[Payload],
+        *,
+        start: int | None = None,
+    ) -> Commit:
         """Commit the blocks of `tokens`, which follow the sequence's full blocks.
 
         `payloads` is what `stage` gave, written; or one buffer for each block, which is copied. The
         last block may be shorter than block_tokens; a later append, from the same start, replaces
-        it. One round trip; the blocks are visible to others after `Client.flush`, or a moment
-        later. Raises BadPayload, BadPosition, ReservationExceeded, SequenceEnded, AllLeased,
+        it. `start` is the position that the payloads were made for, if other calls came between
+        reading `full_tokens` and this one: an append that was posted may have been refused in them.
+        One round trip; the blocks are visible to others after `Client.flush`, or a moment later.
+        Raises BadPayload, BadPosition, ReservationExceeded, SequenceEnded, AllLeased,
         BudgetTooSmall, NoSpace; ViewsAlive while arrays are alive over a block that it replaces.
         """
-        return self._client.run(appending.append(self, tokens, payloads))
+        return self._client.run(appending.append(self, tokens, payloads, start))
 
-    def post_append(self, tokens: Tokens, payloads: Staged | Iterable[Payload]) -> Commit:
+    def post_append(
+        self,
+        tokens: Tokens,
+        payloads: Staged | Iterable[Payload],
+        *,
+        start: int | None = None,
+    ) -> Commit:
         """Like append, without waiting for the reply: the commit's `error` is known once it is
         `answered`, which any later call of the client may find out. After an error `full_tokens`
-        is back where the append started."""
-        return self._client.run(appending.post(self, tokens, payloads))
+        is back where the append started, and a call that finds it out in the middle of an append
+        raises BadPosition, instead of storing what was made for another position."""
+        return self._client.run(appending.post(self, tokens, payloads, start))
 
     def refresh(self, first_block: int = 0) -> int:
         """Learn the slots of appended blocks that are sealed by now, from `first_block` (at most

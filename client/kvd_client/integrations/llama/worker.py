@@ -300,7 +300,8 @@ class LlamaSequence:
         except BaseException:
             leased.unstage(staged)
             raise
-        self._commit = leased.post_append(self._buffer[start : start + n_tokens], staged)
+        tokens = self._buffer[start : start + n_tokens]
+        self._commit = leased.post_append(tokens, staged, start=start)
 
     def __enter__(self) -> Self:
         return self

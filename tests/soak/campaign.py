@@ -10,6 +10,7 @@ Bystanders work on beside them, all the time, and check every byte they read. Af
 import json
 import os
 import random
+import select
 import signal
 import statistics
 import subprocess
@@ -88,10 +89,15 @@ class Nursery:
 
 @dataclass
 class Outcome:
-    """What was measured. Seconds from the kill until the daemon had given everything back."""
+    """What was measured, in seconds. How long the kernel takes from SIGKILL to the process's end is
+    its affair, and that of the machine's load: so it is told apart."""
 
     seconds: list[float] = field(default_factory=list)
+    """From the kill until the daemon had given everything back."""
     forked_seconds: list[float] = field(default_factory=list)
+    """The same, of those with a surviving child."""
+    dead_seconds: list[float] = field(default_factory=list)
+    """From the end of the process until the daemon had given everything back."""
     early: int = 0
     """Kills before the worker had a session, perhaps: there was nothing to measure."""
     counters: dict[str, int] = field(default_factory=dict)
@@ -111,6 +117,7 @@ class Outcome:
             (
                 line("kills", self.seconds + self.forked_seconds),
                 line("  of them with a surviving child", self.forked_seconds),
+                line("  from the end of the process, not from the kill", self.dead_seconds),
                 f"  and {self.early} before the worker was ready",
                 f"bystanders: {self.steps} operations, {self.rows_checked} rows compared",
                 "daemon: " + ", ".join(f"{self.counters[name]} {name}" for name in wanted),
@@ -185,10 +192,19 @@ def kill_one(
     time.sleep(pause)
     if kind != "early":
         victim.check()
-    started = time.monotonic()
-    os.kill(victim.pid, signal.SIGKILL)
+    pidfd = os.pidfd_open(victim.pid)
+    try:
+        started = time.monotonic()
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        assert select.select([pidfd], [], [], SECONDS)[0], "SIGKILL did not end it"
+        died = time.monotonic()
+    finally:
+        os.close(pidfd)
     until(lambda: is_given_back(prober, victim.pid, bystanders, baseline))
-    seconds = time.monotonic() - started
+    ended = time.monotonic()
+    seconds = ended - started
+    if kind != "early":
+        outcome.dead_seconds.append(ended - died)
     if kind == "early":
         outcome.early += 1
     elif child is None:

@@ -144,6 +144,10 @@ class AsyncSequence(SequenceState):
         n_blocks) on; returns how many tokens of the sequence are sealed."""
         return (await self._client.run(ops.refresh(self, first_block))).sealed_tokens
 
+    async def keep_alive(self) -> None:
+        """Let the sequence's `idle_timeout` begin anew; see `client.Sequence.keep_alive`."""
+        await self._client.run(ops.keep_alive(self))
+
     async def release(self, *, failed: bool = False) -> None:
         """Say that the engine has removed the sequence's K/V; see `client.Sequence.release`."""
         await self._client.run(ops.release(self, failed))
@@ -185,6 +189,10 @@ class AsyncContext(ContextState):
             self, tokens, request, reserve_tokens, wait, idle_timeout, AsyncSequence
         )
         return Opening(cast(AsyncClient, self.client).run(operation))
+
+    async def keep_alive(self) -> list[SequenceState]:
+        """The same for all sequences; see `client.Context.keep_alive`."""
+        return await cast(AsyncClient, self.client).run(ops.keep_all_alive(self))
 
     async def close(self) -> None:
         """Give back the context and all of its sequences; see `client.Context.close`."""

@@ -144,6 +144,12 @@ class Sequence(SequenceState):
         n_blocks) on; returns how many tokens of the sequence are sealed."""
         return self._client.run(ops.refresh(self, first_block)).sealed_tokens
 
+    def keep_alive(self) -> None:
+        """Say that the sequence is still worked with: its `idle_timeout` begins anew, as with
+        append and refresh. One round trip; `Context.keep_alive` does it for all. Raises
+        SequenceEnded if it has timed out already."""
+        self._client.run(ops.keep_alive(self))
+
     def release(self, *, failed: bool = False) -> None:
         """Say that the engine has removed the sequence's K/V. Its id may be handed out again.
 
@@ -187,11 +193,18 @@ class Context(ContextState):
 
         `wait` seconds for an id if none is free; `reserve_tokens` sets room aside after the last
         full matched block; a sequence that nobody touches for `idle_timeout` seconds (0: never)
-        takes no more appends. With fail_open and no daemon: a sequence that matches nothing, and
-        whose `shared` is False. Raises NoSequenceFree, SequenceLimit, AllLeased, BudgetTooSmall.
+        takes no more appends; see `keep_alive`. With fail_open and no daemon: a sequence that
+        matches nothing, and whose `shared` is False. Raises NoSequenceFree, SequenceLimit,
+        AllLeased, BudgetTooSmall.
         """
         operation = ops.alloc(self, tokens, request, reserve_tokens, wait, idle_timeout, Sequence)
         return cast(Client, self.client).run(operation)
+
+    def keep_alive(self) -> list[SequenceState]:
+        """Say that all sequences of the context are still worked with, in one round trip; returns
+        those that have timed out already. Without a daemon, with fail_open also if it hangs,
+        nothing times out."""
+        return cast(Client, self.client).run(ops.keep_all_alive(self))
 
     def close(self) -> None:
         """Give back the context and all of its sequences. Works without a daemon, too.

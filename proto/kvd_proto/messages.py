@@ -200,6 +200,24 @@ class Release(NamedTuple):
     outcome: Annotated[int, Int(COMPLETED, FAILED)]
 
 
+class KeepAlive(NamedTuple):
+    """The owner still works with these sequences: their idle time begins anew.
+
+    `generations` belong to `seq_ids`, in the same order. None at all: every sequence of the
+    context.
+    """
+
+    context: U64
+    seq_ids: SeqIds
+    generations: Generations
+
+
+class KeptAlive(NamedTuple):
+    """`timed_out`: those of them that had timed out already, and stay so."""
+
+    timed_out: SeqIds
+
+
 class Flush(NamedTuple):
     """Answered when every commit of this session up to and including `commit` is finished."""
 
@@ -273,6 +291,7 @@ OPERATIONS: tuple[Operation, ...] = (
     Operation(12, ListClients, Reported),
     Operation(13, Verify, Reported),
     Operation(14, Evict, Evicted),
+    Operation(15, KeepAlive, KeptAlive),
 )
 
 REPLY_OF: Mapping[type[Any], type[Any]] = {op.request: op.reply for op in OPERATIONS}

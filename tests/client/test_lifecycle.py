@@ -126,6 +126,9 @@ def test_the_first_to_notice_that_the_daemon_has_gone_is_told_so(
         sequence.append(PROMPT, payloads(PROMPT))
     with pytest.raises(errors.StaleHandle):
         sequence.append(PROMPT, payloads(PROMPT))
+    with pytest.raises(errors.StaleHandle):
+        sequence.keep_alive()
+    assert context.keep_alive() == []
     with pytest.raises(errors.Unavailable):
         context.alloc([])
     sequence.release()
@@ -217,6 +220,7 @@ def test_a_hung_daemon_costs_one_timeout_and_then_nothing(
             assert not before.shared
             after = context.alloc(PROMPT)
             assert after.seq_id != before.seq_id
+            assert context.keep_alive() == []
         assert len(caplog.records) == 1
 
         def came_back() -> bool:
@@ -229,6 +233,22 @@ def test_a_hung_daemon_costs_one_timeout_and_then_nothing(
         after.release()
         eventually(lambda: [row["client"] for row in other.clients()] == ["other", "worker"])
         assert other.sequences() == []
+
+
+def test_to_keep_alive_costs_one_timeout_and_is_no_error(
+    daemon: Daemon, other: kvd_client.Client
+) -> None:
+    with kvd_client.connect(daemon.runtime_dir, fail_open=True, staging_bytes=0) as client:
+        context = client.open_context(MODEL, n_seq_max=4)
+        sequence = context.alloc(PROMPT, idle_timeout=60)
+        with stopped(daemon):
+            assert context.keep_alive() == []
+            assert not sequence.shared
+        sequence.release()
+    with kvd_client.connect(daemon.runtime_dir, timeout=0.05, staging_bytes=0) as client:
+        context = client.open_context(MODEL, n_seq_max=4)
+        with stopped(daemon), pytest.raises(errors.DeadlineExceeded):
+            context.keep_alive()
 
 
 def test_a_hung_daemon_does_not_hold_up_whoever_begins(daemon: Daemon) -> None:

@@ -128,6 +128,13 @@ class CoreMachine(RuleBasedStateMachine):
         self.world.get(self._sequence(which), first_block)
 
     @precondition(lambda self: self.world.known_sequences())
+    @rule(which=which, n_named=st.integers(0, 2))
+    def keep_alive(self, which: int, n_named: int) -> None:
+        sequence = self._sequence(which)
+        peers = [each for each in self.world.known_sequences() if each.context is sequence.context]
+        self.world.keep_alive([sequence, *peers[:n_named]])
+
+    @precondition(lambda self: self.world.known_sequences())
     @rule(which=which, outcome=st.sampled_from((0, 1)))
     def release(self, which: int, outcome: int) -> None:
         self.world.release(self._sequence(which), outcome)

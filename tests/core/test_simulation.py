@@ -41,6 +41,7 @@ class Life:
             self.alloc: 60,
             self.append: 80,
             self.get: 10,
+            self.keep_alive: 5,
             self.release: random.choice((20, 50)),
             self.flush: 10,
             self.evict: random.choice((0, 5)),
@@ -125,6 +126,10 @@ class Life:
     def get(self) -> None:
         if sequence := self._sequence():
             self.world.get(sequence, self.random.choice((0, 0, 1, 5)))
+
+    def keep_alive(self) -> None:
+        if sequence := self._sequence():
+            self.world.keep_alive([sequence] * self.random.choice((1, 2)))
 
     def release(self) -> None:
         if sequence := self._sequence():

@@ -55,6 +55,8 @@ from kvd_proto.messages import (
     Flush,
     Flushed,
     Get,
+    KeepAlive,
+    KeptAlive,
     ModelRegistered,
     OpenContext,
     RegisterModel,
@@ -403,6 +405,21 @@ class World:
         message = Get(sequence.context.number, sequence.seq_id, sequence.generation, first_block)
         self._request(sequence.context.session, message, answered)
 
+    def keep_alive(self, sequences: list[Sequence]) -> None:
+        """Those named; of the first one's context, if it is alone, all."""
+        context = sequences[0].context
+        named = sequences[1:]
+        chosen = named or list(context.open.values())
+        for sequence in chosen:
+            sequence.touched = self.now
+        message = KeepAlive(
+            context.number,
+            [sequence.seq_id for sequence in named],
+            [sequence.generation for sequence in named],
+        )
+        timed_out = [sequence.seq_id for sequence in chosen if sequence.timed_out]
+        self._request(context.session, message, _is(KeptAlive(timed_out)))
+
     def release(self, sequence: Sequence, outcome: int = COMPLETED) -> None:
         context = sequence.context
         self._close(sequence)
@@ -431,6 +448,7 @@ class World:
             Release(number, seq_id, generation, FAILED),
             Append(number, seq_id, generation, 0, packed((1,)), pack("<Q", PAGE)),
             Get(number, seq_id, generation, 0),
+            KeepAlive(number, [seq_id], [generation]),
         ):
             self._request(session, message, _fails(error))
         if error is not errors.StaleHandle:

@@ -34,6 +34,7 @@ from kvd_proto.messages import (
     Flush,
     Get,
     Hello,
+    KeepAlive,
     ListClients,
     OpenContext,
     Ping,
@@ -571,6 +572,7 @@ SAMPLES = {
     "Release": [1, 0, 1, 0],
     "Flush": [0],
     "Evict": ["", 1],
+    "KeepAlive": [1, [0], [1]],
 }
 NEVER_RIGHT = [None, True, 1.5, float("nan"), {}, {"a": 1}, -1, -(1 << 63), msgpack.Timestamp(1)]
 SOMETIMES_RIGHT = [0, (1 << 63), (1 << 64) - 1, "", "x" * 300, b"", bytes(100), [], [[]], [0] * 600]
@@ -638,6 +640,7 @@ def test_routing_id_that_is_no_session(client: Raw):
             Release(1, 0, 1, 0),
             Flush(0),
             Evict("", 0),
+            KeepAlive(1, [], []),
         ):
             assert type(client.ask(message)) is errors.UnknownSession
 

@@ -17,6 +17,7 @@ from kvd.core.sequences import (
 )
 from kvd.core.tree import SEALED, Block, match
 from kvd_proto.errors import (
+    BadMessage,
     KvdError,
     NoSequenceFree,
     ResourceError,
@@ -25,7 +26,17 @@ from kvd_proto.errors import (
     UnknownContext,
 )
 from kvd_proto.keys import TOKEN_BYTES
-from kvd_proto.messages import FAILED, Alloc, Allocated, Blocks, Done, Get, Release
+from kvd_proto.messages import (
+    FAILED,
+    Alloc,
+    Allocated,
+    Blocks,
+    Done,
+    Get,
+    KeepAlive,
+    KeptAlive,
+    Release,
+)
 
 
 def alloc(
@@ -83,6 +94,24 @@ def get(cache: Cache, session: Session, message: Get, now: float) -> Blocks:
     last = sealed[-1]
     slots = [block.slot for block in sealed[message.first_block :]]
     return Blocks(min(sequence.length, last.end), last.n_tokens, pack(f"<{len(slots)}I", *slots))
+
+
+def keep_alive(cache: Cache, session: Session, message: KeepAlive, now: float) -> KeptAlive:
+    """Let the idle time of these sequences, or of all of the context, begin anew. All or none: a
+    handle that is wrong is refused. One that has timed out stays so, and is named."""
+    context = find_context(session, cache.contexts, message.context)
+    if len(message.seq_ids) != len(message.generations):
+        raise BadMessage(
+            "there is one generation for each seq_id",
+            seq_ids=len(message.seq_ids),
+            generations=len(message.generations),
+        )
+    handles = zip(message.seq_ids, message.generations, strict=True)
+    named = [find_sequence(context, seq_id, generation) for seq_id, generation in handles]
+    sequences = named or list(context.open.values())
+    for sequence in sequences:
+        sequence.touched = now
+    return KeptAlive([each.seq_id for each in sequences if each.state is State.TIMED_OUT])
 
 
 def close_sequence(cache: Cache, sequence: Sequence, outcome: State, effects: list[Effect]) -> None:

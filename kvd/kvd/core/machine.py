@@ -38,6 +38,7 @@ from kvd_proto.messages import (
     Evicted,
     Flush,
     Get,
+    KeepAlive,
     OpenContext,
     RegisterModel,
     Release,
@@ -130,6 +131,8 @@ class Core:
                 return allocating.release(cache, session, message, now, effects)
             case Get():
                 return allocating.get(cache, session, message, now)
+            case KeepAlive():
+                return allocating.keep_alive(cache, session, message, now)
             case Flush():
                 return storing.flush(cache, session, correlation, message)
             case RegisterModel():

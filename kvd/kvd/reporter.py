@@ -13,6 +13,7 @@ from kvd.core.accounting import report_of_sequences
 from kvd.core.cache import Cache
 from kvd.core.events import SessionId
 from kvd.requests import Incoming
+from kvd.stopped import StoppedClients
 from kvd.store import Store
 from kvd_proto.errors import InternalError
 from kvd_proto.messages import ListClients, ListSequences, Reported, Status, Verify
@@ -39,6 +40,7 @@ class Reporter:
         self._instance = instance
         self._reply = reply
         self._started = time.monotonic()
+        self._stopped = StoppedClients()
         self._waiting: list[Incoming] = []
         self._asked: list[Incoming] = []
         """Those whose report is being taken."""
@@ -53,7 +55,8 @@ class Reporter:
                 case ListSequences():
                     report = {"sequences": report_of_sequences(self._cache, time.monotonic())}
                 case ListClients():
-                    report = reports.clients(self._cache, time.monotonic())
+                    stopped = self._stopped.look(self._cache.sessions.values())
+                    report = reports.clients(self._cache, stopped, time.monotonic())
                 case _:
                     self._waiting.append(incoming)
                     self._take()
@@ -72,8 +75,9 @@ class Reporter:
         thorough = any(isinstance(incoming.message, Verify) for incoming in self._asked)
         uptime = time.monotonic() - self._started
         try:
+            stopped = self._stopped.look(self._cache.sessions.values())
             taken = reports.take(
-                self._cache, self._store, self._instance, uptime, recounting=thorough
+                self._cache, self._store, self._instance, uptime, stopped, recounting=thorough
             )
         except Exception as error:
             self._fail(error)

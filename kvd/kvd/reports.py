@@ -7,7 +7,7 @@ submitted before. Only when the system refused memory in between do the halves n
 (`Store.refusals`).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -74,13 +74,25 @@ class Seen:
         return self.arenas + self.directories + self.stagings
 
 
-def take(cache: Cache, store: Store, instance: str, uptime: float, *, recounting: bool) -> Taken:
+Stopped = Mapping[SessionId, bool | None]
+"""Whether each session's process is stopped: see kvd.stopped."""
+
+
+def take(
+    cache: Cache,
+    store: Store,
+    instance: str,
+    uptime: float,
+    stopped: Stopped,
+    *,
+    recounting: bool,
+) -> Taken:
     """Read the core, at this moment. With `recounting` a walk of all trees and records."""
     now = _settled(totals(cache), cache, store)
     stored = store.arenas
     return Taken(
         totals=now,
-        status=_status(cache, now, instance, uptime),
+        status=_status(cache, now, instance, uptime, stopped),
         arenas=[_pages(arena, stored[arena.number]) for arena in cache.budget.arenas.values()],
         stagings=dict(store.stagings),
         differences=recount(cache, store) if recounting else [],
@@ -164,7 +176,7 @@ def line(cache: Cache) -> str:
     )
 
 
-def clients(cache: Cache, now: float) -> dict[str, Any]:
+def clients(cache: Cache, stopped: Stopped, now: float) -> dict[str, Any]:
     """A row for each session, and what it holds."""
     rows = []
     for session in cache.sessions.values():
@@ -182,12 +194,16 @@ def clients(cache: Cache, now: float) -> dict[str, Any]:
                 "staging_bytes": session.staging_bytes,
                 "commits_in_flight": len(session.commits),
                 "connected_seconds": round(now - session.connected, 3),
+                "idle_seconds": round(now - session.heard, 3),
+                "stopped": stopped[session.id],
             }
         )
     return {"clients": rows}
 
 
-def _status(cache: Cache, now: Totals, instance: str, uptime: float) -> dict[str, Any]:
+def _status(
+    cache: Cache, now: Totals, instance: str, uptime: float, stopped: Stopped
+) -> dict[str, Any]:
     """The status, but for what the operating system says."""
     return {
         "version": __version__,
@@ -195,6 +211,7 @@ def _status(cache: Cache, now: Totals, instance: str, uptime: float) -> dict[str
         "uptime_seconds": round(uptime, 3),
         "rss_bytes": psutil.Process().memory_info().rss,
         "clients": len(cache.sessions),
+        "stopped_clients": sum(found is True for found in stopped.values()),
         "sequences": {
             "max": cache.limits.max_sequences,
             "in_use": cache.open_sequences,

@@ -18,6 +18,7 @@ from kvd_client.kvctl.tables import (
 
 Report = Mapping[str, Any]
 
+_PROCESS_STATES = {True: "stopped", False: "runs", None: "?"}
 _STATE_COLOURS = {"PROCESSING": "green", "PENDING": "yellow", "TIMED_OUT": "red"}
 
 
@@ -70,12 +71,18 @@ def status(report: Report, look: Look) -> str:
         f"{count(counters['evicted_blocks'])} evicted, {failed} failed",
         f"sequences  {sequences['in_use']} of {sequences['max']} in use, "
         f"{sequences['waiting']} waiting",
-        f"clients    {report['clients']}",
+        f"clients    {report['clients']}" + _stopped(report["stopped_clients"], look),
         f"requests   {count(counters['requests'])}, {count(counters['errors'])} refused",
     ]
     if report["models"]:
         lines += ["", models(report["models"], look)]
     return "\n".join(lines)
+
+
+def _stopped(n_clients: int, look: Look) -> str:
+    if not n_clients:
+        return ""
+    return look.paint(f", {n_clients} stopped: see kvctl clients", "red")
 
 
 def models(rows: Sequence[Report], look: Look) -> str:
@@ -156,6 +163,8 @@ def clients(rows: Sequence[Report], look: Look) -> str:
         Column("STAGING", right=True),
         Column("COMMITS", right=True),
         Column("SINCE", right=True),
+        Column("IDLE", right=True),
+        Column("STATE", colour_of=lambda state: "red" if state == "stopped" else ""),
     )
     cells = [
         (
@@ -168,6 +177,8 @@ def clients(rows: Sequence[Report], look: Look) -> str:
             size(row["staging_bytes"]),
             row["commits_in_flight"],
             duration(row["connected_seconds"]),
+            duration(row["idle_seconds"]),
+            _PROCESS_STATES[row["stopped"]],
         )
         for row in rows
     ]

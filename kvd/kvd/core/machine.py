@@ -105,6 +105,7 @@ class Core:
             error = UnknownSession("the daemon does not know this session")
             effects.append(Reply(event.session, event.correlation, error))
             return
+        session.heard = now
         body: Any
         try:
             body = self._answer(session, event, now, effects)
@@ -184,6 +185,7 @@ class Core:
             event.tenant,
             event.staging_bytes,
             connected=now,
+            heard=now,
         )
         cache.counters.sessions_opened += 1
         effects.append(OpenStaging(event.session, event.staging_bytes))

@@ -151,6 +151,8 @@ class Session:
     tenant: str
     staging_bytes: int
     connected: float
+    heard: float
+    """When its last request came, or its hello."""
     contexts: dict[int, Context] = field(default_factory=dict)
     shared: set[int] = field(default_factory=set)
     """Arenas whose descriptor it has been sent."""

@@ -52,7 +52,7 @@ def serve(settings: Settings, notifier: Notifier) -> int:
     """Run one daemon until it is told to stop; returns the exit code."""
     directory = settings.runtime_dir or default_runtime_dir(settings.instance)
     try:
-        lock = InstanceLock(directory, settings.instance)
+        lock = InstanceLock(directory, settings.instance, settings.socket_group)
     except InstanceBusy as error:
         return _fail(3, error)
     except (UnsafePath, OSError) as error:
@@ -127,6 +127,9 @@ def _parser() -> argparse.ArgumentParser:
     serving.add_argument("--config", type=Path, metavar="FILE", help="default: /etc/kvd/kvd.toml")
     serving.add_argument("--instance", help='name of this daemon (default: "default")')
     serving.add_argument("--runtime-dir", metavar="DIR", help="where its sockets are")
+    serving.add_argument(
+        "--socket-group", metavar="GROUP", help="whose members may connect (default: only its user)"
+    )
     serving.add_argument("--max-memory", metavar="SIZE", help="the budget (default: 4096MiB)")
     serving.add_argument("--max-sequences", type=int, metavar="N", help="default: 100")
     serving.add_argument("--max-sessions", type=int, metavar="N", help="default: 256")

@@ -29,6 +29,7 @@ from types import TracebackType
 from typing import Self
 
 from kvd.arena import SHM_DIR, list_segments, remove_segment
+from kvd.group import DIRECTORY_MODE, admit
 
 DEFAULT_INSTANCE = "default"
 
@@ -90,12 +91,15 @@ def default_runtime_dir(
 class InstanceLock:
     """Both locks of an instance, from construction to release() or the process's end.
 
-    `runtime_dir` is created, 0700, if only its last part is missing. Raises InstanceBusy;
-    UnsafePath if the directory or a lock is another user's, a symbolic link, or may be written by
-    group or world; ValueError for a bad name; other OSErrors. Then nothing is held.
+    `runtime_dir` is created, 0700, if only its last part is missing; with a `group` (a gid) it is
+    then 0750 for that. Raises InstanceBusy; UnsafePath if the directory or a lock is another
+    user's, a symbolic link, or may be written by group or world; ValueError for a bad name;
+    PermissionError as admit() does; other OSErrors. Then nothing is held.
     """
 
-    def __init__(self, runtime_dir: str | os.PathLike[str], instance: str) -> None:
+    def __init__(
+        self, runtime_dir: str | os.PathLike[str], instance: str, group: int | None = None
+    ) -> None:
         self.instance = instance
         self.prefix = segment_prefix(instance)
         self.runtime_dir = Path(runtime_dir)
@@ -104,6 +108,8 @@ class InstanceLock:
         try:
             self._held.append(_take(str(self.runtime_dir / "kvd.lock")))
             self._held.append(_take(f"{SHM_DIR}/{self.prefix}.{_LOCK_SUFFIX}"))
+            if group is not None:  # last: nobody else may be living in this directory
+                admit(self.runtime_dir, group, DIRECTORY_MODE)
         except BaseException:
             self.release()
             raise

@@ -21,6 +21,8 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from kvd.group import SOCKET_MODE, admit
+
 MAX_QUEUED = 64  # datagrams; a client that reads has one or two on the way
 
 # From asm-generic/socket.h: Python's socket module names neither.
@@ -174,15 +176,17 @@ class Peer:
 
 
 class Listener:
-    """The listening socket at `path`, mode 0600: only this user (and root) can connect.
+    """The listening socket at `path`, mode 0600: only this user (and root) can connect; with a
+    `group` (a gid) it is 0660, and that group's members can, too.
 
     `fd` is for the poll loop, level-triggered. `refused` counts the connections that were closed
     at once, for want of descriptors or because their process was gone.
     """
 
-    def __init__(self, path: str, *, backlog: int = 128) -> None:
+    def __init__(self, path: str, *, group: int | None = None, backlog: int = 128) -> None:
         """Removes a socket that a dead daemon left at `path`: the caller holds the instance's lock.
-        FileExistsError if something else is there, OSError if the path is too long (107 bytes).
+        FileExistsError if something else is there, OSError if the path is too long (107 bytes),
+        PermissionError as admit() does.
         The umask is changed for a moment, so no other thread may create files meanwhile."""
         _remove_stale(path)
         self.path = path
@@ -197,6 +201,8 @@ class Listener:
             finally:
                 os.umask(umask)
             self._bound = os.stat(path, follow_symlinks=False)
+            if group is not None:
+                admit(path, group, SOCKET_MODE)
             self._sock.listen(backlog)
             self._spare = _open_spare()
         except BaseException:

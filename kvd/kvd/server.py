@@ -79,13 +79,15 @@ class Server:
             self.store = Store(lock.segment_name, self.handle)
             opened.callback(self._close_store)
             self._adopt(lock)
-            self._requests = Requests(lock.runtime_dir / REQUESTS_SOCKET, self._reply_lost)
+            group = settings.socket_group
+            self._requests = Requests(lock.runtime_dir / REQUESTS_SOCKET, group, self._reply_lost)
             opened.callback(self._requests.close)
             self._reporter = Reporter(
                 self.core.cache, self.store, settings.instance, self._requests.reply
             )
             self.sessions = Sessions(
                 lock.runtime_dir / LIFELINE_SOCKET,
+                group,
                 settings.instance,
                 self.store,
                 self.handle,

@@ -52,14 +52,15 @@ class Sessions:
     def __init__(
         self,
         path: Path,
+        group: int | None,
         instance: str,
         store: Store,
         handle: Callable[[Event], None],
         watch: Watch,
         unwatch: Callable[[int], None],
     ) -> None:
-        """Listen at `path`; raises as Listener. `handle` takes the core's events; `watch` and
-        `unwatch` are the loop's."""
+        """Listen at `path` for this user and `group`; raises as Listener. `handle` takes the core's
+        events; `watch` and `unwatch` are the loop's."""
         self._instance = instance
         self._store = store
         self._handle = handle
@@ -68,7 +69,7 @@ class Sessions:
         self._epoch = os.urandom(16)
         self._greeting: dict[Connection, None] = {}
         self._by_session: dict[SessionId, Connection] = {}
-        self._listener = Listener(str(path))
+        self._listener = Listener(str(path), group=group)
         watch(self._listener.fd, select.EPOLLIN, lambda _: self._accept())
 
     # --- what the core asks for

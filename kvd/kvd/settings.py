@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from kvd.group import group_id
 from kvd.instance import check_instance
 from kvd_proto.messages import MAX_SEQ_IDS
 from kvd_proto.paths import DEFAULT_INSTANCE
@@ -42,6 +43,8 @@ class Settings:
     instance: str = DEFAULT_INSTANCE
     runtime_dir: str = ""
     """Empty: the default of the instance, see kvd.instance."""
+    socket_group: int | None = None
+    """The gid whose members may connect; None: only the daemon's own user, and root."""
     max_memory: int = 4096 << 20
     max_sequences: int = 100
     max_sessions: int = 256
@@ -122,6 +125,8 @@ def _read(name: str, value: Any) -> Any:
     variable is always text; nothing else is taken for something that it is not."""
     if name == "max_memory":
         return parse_size(value)
+    if name == "socket_group":
+        return group_id(value)
     if _NAMES[name] is int:
         if type(value) is int or (isinstance(value, str) and value.strip().isdecimal()):
             return int(value)

@@ -32,6 +32,13 @@ def test_without_anything_there_are_the_defaults() -> None:
 
 
 @pytest.mark.parametrize(
+    ("group", "gid"), [("root", 0), ("0", 0), (7, 7), ("65534", 65534), ("", None)]
+)
+def test_a_group_is_a_name_or_a_number(group: str | int, gid: int | None) -> None:
+    assert load(None, {"socket_group": group}, {}).socket_group == gid
+
+
+@pytest.mark.parametrize(
     ("text", "n_bytes"),
     [(5, 5), ("5", 5), ("5B", 5), ("3 KiB", 3072), ("2mib", 2 << 20), ("1TiB", 1 << 40)],
 )
@@ -60,6 +67,10 @@ def test_what_is_no_size(text: Any) -> None:
         ("instance = 'a/b'", "instance = 'a/b'"),
         ("instance = 7", "it is text"),
         ("linger_seconds = -1", "it is from 0"),
+        ("socket_group = 'no-such-group'", "there is no group of this name"),
+        ("socket_group = 4294967295", "there is no group with this number"),
+        ("socket_group = -1", "there is no group with this number"),
+        ("socket_group = true", "it is a group's name or number"),
         ("max_memory =", "Invalid value"),
     ],
 )

@@ -157,12 +157,16 @@ class Worker:
 
 @contextmanager
 def worker(
-    container: Container, *arguments: str, user: User = MEMBER, inside: tuple[str, ...] = ()
+    container: Container,
+    *arguments: str,
+    user: User | None = MEMBER,
+    inside: tuple[str, ...] = (),
 ) -> Iterator[Worker]:
-    """A worker of `user`. `inside` is what makes its namespaces, as root, before it becomes that
-    user."""
+    """A worker of `user`. `inside` is what makes its namespaces before it becomes that user; None:
+    it has become somebody by then."""
     program = ["/opt/kvd/bin/python", "-m", "tests.system.worker", *arguments]
-    started = Worker(container.command(*inside, *user.command(), *program))
+    become = user.command() if user else []
+    started = Worker(container.command(*inside, *become, *program))
     try:
         yield started
     finally:

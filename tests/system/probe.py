@@ -11,7 +11,6 @@ import mmap
 import os
 import socket
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -55,12 +54,11 @@ ATTEMPTS: dict[str, Callable[[], Any]] = {
     "memory to write and execute": lambda: mmap.mmap(
         -1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC
     ),
-    "mount": lambda: libc("mount", b"none", b"/mnt", b"tmpfs", 0, None),
+    "mount": lambda: libc("mount", b"none", b"/run/lock", b"tmpfs", 0, None),
     "be traced": lambda: libc("ptrace", 0, 0, None, None),
     "become root": lambda: os.setuid(0),
     "a set-user-id file": lambda: os.chmod(f"{os.environ['KVD_RUNTIME_DIR']}/probe", 0o4755),
     "change a file's owner": lambda: os.chown("/dev/shm/kvd-probe", -1, os.getegid()),
-    "set the clock": lambda: time.clock_settime(time.CLOCK_REALTIME, time.time()),
     "a namespace": lambda: libc("unshare", _CLONE_NEWUSER),  # last: it changes who we are
 }
 

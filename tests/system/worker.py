@@ -1,7 +1,8 @@
 """A worker for the tests of the service: the real client library, one line a request.
 
     use        alloc the tokens, store what is not there, and say what was found; never fails
-    pid        its process id as it sees it, and whether it sees any segment of kvd by name
+    who        what it sees: its process and user id, and segments of kvd by name
+    why        what keeps it from using a daemon, if anything does
     quit       (or the end of its input) leave
 
 `matched` are the tokens that came from the cache, all of which were compared with what was stored;
@@ -28,9 +29,16 @@ def main() -> None:
         client.open_context(MODEL, n_seq_max=2) as context,
     ):
         for line in sys.stdin:
-            if line.strip() == "quit":
-                break
-            answer = use(client, context) if line.strip() == "use" else who()
+            answer: Any
+            match line.strip():
+                case "use":
+                    answer = use(client, context)
+                case "who":
+                    answer = who()
+                case "why":
+                    answer = why(instance)
+                case _:
+                    break
             print(json.dumps(answer), flush=True)
 
 
@@ -51,6 +59,16 @@ def use(client: kvd_client.Client, context: kvd_client.Context) -> dict[str, Any
         except kvd_client.errors.KvdError as error:
             return {"shared": False, "matched": matched, "right": right, "error": str(error)}
     return {"shared": shared, "matched": matched, "right": right}
+
+
+def why(instance: str) -> str:
+    """The error of a client that does not go on without a daemon; empty if there is none."""
+    try:
+        with kvd_client.connect(instance=instance, staging_bytes=0) as client:
+            client.ping()
+    except kvd_client.errors.Unavailable as error:
+        return str(error)
+    return ""
 
 
 def who() -> dict[str, Any]:

@@ -64,7 +64,8 @@ install_files() {
 
 remove_program() {
     if [ -d /run/systemd/system ]; then
-        systemctl disable --now kvd.service 'kvd@*.service' || :
+        systemctl stop kvd.service 'kvd@*.service' || :
+        systemctl disable --quiet kvd.service kvd@.service || : # and all that is made of the latter
     fi
     if [ "$(readlink /usr/local/bin/kvctl)" = "$prefix/bin/kvctl" ]; then
         rm /usr/local/bin/kvctl
@@ -84,6 +85,7 @@ remove_files() {
 tell_systemd() {
     if [ -d /run/systemd/system ]; then
         systemctl daemon-reload
+        systemctl reset-failed 'kvd*' 2>/dev/null || :
     fi
 }
 

@@ -9,6 +9,7 @@ environment of its own.
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -187,6 +188,8 @@ def booted(place: Path) -> Iterator[Container]:
         told.settimeout(0.2)
         process = subprocess.Popen(
             [
+                # If this process is killed, the container must not stay.
+                *("setpriv", "--pdeathsig=TERM", "--"),
                 *("systemd-nspawn", "--quiet", "--directory=/", "--volatile=yes", "--boot"),
                 *("--register=no", "--keep-unit", "--private-network", "--notify-ready=yes"),
                 # A terminal of its own would be asked for; what it prints is the evidence.
@@ -270,5 +273,8 @@ def _wait_for_boot(process: "subprocess.Popen[bytes]", told: socket.socket, plac
                 elif name == "READY" and leader:
                     return leader
     process.kill()
+    if leader:
+        with suppress(ProcessLookupError):
+            os.kill(leader, signal.SIGKILL)
     said = (place / "console").read_text(errors="replace").strip().splitlines()
     raise CannotRun("it does not boot: " + " / ".join(said[-3:]))

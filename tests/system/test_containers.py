@@ -167,7 +167,8 @@ def test_the_daemon_in_a_container_and_a_worker_outside(service: Container) -> N
             service.do("kill", "-KILL", str(pid))
             until(lambda: others(service, *options) == [])
     finally:
-        service.do("systemctl", "kill", "--signal=KILL", "kvd-boxed")
+        service.do("systemctl", "stop", "kvd-boxed")
+        service.do("sh", "-c", "rm -rf /dev/shm/kvd-0-boxed.* /run/kvd-boxed")
 
 
 def boxed(name: str) -> list[str]:

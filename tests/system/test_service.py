@@ -205,7 +205,8 @@ def test_members_of_the_group_get_in_and_nobody_else(service: Container) -> None
         "srw-rw---- kvd kvd /run/kvd/lifeline.sock",
         "srw-rw---- kvd kvd /run/kvd/requests.sock",
     ]
-    segments = service.do("sh", "-c", "stat --format='%A %U %n' /dev/shm/kvd-*").splitlines()
+    ours = f"/dev/shm/kvd-{service.do('id', '-u', 'kvd').strip()}-default.*"
+    segments = service.do("sh", "-c", f"stat --format='%A %U %n' {ours}").splitlines()
     assert segments
     assert all(line.startswith("-rw------- kvd ") for line in segments), segments
 

@@ -6,7 +6,6 @@ instance.
 """
 
 import argparse
-import resource
 import sys
 from collections.abc import Sequence
 from contextlib import closing, suppress
@@ -14,19 +13,13 @@ from pathlib import Path
 
 import zmq
 
-from kvd import __version__, log
+from kvd import __version__, descriptors, log
 from kvd.instance import InstanceBusy, InstanceLock, UnsafePath, default_runtime_dir, purge
 from kvd.notify import Notifier
 from kvd.server import Server
 from kvd.settings import BadSetting, Settings, load
 from kvd.signals import StopSignals
 from kvd_proto.paths import DEFAULT_INSTANCE
-
-_OWN_DESCRIPTORS = 64
-_DESCRIPTORS_OF_A_SESSION = 4
-"""Its lifeline, its pidfd, its staging, and its connection to the request socket."""
-_DESCRIPTORS_OF_MODELS = 512
-"""Seven for each model."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -58,7 +51,7 @@ def serve(settings: Settings, notifier: Notifier) -> int:
     except (UnsafePath, OSError) as error:
         return _fail(1, error)
     with StopSignals() as stop, lock:
-        _raise_descriptor_limit(settings)
+        descriptors.raise_limit(settings)
         try:
             server = Server(settings, lock, notifier)
         except (OSError, zmq.ZMQError) as error:
@@ -78,37 +71,6 @@ def serve(settings: Settings, notifier: Notifier) -> int:
             return 1
         log.info("stopped")
     return 0
-
-
-def _purge(instance: str) -> int:
-    try:
-        removed = purge(instance)
-    except InstanceBusy as error:
-        return _fail(3, error)
-    except ValueError as error:
-        return _fail(2, error)
-    except (UnsafePath, OSError) as error:
-        return _fail(1, error)
-    for name in removed:
-        print(f"removed /dev/shm/{name}")
-    if not removed:
-        print(f"instance {instance} has left nothing in shared memory")
-    return 0
-
-
-def _raise_descriptor_limit(settings: Settings) -> None:
-    """The usual soft limit of 1,024 is for programs that use select(2), and too low for us."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = (
-        _OWN_DESCRIPTORS
-        + _DESCRIPTORS_OF_MODELS
-        + _DESCRIPTORS_OF_A_SESSION * settings.max_sessions
-    )
-    if hard != resource.RLIM_INFINITY and hard < wanted:
-        log.warning("few descriptors", allowed=hard, wanted=wanted)
-        wanted = hard
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _fail(code: int, error: Exception) -> int:

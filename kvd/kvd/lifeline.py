@@ -18,7 +18,7 @@ import select
 import socket
 import stat
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from kvd.group import SOCKET_MODE, admit
@@ -183,14 +183,24 @@ class Listener:
     at once, for want of descriptors or because their process was gone.
     """
 
-    def __init__(self, path: str, *, group: int | None = None, backlog: int = 128) -> None:
+    def __init__(
+        self,
+        path: str,
+        *,
+        group: int | None = None,
+        backlog: int = 128,
+        are_short: Callable[[], bool] = lambda: False,
+    ) -> None:
         """Removes a socket that a dead daemon left at `path`: the caller holds the instance's lock.
         FileExistsError if something else is there, OSError if the path is too long (107 bytes),
         PermissionError as admit() does.
-        The umask is changed for a moment, so no other thread may create files meanwhile."""
+        The umask is changed for a moment, so no other thread may create files meanwhile.
+
+        While `are_short` says that descriptors are, whoever connects is closed at once."""
         _remove_stale(path)
         self.path = path
         self.refused = 0
+        self._are_short = are_short
         kind = socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
         self._sock = socket.socket(socket.AF_UNIX, kind)
         try:
@@ -212,6 +222,9 @@ class Listener:
 
     def accept(self) -> Peer | None:
         """The next client, or None if none waits or the one that did was refused."""
+        if self._are_short():
+            self._refuse_one()
+            return None
         try:
             sock, _ = self._sock.accept()
         except (BlockingIOError, ConnectionAbortedError):

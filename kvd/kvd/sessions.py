@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from kvd import log
+from kvd import descriptors, log
 from kvd.core.events import Connected, Disconnected, Event, SessionId
 from kvd.lifeline import DatagramTooLong, Listener, Peer, PeerGone, SendQueueFull
 from kvd.staging import HEADER_BYTES
@@ -69,7 +69,7 @@ class Sessions:
         self._epoch = os.urandom(16)
         self._greeting: dict[Connection, None] = {}
         self._by_session: dict[SessionId, Connection] = {}
-        self._listener = Listener(str(path), group=group)
+        self._listener = Listener(str(path), group=group, are_short=descriptors.are_short)
         watch(self._listener.fd, select.EPOLLIN, lambda _: self._accept())
 
     # --- what the core asks for

@@ -17,7 +17,7 @@ from functools import partial
 from itertools import pairwise
 from typing import TypeVar, cast
 
-from kvd import adoption, copier, log
+from kvd import adoption, copier, descriptors, log
 from kvd.arena import ByteRange, NoSpace, Segment
 from kvd.copier import BackJob, CallJob, Copier, CopyJob, ItemResult, JobResult, PunchJob
 from kvd.core.events import (
@@ -118,6 +118,7 @@ class Store:
         self.arenas[effect.arena] = stored
 
     def _make_arena(self, effect: CreateArena) -> StoredArena:
+        descriptors.check()
         token = os.urandom(4).hex()  # nobody can have taken the names before us
         try:
             name = self._segment_name(adoption.DIRECTORY + token)
@@ -260,6 +261,7 @@ class Store:
         room = self.stagings[session] = StagingRoom(n_bytes)
 
         def make() -> None:
+            descriptors.check()
             check_room(n_bytes, in_shm=False)
             room.staging = Staging.create(n_bytes)
 
@@ -325,6 +327,8 @@ class Store:
         if error is None:
             return None
         self.refusals += 1
+        if isinstance(error, errors.NoSpace):
+            return error
         if not isinstance(error, NoSpace | NotEnoughRoom | OSError):
             raise error  # a fault of ours
         return errors.NoSpace(str(error))

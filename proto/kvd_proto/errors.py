@@ -20,7 +20,7 @@ KvdError
 │   ├── SequenceLimit         max_sequences of the daemon are open
 │   ├── AllLeased             the budget is full and every block in it is in use
 │   ├── BudgetTooSmall        what was asked can never fit this budget
-│   ├── NoSpace               the operating system has no memory for the segment
+│   ├── NoSpace               the operating system has no memory, or no descriptor, for it
 │   └── TooManySessions       max_sessions are connected
 └── ServiceError          the other side, or the way there
     ├── UnknownSession        the daemon does not know this session (it was restarted)

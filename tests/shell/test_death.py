@@ -1,9 +1,11 @@
 """Any process may die at any moment: what it held is given back, and nothing half done is seen."""
 
 import contextlib
+import faulthandler
 import multiprocessing
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -106,6 +108,42 @@ def test_killed_client_gives_everything_back(daemon: Daemon, bystander: Bystande
     assert found.matched_tokens == 4 * BLOCK_TOKENS
     assert client.read(context, found) == expected_blocks(4, fill=3)
     client.release(context, found)
+
+
+def hold_and_leave(pipe: Connection, daemon: Daemon, how: str) -> None:
+    """Hold something, and end without a word when told to."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    faulthandler.disable()  # pytest's, which would tell of the crash that is wanted
+    client = Raw(daemon, name="victim")
+    context = client.open(n_seq_max=2)
+    client.store(context, PROMPT, fill=3)
+    client.alloc(context, PROMPT, reserve=5 * BLOCK_TOKENS)
+    client.post(make_alloc(context, PROMPT, wait_ms=60_000))
+    pipe.send("ready")
+    pipe.recv()
+    if how == "exit":
+        os._exit(0)
+    if how == "close":  # the process goes on
+        client.lifeline.close()
+        signal.pause()
+    os.kill(os.getpid(), getattr(signal, how))
+
+
+@pytest.mark.parametrize("how", ["SIGSEGV", "SIGABRT", "SIGTERM", "exit", "close"])
+def test_client_that_ends_in_any_way_gives_everything_back(
+    daemon: Daemon, bystander: Bystander, how: str
+) -> None:
+    before = bystander.client.status()
+    with client_process(hold_and_leave, daemon, how) as victim:
+        victim.pipe.recv()
+        held = bystander.client.status()
+        assert held["sequences"]["in_use"] == before["sequences"]["in_use"] + 2
+        assert held["accounting"]["filling_bytes"] == 5 * raw.STRIDE
+        victim.pipe.send("go")
+        until(lambda: bystander.client.status()["clients"] == 1)
+        after = bystander.client.status()
+        assert after["sequences"] == before["sequences"]
+        assert after["accounting"]["filling_bytes"] == 0
 
 
 def test_killed_client_whose_child_lives_gives_everything_back(

@@ -112,9 +112,11 @@ class Outcome:
             p50, p99, most = 1000 * cuts[49], 1000 * cuts[98], 1000 * max(seconds)
             return f"{name}: {len(seconds)}, p50 {p50:.2f} ms, p99 {p99:.2f} ms, max {most:.2f} ms"
 
+        load = " ".join(f"{average:.1f}" for average in os.getloadavg())
         wanted = ("requests", "stored_blocks", "joined_blocks", "evicted_blocks")
         return "\n".join(
             (
+                f"load averages of the machine: {load}, {os.cpu_count()} processors",
                 line("kills", self.seconds + self.forked_seconds),
                 line("  of them with a surviving child", self.forked_seconds),
                 line("  from the end of the process, not from the kill", self.dead_seconds),

@@ -18,7 +18,6 @@ from kvd_client.kvctl.tables import (
 
 Report = Mapping[str, Any]
 
-_PROCESS_STATES = {True: "stopped", False: "runs", None: "?"}
 _STATE_COLOURS = {"PROCESSING": "green", "PENDING": "yellow", "TIMED_OUT": "red"}
 
 
@@ -163,8 +162,6 @@ def clients(rows: Sequence[Report], look: Look) -> str:
         Column("STAGING", right=True),
         Column("COMMITS", right=True),
         Column("SINCE", right=True),
-        Column("IDLE", right=True),
-        Column("STATE", colour_of=lambda state: "red" if state == "stopped" else ""),
     )
     cells = [
         (
@@ -177,12 +174,15 @@ def clients(rows: Sequence[Report], look: Look) -> str:
             size(row["staging_bytes"]),
             row["commits_in_flight"],
             duration(row["connected_seconds"]),
-            duration(row["idle_seconds"]),
-            _PROCESS_STATES[row["stopped"]],
         )
         for row in rows
     ]
-    return table(columns, cells, look)
+    stopped = [
+        look.paint(f"process {row['pid']} is stopped: it lives, and keeps what it holds", "red")
+        for row in rows
+        if row["stopped"]
+    ]
+    return "\n".join([table(columns, cells, look), *stopped])
 
 
 def verify(report: Report, look: Look) -> str:

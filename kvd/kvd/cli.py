@@ -73,6 +73,22 @@ def serve(settings: Settings, notifier: Notifier) -> int:
     return 0
 
 
+def _purge(instance: str) -> int:
+    try:
+        removed = purge(instance)
+    except InstanceBusy as error:
+        return _fail(3, error)
+    except ValueError as error:
+        return _fail(2, error)
+    except (UnsafePath, OSError) as error:
+        return _fail(1, error)
+    for name in removed:
+        print(f"removed /dev/shm/{name}")
+    if not removed:
+        print(f"instance {instance} has left nothing in shared memory")
+    return 0
+
+
 def _fail(code: int, error: Exception) -> int:
     with suppress(OSError):  # the exit code tells it as well
         print(f"kvd: {error}", file=sys.stderr, flush=True)

@@ -58,6 +58,8 @@ class Server:
         self._notifier = notifier
         self._started = self._last_client = time.monotonic()
         self._stopping = False
+        self._unfinished = False
+        """Jobs have ended that are not followed up yet."""
         self._events: deque[events.Event] = deque()
         self._next_watchdog = -math.inf if notifier.watchdog_interval else math.inf
         self._next_status = math.inf
@@ -98,7 +100,7 @@ class Server:
             self._opened = opened.pop_all()
         # Only to wake up: the loop looks into the request socket each time.
         self.watch(self._requests.fd, select.EPOLLIN, lambda _: None)
-        self.watch(self.store.event_fd, select.EPOLLIN, lambda _: self.store.finish_jobs())
+        self.watch(self.store.event_fd, select.EPOLLIN, lambda _: self._finish_jobs())
 
     def watch(self, fd: int, mask: int, handler: Callable[[int], None]) -> None:
         """Call `handler` with the events whenever `fd` has some of `mask`; again to change it."""
@@ -127,7 +129,9 @@ class Server:
         while not self._stopping:
             more = self._serve_requests()
             wait = self._tick()
-            self._dispatch(0.0 if more else wait)
+            self._dispatch(0.0 if more or self._unfinished else wait)
+            if self._unfinished:
+                self._finish_jobs()
 
     def close(self) -> None:
         """Close sockets and sessions, finish jobs, unmap and remove the segments."""
@@ -166,6 +170,9 @@ class Server:
             if fd not in self._unwatched:
                 self._handlers[fd](mask)
         self._unwatched.clear()
+
+    def _finish_jobs(self) -> None:
+        self._unfinished = self.store.finish_jobs()
 
     # --- events in, effects out
 

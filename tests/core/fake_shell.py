@@ -1,7 +1,8 @@
 """A shell without memory: what lies in each slot is the path of the block that was copied there.
 
-Carries out effects like the real one: records at once, `Back`, `Copy` and `Punch` in one queue, in
-order, later. It asserts what must never happen to memory, and knows nothing of the cache's rules.
+Carries out effects like the real one: records at once, `Back`, `Copy` and `Punch` later, in
+any order in which they may come. It asserts what must never happen to memory, and knows nothing of
+the cache's rules.
 """
 
 from collections import deque
@@ -74,9 +75,12 @@ class FakeShell:
     def submit(self, job: Back | Copy | Punch) -> None:
         self.queue.append(job)
 
-    def work(self, fails: int) -> Backed | Copied | None:
-        """Do the first job of the queue; bit i of `fails` spoils its item i (or all of a Back)."""
-        job = self.queue.popleft()
+    def work(self, fails: int, which: int = 0) -> Backed | Copied | None:
+        """Do a job of the queue, that of number `which` of those whose turn it can be; bit i of
+        `fails` spoils its item i (or all of a Back)."""
+        may = self._runnable()
+        job = may[which % len(may)]
+        self.queue.remove(job)
         slots = self.arenas[job.arena]
         if isinstance(job, Punch):
             for slot in job.slots:
@@ -99,6 +103,16 @@ class FakeShell:
             slots.memory[item.slot] = EMPTY if bad else staged
             results.append(CopyResult(item.slot, BadPayload("spoilt") if bad else None))
         return Copied(job.job, results)
+
+    def _runnable(self) -> list[Back | Copy | Punch]:
+        """What may be next (kvd.turns): all copies, and the first punch, or any Back if none
+        waits."""
+        punches = [job for job in self.queue if isinstance(job, Punch)]
+        return [
+            job
+            for job in self.queue
+            if isinstance(job, Copy) or (job is punches[0] if punches else isinstance(job, Back))
+        ]
 
     def backed_slots(self, arena: int) -> int:
         return len(self.arenas[arena].memory)

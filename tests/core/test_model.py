@@ -155,10 +155,10 @@ class CoreMachine(RuleBasedStateMachine):
         self.world.pass_time(seconds)
 
     @precondition(lambda self: self.world.shell.queue)
-    @rule(fails=st.sampled_from((0, 1, 2, 3)))
-    def work(self, fails: int) -> None:
-        """Bit i is set: item i of the shell's next job fails."""
-        self.world.work(fails)
+    @rule(fails=st.sampled_from((0, 1, 2, 3)), which=st.integers(0, 3))
+    def work(self, fails: int, which: int) -> None:
+        """Bit i is set: item i of the shell's job fails, `which` of those that may be next."""
+        self.world.work(fails, which)
 
     @precondition(lambda self: self.world.shell.queue)
     @rule(jobs=st.integers(2, 4))

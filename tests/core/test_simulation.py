@@ -148,7 +148,7 @@ class Life:
         self.world.pass_time(self.random.choice((0.125, 0.25, 0.5)))
 
     def work(self) -> None:
-        self.world.work(self.random.choice(self.failures))
+        self.world.work(self.random.choice(self.failures), self.random.randrange(4))
 
     def misuse(self) -> None:
         self.world.ask_as_nobody()

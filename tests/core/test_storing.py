@@ -21,6 +21,7 @@ from kvd.core.events import (
     Reply,
     WriteRecord,
 )
+from kvd.core.storing import COPY_BLOCKS
 from kvd_proto.errors import (
     AllLeased,
     BadMessage,
@@ -106,7 +107,7 @@ def test_a_new_block_goes_all_the_way(driver: Driver) -> None:
     handle = driver.alloc(b"a", 1)
     message = append(handle, 0, 1, 2, 3, staged=[PAGE, 3 * PAGE])
     assert driver.ask(b"a", message) is None
-    assert driver.effects == [Back(1, 1, [0, 1], driver.cache.budget.directories)]
+    assert driver.effects == [Back(1, 1, b"a", [0, 1], driver.cache.budget.directories)]
     driver.back()
     assert driver.effects == [
         Reply(b"a", driver.asked, Appended(1, 2, 0, 0)),
@@ -364,7 +365,9 @@ def test_a_very_deep_chain_fails_as_a_whole() -> None:
     staged = append(handle, 0, *range(2 * n_blocks))
     driver.ask(b"a", staged)
     driver.back()
+    assert len(driver.jobs) == -(-n_blocks // COPY_BLOCKS)
     driver.copy(0)
+    driver.work()
     assert driver.counts() == {"free": n_blocks}
     driver.ask(b"a", staged)
     driver.disconnect(b"a")

@@ -510,12 +510,12 @@ class World:
                 sequence.timed_out = True
         self._settle(self._handle(Ticked()))
 
-    def work(self, fails: int = 0) -> bool:
-        """Let the shell do its next job, of which the items in `fails` fail; False if it has
+    def work(self, fails: int = 0, which: int = 0) -> bool:
+        """Let the shell do one of its jobs, of which the items in `fails` fail; False if it has
         none."""
         if not self.shell.queue:
             return False
-        event = self.shell.work(fails)
+        event = self.shell.work(fails, which)
         if isinstance(event, Copied):
             self._copied(event)
         elif isinstance(event, Backed) and event.job in self.reserving:

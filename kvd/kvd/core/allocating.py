@@ -253,7 +253,8 @@ def _reserve(
         sequence.reserved = taken.slots
         return False
     job = AllocBacking(correlation, sequence, taken.slots, taken.to_back, reply)
-    effects.append(cache.budget.back_effect(cache.new_job(job), arena, taken.to_back))
+    owner = sequence.context.session.id
+    effects.append(cache.budget.back_effect(cache.new_job(job), arena, owner, taken.to_back))
     return True
 
 

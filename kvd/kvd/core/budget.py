@@ -23,7 +23,7 @@ has resident children, and tail-first eviction takes one step.
 from collections import OrderedDict
 from typing import NamedTuple
 
-from kvd.core.events import Back, DropRecord, Effect, Punch
+from kvd.core.events import Back, DropRecord, Effect, Punch, SessionId
 from kvd.core.tree import FILLING, GONE, NO_SLOT, SEALED, Block
 from kvd_proto.errors import AllLeased, BudgetTooSmall, Detail
 from kvd_proto.geometry import Geometry, round_up
@@ -277,9 +277,9 @@ class Budget:
                 self._punch(arena, len(arena.free), effects)
         return len(chosen)
 
-    def back_effect(self, job: int, arena: Arena, to_back: list[int]) -> Back:
-        """The effect that gives `to_back` memory."""
-        return Back(job, arena.number, to_back, arena.directory_bytes)
+    def back_effect(self, job: int, arena: Arena, session: SessionId, to_back: list[int]) -> Back:
+        """The effect that gives `to_back` memory, for `session`."""
+        return Back(job, arena.number, session, to_back, arena.directory_bytes)
 
     def _check_room(self, arena: Arena, n_slots: int) -> None:
         """Whether `n_slots` can be had at all, if everything that may go does. Mutates nothing."""

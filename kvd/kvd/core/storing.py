@@ -37,6 +37,9 @@ from kvd_proto.geometry import PAGE_BYTES
 from kvd_proto.keys import TOKEN_BYTES
 from kvd_proto.messages import MAX_TOKENS, Append, Appended, Flush, Flushed
 
+COPY_BLOCKS = 64
+"""Of one job: so many are sealed at once, in a millisecond, and others get a turn."""
+
 
 def append(
     cache: Cache,
@@ -83,7 +86,8 @@ def append(
             block.in_flight = True
         first = plan.existing[0] if plan.existing else begun.new[0]
         job = AppendBacking(correlation, sequence, commit, first, begun.new, taken.to_back, reply)
-        effects.append(cache.budget.back_effect(cache.new_job(job), arena, taken.to_back))
+        number = cache.new_job(job)
+        effects.append(cache.budget.back_effect(number, arena, session.id, taken.to_back))
         return
     _accept(cache, commit, correlation, reply, effects)
     advance_completed(cache, session, effects)
@@ -253,10 +257,11 @@ def _refuse(cache: Cache, job: AppendBacking, error: KvdError, effects: list[Eff
 
 def _start_copy(cache: Cache, session: Session, blocks: list[Block], effects: list[Effect]) -> None:
     """Copy the blocks' first sources, which are all in this session's staging."""
-    if blocks:
-        job = cache.new_job(Copying(session, blocks))
-        items = [copy_item(block) for block in blocks]
-        effects.append(Copy(job, blocks[0].arena.number, session.id, items))
+    for start in range(0, len(blocks), COPY_BLOCKS):
+        some = blocks[start : start + COPY_BLOCKS]
+        job = cache.new_job(Copying(session, some))
+        items = [copy_item(block) for block in some]
+        effects.append(Copy(job, some[0].arena.number, session.id, items))
 
 
 def _lose_source(

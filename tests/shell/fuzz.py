@@ -122,9 +122,10 @@ class Evil:
                 tally.answers[reply[2]] += 1
                 continue
             tally.answers["success"] += 1
-            if isinstance(message, OpenContext):
+            # A flipped bit may have made another operation of it, with another reply.
+            if isinstance(message, OpenContext) and len(reply) == 4:
                 self.contexts.append(reply[2])
-            elif isinstance(message, Alloc):
+            elif isinstance(message, Alloc) and len(reply) == 7:
                 self.handles.append((message.context, reply[2], reply[3]))
         assert not (all_of_them and self.in_flight), f"{self.in_flight} requests have no answer"
 

@@ -383,11 +383,11 @@ def test_evict_takes_the_oldest_of_one_model_and_gives_their_memory_back() -> No
     assert bench.effects == [DropRecord(1, b.slot), Punch(1, [b.slot, free])]
     assert list(bench.budget.lru) == [a, c]
     bench.effects.clear()
-    assert bench.budget.evict("", 0, bench.effects) == 2
+    assert bench.budget.evict("", 99, bench.effects) == 2
     assert bench.happened(DropRecord) == [DropRecord(1, a.slot), DropRecord(2, c.slot)]
     assert bench.budget.unassigned == bench.budget.n_bytes - bench.budget.directories
     assert bench.budget.evicted_blocks == 3
-    assert bench.budget.evict("", 0, bench.effects) == 0
+    assert bench.budget.evict("", 99, bench.effects) == 0
 
 
 def test_evict_spares_what_is_held_or_filling() -> None:

@@ -121,7 +121,7 @@ def test_the_counter_sees_a_walk() -> None:
         return counter.of(lambda: action(driver))
 
     for walk in (
-        lambda driver: driver.cache.budget.evict("another model", 0, []),
+        lambda driver: driver.cache.budget.evict("another model", 1, []),
         lambda driver: driver.cache.budget.arenas[1].root.below(),
         lambda driver: sorted(driver.cache.budget.lru, key=id),
     ):

@@ -885,24 +885,7 @@ def test_flood_of_one_client_leaves_room_for_another(
 
 def test_client_that_does_not_read_its_replies_is_let_go(daemon: Daemon, bystander: Bystander):
     rss = bystander.client.status()["rss_bytes"]
-<<<<<<< HEAD
     with raw_client(daemon, keep_unread=1) as client:
-=======
-    with raw_client(daemon) as client:
-        while True:
-            client.dealer.close()
-            client.dealer = client.context.socket(zmq.DEALER)
-            client.dealer.setsockopt(zmq.RCVHWM, 1)
-            client.dealer.setsockopt(zmq.SNDHWM, 10_000)
-            client.dealer.setsockopt(zmq.LINGER, 0)
-            client.dealer.setsockopt(zmq.ROUTING_ID, client.session)
-            client.dealer.connect(f"ipc://{daemon.runtime_dir}/requests.sock")
-            client.post(Ping())
-            # Unheard if the first socket is not quite gone: the routing id is in use then.
-            if client.dealer.poll(500):
-                client.receive()
-                break
->>>>>>> 3c7f4e8 (Measure stalls in soak and bench; try floods, coming and going, and stagings that change)
         client.alloc(client.open(), PROMPT)
         stop = time.monotonic() + SECONDS
         while not has_ended(client.lifeline, seconds=0):

@@ -21,6 +21,7 @@ has resident children, and tail-first eviction takes one step.
 """
 
 from collections import OrderedDict
+from itertools import islice
 from typing import NamedTuple
 
 from kvd.core.events import Back, DropRecord, Effect, Punch, SessionId
@@ -262,13 +263,13 @@ class Budget:
         return block
 
     def evict(self, name: str, n_blocks: int, effects: list[Effect]) -> int:
-        """Drop up to `n_blocks` cached blocks (0: all) of the models called `name` ("": any).
+        """Drop up to `n_blocks` cached blocks of the models called `name` ("": any).
 
-        Oldest first; a walk of the whole LRU, for the administrator. What is free in these models'
-        arenas then goes back to the operating system. Returns how many were dropped.
+        Oldest first; a walk of the LRU, for the administrator. What is free in these models' arenas
+        then goes back to the operating system. Returns how many were dropped.
         """
-        chosen = [block for block in self.lru if not name or block.arena.name == name]
-        chosen = chosen[: n_blocks or None]
+        candidates = (block for block in self.lru if not name or block.arena.name == name)
+        chosen = list(islice(candidates, n_blocks))
         for block in chosen:
             self.drop(block, effects)
         self.evicted_blocks += len(chosen)

@@ -2,6 +2,7 @@
 allocating.py, storing.py; the dispatch: machine.py.
 """
 
+from collections import deque
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -99,6 +100,18 @@ class Checking(NamedTuple):
     allocs: list[WaitingAlloc]
 
 
+@dataclass(slots=True, eq=False)
+class Eviction:
+    """An evict that is under way: `left` blocks to go, at most."""
+
+    session: Session
+    correlation: int
+    name: str
+    left: int
+    blocks: int = 0
+    freed_bytes: int = 0
+
+
 Job = AllocBacking | AppendBacking | Copying | Checking
 
 
@@ -120,6 +133,8 @@ class Cache:
     jobs: dict[int, Job] = field(default_factory=dict)
     unchecked: dict[Block, int | None] = field(default_factory=dict)
     """Adopted blocks, parents first, and the job that checks each, if one does already."""
+    evictions: deque[Eviction] = field(default_factory=deque)
+    """First come, first served."""
     counters: Counters = field(default_factory=Counters)
     open_sequences: int = 0
     next_context: int = 0

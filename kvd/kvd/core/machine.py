@@ -4,11 +4,20 @@ Nothing raises out of `handle` for what a client did: it becomes an error reply.
 is a fault of ours and does come out.
 """
 
+import math
 from typing import Any
 
 from kvd.core import adopting, allocating, checking, models, storing
 from kvd.core.budget import Budget
-from kvd.core.cache import AllocBacking, AppendBacking, Cache, Checking, Copying, Limits
+from kvd.core.cache import (
+    AllocBacking,
+    AppendBacking,
+    Cache,
+    Checking,
+    Copying,
+    Eviction,
+    Limits,
+)
 from kvd.core.commits import withdraw
 from kvd.core.events import (
     ArenaFailed,
@@ -43,6 +52,9 @@ from kvd_proto.messages import (
     RegisterModel,
     Release,
 )
+
+EVICT_BLOCKS = 128
+"""Dropped at once, in about a millisecond, before others get their turn."""
 
 
 class Core:
@@ -85,6 +97,7 @@ class Core:
                 models.forget_arena(cache, number)
             case Ticked():
                 allocating.expire(cache, now, effects)
+                self._evict_some(effects)
         # A block that is sealed or fails can finish commits of several sessions.
         for session in cache.sessions.values():
             if session.commits:
@@ -93,8 +106,25 @@ class Core:
         return effects
 
     def next_deadline(self) -> float | None:
-        """When a `Ticked` is due; None while nothing has a deadline."""
-        return self.cache.deadlines.next()
+        """When a `Ticked` is due; None while nothing has a deadline, -inf: at once."""
+        return -math.inf if self.cache.evictions else self.cache.deadlines.next()
+
+    def _evict_some(self, effects: list[Effect]) -> None:
+        """Go on with the first eviction, for EVICT_BLOCKS blocks."""
+        cache = self.cache
+        if not cache.evictions:
+            return
+        eviction = cache.evictions[0]
+        some = min(eviction.left, EVICT_BLOCKS)
+        before = cache.budget.unassigned
+        dropped = cache.budget.evict(eviction.name, some, effects)
+        eviction.left -= dropped
+        eviction.blocks += dropped
+        eviction.freed_bytes += cache.budget.unassigned - before
+        if dropped < some or not eviction.left or not eviction.session.alive:
+            cache.evictions.popleft()
+            reply = Evicted(eviction.blocks, eviction.freed_bytes)
+            cache.reply(eviction.session, eviction.correlation, reply, effects)
 
     def _request(self, event: Requested, now: float, effects: list[Effect]) -> None:
         cache = self.cache
@@ -143,9 +173,11 @@ class Core:
             case CloseContext():
                 return models.close_context(cache, session, message, now, effects)
             case Evict(name, n_blocks):
-                before = cache.budget.unassigned
-                dropped = cache.budget.evict(name, n_blocks, effects)
-                return Evicted(dropped, cache.budget.unassigned - before)
+                # "All" are those that are cached now, so that it comes to an end.
+                left = n_blocks or len(cache.budget.lru)
+                cache.evictions.append(Eviction(session, correlation, name, left))
+                self._evict_some(effects)
+                return None
         raise AssertionError(f"the shell answers {type(message).__name__}, not the core")
 
     def _checked(self, event: Checked, now: float, effects: list[Effect]) -> None:

@@ -25,7 +25,10 @@ from bench.daemon import running_daemon
 from bench.report import Row, tail_row
 from kvd_client import Client, Context, Model, Sequence
 from kvd_client.session import Commit
+from kvd_client.staging import Staged
+from kvd_proto.messages import MAX_APPEND_BLOCKS
 
+READY, DONE = "ready", "done"
 GIB = 1 << 30
 MIB = 1 << 20
 BUDGET = "5GiB"
@@ -90,7 +93,7 @@ def stall(runtime_dir: str, load: str, gib: float, seconds: float = 1.0) -> Stal
     theirs.close()
     try:
         with Victim(runtime_dir) as victim:
-            while _told(ours, "ready"):
+            while _told(ours):
                 victim.sample(Phase(), until=time.monotonic() + 0.2)  # warm
                 victim.sample(quiet, until=time.monotonic() + seconds)
                 ours.send("go")
@@ -108,10 +111,12 @@ def stall(runtime_dir: str, load: str, gib: float, seconds: float = 1.0) -> Stal
     return Stall(load, quiet, loud)
 
 
-def _told(connection: Connection, word: str) -> bool:
-    """Wait for the load's word; False at its end."""
+def _told(connection: Connection) -> bool:
+    """Wait until the load is ready for another round; False at its end."""
     with suppress(EOFError):
-        return bool(connection.recv() == word)
+        while connection.recv() != READY:
+            pass
+        return True
     return False
 
 
@@ -180,7 +185,7 @@ class _Store:
     began: float
 
 
-# --- loads: each is a generator that yields when it is ready to begin, once for each round
+# --- loads: each is a generator that yields READY before each round, and DONE after it
 
 
 class Load:
@@ -214,40 +219,54 @@ class Storing:
             0, 1 << 30, self.n_blocks * TOKENS, dtype=np.uint32
         )
 
-    def stage(self) -> "tuple[Sequence, Any]":
+    def stage(self) -> "tuple[Sequence, list[Staged]]":
+        """A sequence without blocks, and all of its blocks written: one Staged for each append."""
         sequence = self.context.alloc(self.prompt[:0])
-        staged = sequence.stage(len(self.prompt))
-        for index in range(self.n_blocks):
-            staged.block(index)[:] = b"\x01" * len(staged.block(index))
-        return sequence, staged
+        parts = []
+        for first in range(0, self.n_blocks, MAX_APPEND_BLOCKS):
+            count = min(MAX_APPEND_BLOCKS, self.n_blocks - first)
+            staged = sequence.stage(count * TOKENS)
+            for index in range(count):
+                staged.block(index)[:] = b"\x01" * len(staged.block(index))
+            parts.append(staged)
+        return sequence, parts
+
+    def commit(self, sequence: Sequence, parts: "list[Staged]") -> None:
+        """Append all that is staged, without waiting in between; answered when this returns."""
+        first = 0
+        for staged in parts:
+            count = len(staged.offsets) * TOKENS
+            commit = sequence.post_append(self.prompt[first : first + count], staged)
+            first += count
+        while not commit.answered:
+            self.client.ping()
 
     def store(self) -> Sequence:
-        sequence, staged = self.stage()
-        self.client.flush(sequence.append(self.prompt, staged))
+        sequence, parts = self.stage()
+        self.commit(sequence, parts)
+        self.client.flush()
         return sequence
 
 
-Steps = Iterator[None]
+Steps = Iterator[str]
 
 
 def _commits_wide(load: Load) -> Steps:
-    with load.storing(WIDE) as storing:
-        sequence, staged = storing.stage()
-        yield
-        storing.client.flush(sequence.append(storing.prompt, staged))
-        yield
-        sequence.release()
-        storing.client.evict("load")
+    yield from _commits(load, WIDE)
 
 
 def _commits_narrow(load: Load) -> Steps:
-    with load.storing(NARROW) as storing:
+    yield from _commits(load, NARROW)
+
+
+def _commits(load: Load, layers: tuple[Any, ...]) -> Steps:
+    with load.storing(layers) as storing:
         sequence, staged = storing.stage()
-        yield
-        storing.client.flush(sequence.append(storing.prompt, staged))
-        yield
+        yield READY
+        storing.commit(sequence, staged)
+        storing.client.flush()
+        yield DONE
         sequence.release()
-        yield
         storing.client.evict("load")
 
 
@@ -255,9 +274,10 @@ def _reports(load: Load) -> Steps:
     with load.storing(WIDE) as storing:
         storing.store()
         for _ in range(5):
-            yield
+            yield READY
             storing.client.status()
             storing.client.verify()
+            yield DONE
         storing.client.evict("load")
 
 
@@ -266,8 +286,9 @@ def _allocs(load: Load) -> Steps:
         storing.store().release()
         everything = np.resize(storing.prompt, 1_000_000)
         for _ in range(5):
-            yield
+            yield READY
             storing.context.alloc(everything).release()
+            yield DONE
         storing.client.evict("load")
 
 
@@ -275,17 +296,19 @@ def _long_misses(load: Load) -> Steps:
     with load.storing(NARROW) as storing:
         everything = np.arange(1_000_000, dtype=np.uint32)
         for _ in range(5):
-            yield
+            yield READY
             for _ in range(5):
                 storing.context.alloc(everything).release()
+            yield DONE
 
 
 def _evicts(load: Load) -> Steps:
     for layers in (WIDE, NARROW):
         with load.storing(layers) as storing:
             storing.store().release()
-            yield
+            yield READY
             storing.client.evict("load")
+            yield DONE
 
 
 def _registers(load: Load) -> Steps:
@@ -293,21 +316,23 @@ def _registers(load: Load) -> Steps:
         layers = (("f16", 8, "f16", 8),) * 512
         for number in range(5):
             model = Model(f"large {number}", os.urandom(32), "llama-state", layers, 1024)
-            yield
+            yield READY
             client.open_context(model).close()
+            yield DONE
 
 
 def _stagings(load: Load) -> Steps:
     for _ in range(2):
-        yield
+        yield READY
         load.connect(load.n_bytes).close()
+        yield DONE
 
 
 def _dies_committing(load: Load) -> Steps:
     with load.storing(WIDE) as storing:
         sequence, staged = storing.stage()
-        yield
-        sequence.append(storing.prompt, staged)
+        yield READY
+        storing.commit(sequence, staged)
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -322,7 +347,7 @@ def _dies_holding(load: Load) -> Steps:
             sequence = contexts[index // 8].alloc(tokens)
             sequence.append(tokens, [payload] * (share // TOKENS))
         storing.client.flush()
-        yield
+        yield READY
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -343,7 +368,8 @@ DEATHS = frozenset(load for load in LOADS if load.startswith("a client dies"))
 
 
 def _load(name: str, runtime_dir: str, gib: float, told: Connection) -> None:
-    for _ in LOADS[name](Load(runtime_dir, gib)):
-        told.send("ready")
-        told.recv()
+    for word in LOADS[name](Load(runtime_dir, gib)):
+        told.send(word)
+        if word == READY:
+            told.recv()
     told.close()

@@ -32,7 +32,7 @@ from kvd_client.session import Commit, Session
 from kvd_client.staging import Staged, StagingArea
 from kvd_client.state import SequenceState, Tokens, pack_tokens
 from kvd_proto.keys import TOKEN_BYTES
-from kvd_proto.messages import Append, Appended, Flush
+from kvd_proto.messages import MAX_APPEND_BLOCKS, Append, Appended, Flush
 
 Payload = bytes | bytearray | memoryview | npt.NDArray[Any]
 """One block's bytes: anything contiguous."""
@@ -200,6 +200,13 @@ def sizes_of(sequence: SequenceState, n_tokens: int) -> list[int]:
     """Bytes of each block of an append of `n_tokens` tokens: full blocks, and an open tail."""
     if n_tokens < 1:
         raise BadMessage("an append has at least one token", got=n_tokens)
+    n_blocks = -(-n_tokens // sequence.context.model.block_tokens)
+    if n_blocks > MAX_APPEND_BLOCKS:
+        raise BadMessage(
+            "an append has too many blocks: commit fewer at a time",
+            got=n_blocks,
+            most=MAX_APPEND_BLOCKS,
+        )
     payload, block_tokens = sequence.context.payload, sequence.context.model.block_tokens
     n_full, rest = divmod(n_tokens, block_tokens)
     return [payload.max_bytes] * n_full + ([payload.size(rest)] if rest else [])

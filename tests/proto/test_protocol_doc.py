@@ -11,6 +11,7 @@ from kvd_proto.geometry import GGML_TYPES, MAX_LAYERS, MAX_ROW_BYTES, Geometry
 from kvd_proto.layout import DIRECTORY_HEADER_BYTES, record_bytes
 from kvd_proto.messages import (
     DATAGRAMS,
+    MAX_APPEND_BLOCKS,
     MAX_BLOCK_TOKENS,
     MAX_DETAIL_NAME,
     MAX_DETAIL_TEXT,
@@ -38,6 +39,7 @@ LIMITS = {
     "longest request or reply, bytes": codec.MAX_MESSAGE_BYTES,
     "longest datagram from the daemon, bytes": codec.MAX_DATAGRAM_BYTES,
     "tokens of a sequence, and of one alloc or append": MAX_TOKENS,
+    "blocks of one append": MAX_APPEND_BLOCKS,
     "tokens of a block": MAX_BLOCK_TOKENS,
     "sequence ids of a context": MAX_SEQ_IDS,
     "layers of a model": MAX_LAYERS,

@@ -18,6 +18,7 @@ from typing import Any
 
 import msgpack
 import pytest
+import zmq
 
 from kvd.sessions import MAX_GREETING
 from kvd_proto import PROTOCOL_VERSION, codec, errors

@@ -25,8 +25,7 @@ from kvd_proto.paths import DEFAULT_INSTANCE
 _OWN_DESCRIPTORS = 64
 _DESCRIPTORS_OF_A_SESSION = 4
 """Its lifeline, its pidfd, its staging, and its connection to the request socket."""
-_DESCRIPTORS_OF_MODELS = 512
-"""Seven for each model."""
+_DESCRIPTORS_OF_A_MODEL = 7
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -101,7 +100,7 @@ def _raise_descriptor_limit(settings: Settings) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = (
         _OWN_DESCRIPTORS
-        + _DESCRIPTORS_OF_MODELS
+        + _DESCRIPTORS_OF_A_MODEL * settings.max_models * max(1, len(settings.tenants))
         + _DESCRIPTORS_OF_A_SESSION * settings.max_sessions
     )
     if hard != resource.RLIM_INFINITY and hard < wanted:
@@ -134,6 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     serving.add_argument("--max-sequences", type=int, metavar="N", help="default: 100")
     serving.add_argument("--max-sessions", type=int, metavar="N", help="default: 256")
     serving.add_argument("--n-seq-max", type=int, metavar="N", help="ids a context may have: 8")
+    serving.add_argument("--max-staging", metavar="SIZE", help="of one client (default: 256MiB)")
     serving.add_argument("--log-level", choices=("debug", "info", "warning", "error"))
     serving.add_argument(
         "--keep-on-stop",

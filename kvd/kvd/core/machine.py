@@ -8,7 +8,7 @@ from typing import Any
 
 from kvd.core import adopting, allocating, checking, models, storing
 from kvd.core.budget import Budget
-from kvd.core.cache import AllocBacking, AppendBacking, Cache, Checking, Copying, Limits
+from kvd.core.cache import AllocBacking, AppendBacking, Cache, Checking, Copying, Counters, Limits
 from kvd.core.commits import withdraw
 from kvd.core.events import (
     ArenaFailed,
@@ -49,7 +49,11 @@ class Core:
     """The cache's rules over one `Cache`."""
 
     def __init__(self, limits: Limits) -> None:
-        self.cache = Cache(limits, Budget(limits.max_memory), next_context=limits.first_context)
+        self.cache = Cache(
+            limits,
+            Budget(limits.max_memory, limits.tenants),
+            next_context=limits.first_context,
+        )
 
     def handle(self, event: Event, now: float) -> list[Effect]:
         """Let `event` happen at time `now` (seconds, never going back). Mutates the cache."""
@@ -98,14 +102,15 @@ class Core:
 
     def _request(self, event: Requested, now: float, effects: list[Effect]) -> None:
         cache = self.cache
-        cache.counters.requests += 1
         session = cache.sessions.get(event.session)
         if session is None:
+            cache.counters.requests += 1
             cache.counters.errors += 1
             error = UnknownSession("the daemon does not know this session")
             effects.append(Reply(event.session, event.correlation, error))
             return
         session.heard = now
+        session.counters.requests += 1
         body: Any
         try:
             body = self._answer(session, event, now, effects)
@@ -144,7 +149,8 @@ class Core:
                 return models.close_context(cache, session, message, now, effects)
             case Evict(name, n_blocks):
                 before = cache.budget.unassigned
-                dropped = cache.budget.evict(name, n_blocks, effects)
+                whose = None if session.administrator else session.tenant
+                dropped = cache.budget.evict(name, n_blocks, effects, whose)
                 return Evicted(dropped, cache.budget.unassigned - before)
         raise AssertionError(f"the shell answers {type(message).__name__}, not the core")
 
@@ -168,26 +174,30 @@ class Core:
         cache = self.cache
         assert event.session not in cache.sessions, "the shell gave a session's id twice"
         assert event.session not in cache.leaving, "the shell gave a session's id twice"
+        tenant = cache.budget.tenant(event.tenant)
         try:
             if len(cache.sessions) >= cache.limits.max_sessions:
                 raise TooManySessions(
                     "too many clients are connected", max_sessions=cache.limits.max_sessions
                 )
-            cache.budget.charge_staging(event.staging_bytes, effects)
+            cache.budget.charge_staging(tenant, event.staging_bytes, effects)
         except KvdError as error:
             effects.append(RefuseSession(event.session, error))
             return
+        counters = cache.counters_of.setdefault(tenant.name, Counters())
         cache.sessions[event.session] = Session(
             event.session,
             event.client,
             event.pid,
             event.uid,
-            event.tenant,
+            tenant,
+            event.administrator,
+            counters,
             event.staging_bytes,
             connected=now,
             heard=now,
         )
-        cache.counters.sessions_opened += 1
+        counters.sessions_opened += 1
         effects.append(OpenStaging(event.session, event.staging_bytes))
 
     def _disconnect(self, event: Disconnected, now: float, effects: list[Effect]) -> None:
@@ -210,5 +220,5 @@ class Core:
         for session in list(self.cache.leaving.values()):
             if session.in_flight == 0:
                 del self.cache.leaving[session.id]
-                self.cache.budget.return_staging(session.staging_bytes)
+                self.cache.budget.return_staging(session.tenant, session.staging_bytes)
                 effects.append(CloseStaging(session.id))

@@ -6,7 +6,7 @@ KvdError
 │   ├── UnsupportedVersion    another protocol version
 │   ├── UnknownModel          a model id that was never registered here
 │   ├── GeometryMismatch      this fingerprint is registered with another geometry
-│   ├── ModelTooLarge         not even one block fits the budget
+│   ├── ModelTooLarge         not even one block fits the budget or the quota
 │   ├── UnknownContext        a context that this session has not opened
 │   ├── StaleHandle           the sequence was released, or belongs to an earlier generation
 │   ├── ForeignHandle         the context belongs to another session
@@ -19,7 +19,7 @@ KvdError
 │   └── Forbidden             for the administrator only
 ├── ResourceError         nothing is wrong, but there is no room now: later it may work
 │   ├── NoSequenceFree        no sequence id came free before the deadline
-│   ├── SequenceLimit         max_sequences of the daemon are open
+│   ├── SequenceLimit         the daemon or the session has as many open as it may
 │   ├── AllLeased             the budget is full and every block in it is in use
 │   ├── BudgetTooSmall        what was asked can never fit this budget
 │   ├── OverQuota             the tenant's quota has no room, and nothing more of its own can go

@@ -64,25 +64,10 @@ class Server:
         self._next_watchdog = -math.inf if notifier.watchdog_interval else math.inf
         self._next_status = math.inf
         self._next_readers = -math.inf
+        tenants = Tenants(settings.tenants, settings.max_memory, settings.max_staging)
         # 2^63 ids are enough for every start to have a range of its own.
         first_context = int.from_bytes(os.urandom(7), "little") << 7 | 1
-        tenants = Tenants(settings.tenants, settings.max_memory, settings.max_staging)
-        self._limits = Limits(
-            settings.max_memory,
-            settings.max_sequences,
-            settings.max_sessions,
-            settings.n_seq_max,
-            first_context,
-            tenants=tenants.rules,
-            max_models=settings.max_models,
-            session_models=settings.max_session_models,
-            session_contexts=settings.max_contexts,
-            session_sequences=settings.session_sequences,
-            session_waiting=settings.max_waiting,
-            session_waiting_bytes=MAX_MESSAGE_BYTES,
-            session_commits=settings.max_commits,
-            session_reserved=settings.session_reserved,
-        )
+        self._limits = limits_of(settings, tenants, first_context)
         self.core = Core(self._limits)
         with ExitStack() as opened:
             self._poller = opened.enter_context(select.epoll())
@@ -352,3 +337,23 @@ class Server:
             log.info("stopping", reason="no client for linger_seconds")
             self.stop()
         return self._last_client + linger
+
+
+def limits_of(settings: Settings, tenants: Tenants, first_context: int) -> Limits:
+    """What of the settings the core must know."""
+    return Limits(
+        settings.max_memory,
+        settings.max_sequences,
+        settings.max_sessions,
+        settings.n_seq_max,
+        first_context,
+        tenants=tenants.rules,
+        max_models=settings.max_models,
+        session_models=settings.max_session_models,
+        session_contexts=settings.max_contexts,
+        session_sequences=settings.session_sequences,
+        session_waiting=settings.max_waiting,
+        session_waiting_bytes=MAX_MESSAGE_BYTES,
+        session_commits=settings.max_commits,
+        session_reserved=settings.session_reserved,
+    )

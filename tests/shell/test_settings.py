@@ -1,6 +1,7 @@
 """Settings: defaults, file, environment, flags, in this order of strength; anything odd is
 refused."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -192,3 +193,29 @@ def test_limits_of_a_session_follow_from_those_of_the_daemon() -> None:
     assert Settings(max_sequences=8).session_sequences == 8
     assert Settings(max_session_sequences=20).session_sequences == 20
     assert Settings(max_reserved=5).session_reserved == 5
+
+
+README = (Path(__file__).parents[2] / "README.md").read_text()
+
+
+def test_the_tenants_of_the_readme_are_right(tmp_path: Path) -> None:
+    (text,) = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
+    path = file(tmp_path, text)
+    path.chmod(0o600)
+    a, b = load(path, {}, {}).tenants
+    assert (a.rule.name, a.rule.quota, b.rule.name) == ("team-a", 2 << 30, "team-b")
+
+
+def test_the_limits_of_the_readme_are_settings_with_these_defaults() -> None:
+    rows = dict(re.findall(r"^\| `(max_\w+)` \| ([^|]+) \|", README, re.MULTILINE))
+    named = {name for name in Settings.__dataclass_fields__ if name.startswith("max_")}
+    assert set(rows) == named - {"max_memory", "max_sequences", "max_sessions", "max_models"}
+    for name, default in rows.items():
+        number = default.removesuffix(" MiB")
+        if number.isdecimal():
+            scale = 1 << 20 if default.endswith("MiB") else 1
+            assert getattr(Settings(), name) == int(number) * scale, name
+        else:  # it follows from another
+            assert getattr(Settings(), name) == 0, name
+    assert "`max_models` (64)" in README
+    assert Settings().max_models == 64

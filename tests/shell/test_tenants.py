@@ -331,6 +331,21 @@ def test_reports_tell_a_tenant_of_itself_and_an_administrator_of_all(
 
 
 @needs_root
+def test_kvctl_shows_each_tenant_to_an_administrator(daemon: Daemon, become: Any) -> None:
+    become(A)("store", 0, 3, 1)
+    command = [sys.executable, "-m", "kvd_client.kvctl", "--runtime-dir", str(daemon.runtime_dir)]
+    shown = {
+        name: subprocess.run([*command, name], capture_output=True, text=True, check=True).stdout
+        for name in ("status", "clients")
+    }
+    (row,) = [line.split() for line in shown["status"].splitlines() if line.startswith("a ")]
+    assert row[1:3] == ["2.0", "MiB"]
+    assert "12.0 KiB" in " ".join(row), "three blocks are cached"
+    (row,) = [line.split() for line in shown["clients"].splitlines() if line.startswith("raw")]
+    assert row[3] == "a"
+
+
+@needs_root
 def test_who_has_no_session_is_told_nothing(daemon: Daemon) -> None:
     with raw_client(daemon) as root:
         stranger = root.connect(b"")
@@ -367,7 +382,7 @@ def test_a_quota_is_kept_and_named(daemon: Daemon, become: Any) -> None:
     assert row["quota_bytes"] - row["held_bytes"] < STRIDE
     assert a("report", "status")["counters"]["evicted_blocks"] > 0
     assert b("report", "status")["counters"]["evicted_blocks"] == 0
-    assert a("reserve", 400) == "OverQuota"
+    assert a("reserve", 440) == "OverQuota"
     assert a("report", "status")["accounting"]["drift_bytes"] == 0
     with raw_client(daemon) as root:
         assert root.verify()["ok"]

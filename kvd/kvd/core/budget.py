@@ -164,30 +164,33 @@ class Budget:
     def hold(self, block: Block) -> None:
         """Keep `block` and all its ancestors. Stops at the first that is held already."""
         node: Block | None = block
+        arena = block.arena
         while node is not None and node.parent is not None:
             node.holds += 1
             if node.holds > 1:
                 return
             if node.state is not FILLING:
-                del node.arena.lru[node]
-                node.arena.cached -= 1
-                node.arena.active += 1
+                del arena.lru[node]
+                arena.cached -= 1
+                arena.active += 1
             node = node.parent
 
     def unhold(self, block: Block, effects: list[Effect]) -> None:
         """Undo one `hold`. What nobody holds any more becomes the youngest of the LRU, tail first;
         but not an open tail that a longer block has replaced meanwhile: that goes."""
         node: Block | None = block
+        arena = block.arena
+        lru, uses = arena.lru, self.uses
         while node is not None and node.parent is not None:
             node.holds -= 1
             if node.holds:
                 break
-            arena = node.arena
             arena.active -= 1
             arena.cached += 1
-            self.uses += 1
-            arena.lru[node] = self.uses
+            uses += 1
+            lru[node] = uses
             node = node.parent
+        self.uses = uses
         if block.parent is not None and not block.holds and block.is_superseded:
             self.drop(block, effects)
 

@@ -901,13 +901,13 @@ def test_client_that_does_not_read_its_replies_is_let_go(daemon: Daemon, bystand
 def test_client_that_does_not_read_its_lifeline(daemon: Daemon, bystander: Bystander):
     """The descriptors of a few models wait for it; nobody else waits."""
     with raw_client(daemon) as client:
-        for number in range(20):
+        for number in range(16):
             message = RegisterModel(
                 f"model {number}", bytes([number] * 32), "llama-state", BLOCK_TOKENS, LAYERS
             )
             client.call(message)
         bystander.check()
-        for _ in range(20):
+        for _ in range(16):
             shared, fds = client.receive_datagram()
             assert isinstance(shared, SegmentShared)
             for fd in fds:

@@ -200,4 +200,4 @@ def test_reports_that_wait_are_bounded() -> None:
         until(lambda: store.finish_jobs() or replies[b"eager", Reported] == MAX_WAITING + 1)
     finally:
         busy.set()
-        store.close()
+        store.close(keep_arenas=False)

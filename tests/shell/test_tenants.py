@@ -21,8 +21,8 @@ from kvd.settings import parse_size
 from kvd.tenants import Membership, Tenants, read_tables
 from kvd_proto import codec, errors
 from kvd_proto.messages import Evict, ListClients, ListSequences, Ping, Pong, Status, Verify
-from tests.shell.raw import BLOCK_TOKENS, STRIDE, raw_client
-from tests.support import Daemon, running_daemon
+from tests.shell.raw import BLOCK_TOKENS, STRIDE, many_tokens, raw_client, until
+from tests.support import Daemon, running_daemon, start_daemon
 
 needs_root = pytest.mark.skipif(
     os.geteuid() != 0, reason="to become another user takes root: NOT TESTED HERE"
@@ -424,6 +424,45 @@ def test_salts_are_nowhere(daemon: Daemon, become: Any) -> None:
     for salt in (SALT_A, SALT_B):
         assert not any(salt.encode() in place for place in places)
         assert not any(salt[:12].encode() in place for place in places)
+
+
+CONFIGURED = f'[tenants.mine]\nuids = [{os.geteuid()}]\nsalt = "{SALT_A}"\nquota = "4MiB"\n'
+
+
+@pytest.mark.parametrize(
+    ("then", "matched"),
+    [
+        (CONFIGURED, 245 * BLOCK_TOKENS),
+        (CONFIGURED.replace("4MiB", "8MiB"), 245 * BLOCK_TOKENS),
+        (CONFIGURED.replace("mine", "renamed"), 0),
+        (CONFIGURED.replace(SALT_A, SALT_B), 0),
+        (CONFIGURED.replace("4MiB", "1MiB"), 0),  # less than what it held
+        ("", 0),
+    ],
+    ids=["same", "more quota", "renamed", "another salt", "less quota", "no tenants"],
+)
+def test_a_restart_keeps_what_is_still_the_tenants(tmp_path: Path, then: str, matched: int) -> None:
+    config = tmp_path / "kvd.toml"
+    config.write_text(CONFIGURED)
+    config.chmod(0o600)
+    flags = ("--max-memory", "16MiB", "--config", str(config))
+    tokens = many_tokens(0, 245 * BLOCK_TOKENS)
+    before = start_daemon(*flags, runtime_dir=tmp_path / "rt")
+    with raw_client(before, staging_bytes=MIB) as client:
+        context = client.open()
+        client.release(context, client.store(context, tokens))
+        before.kill()
+    config.write_text(then)
+    with (
+        running_daemon(*flags, runtime_dir=tmp_path / "rt", instance=before.instance) as after,
+        raw_client(after) as client,
+    ):
+        assert client.alloc(client.open(), tokens).matched_tokens == matched
+        until(lambda: client.status()["recovery"]["unchecked_blocks"] == 0)
+        report = client.verify()
+        assert report["ok"], report["differences"]
+        for table in client.status()["tenants"]:
+            assert table["held_bytes"] <= table["quota_bytes"]
 
 
 def test_a_daemon_smaller_than_the_usual_staging_welcomes_a_client(tmp_path: Path) -> None:

@@ -112,6 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     serving.add_argument("--max-sequences", type=int, metavar="N", help="default: 100")
     serving.add_argument("--max-sessions", type=int, metavar="N", help="default: 256")
     serving.add_argument("--n-seq-max", type=int, metavar="N", help="ids a context may have: 8")
+    serving.add_argument("--max-staging", metavar="SIZE", help="of one client (default: 256MiB)")
     serving.add_argument("--log-level", choices=("debug", "info", "warning", "error"))
     serving.add_argument(
         "--keep-on-stop",

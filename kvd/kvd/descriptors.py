@@ -21,15 +21,20 @@ open for a moment. A client connects at once, so it is one for each handshake un
 _OWN = 32
 _OF_A_SESSION = 5
 """Its lifeline, its pidfd, its staging (mmap has one of its own), and its connection."""
-_OF_MODELS = 64 * 4
-"""Four for each model: one for the arena, one for its directory, and mmap has its own of both."""
+_OF_A_MODEL = 4
+"""One for the arena, one for its directory, and mmap has its own of both."""
 
 
 def raise_limit(settings: Settings) -> None:
     """Allow as many as the system does. The usual soft limit of 1,024 is for programs that use
     select(2)."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = RESERVED + _OWN + _OF_MODELS + _OF_A_SESSION * settings.max_sessions
+    wanted = (
+        RESERVED
+        + _OWN
+        + _OF_A_MODEL * settings.max_models * max(1, len(settings.tenants))
+        + _OF_A_SESSION * settings.max_sessions
+    )
     if hard < wanted:
         log.warning("few descriptors", allowed=hard, wanted=wanted)
     if soft < hard:

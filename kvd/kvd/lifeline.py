@@ -12,6 +12,7 @@ process dies although a forked child still holds the lifeline open.
 
 import collections
 import contextlib
+import ctypes
 import errno
 import os
 import select
@@ -25,11 +26,16 @@ from kvd.group import SOCKET_MODE, admit
 
 MAX_QUEUED = 64  # datagrams; a client that reads has one or two on the way
 
-# From asm-generic/socket.h: Python's socket module names neither.
+# From asm-generic/socket.h: Python's socket module names none of them.
+_SO_PEERGROUPS = 59  # Linux 4.13
 _SO_PEERPIDFD = 77  # Linux 6.5
 _SO_PASSRIGHTS = 83  # Linux 6.16
 
 _CREDENTIALS = struct.Struct("iII")  # struct ucred: pid, uid, gid
+
+
+_MAX_GROUPS = 65536  # NGROUPS_MAX
+_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class PeerGone(Exception):
@@ -89,6 +95,21 @@ class Peer:
             sock.close()
             raise
         self.fd = sock.fileno()
+
+    def groups(self) -> frozenset[int]:
+        """All groups of the process that connected, as the kernel saw them at that moment: `gid`
+        and the supplementary ones. Raises OSError."""
+        # Not through the socket module, which takes no more than 256 of them.
+        found = (ctypes.c_uint32 * _MAX_GROUPS)()
+        length = ctypes.c_uint32(ctypes.sizeof(found))
+        result = _libc.getsockopt(
+            self.fd, socket.SOL_SOCKET, _SO_PEERGROUPS, found, ctypes.byref(length)
+        )
+        if result:
+            error = ctypes.get_errno()
+            raise OSError(error, os.strerror(error))
+        count = length.value // ctypes.sizeof(ctypes.c_uint32)
+        return frozenset([self.gid, *found[:count]])
 
     @property
     def wants_write(self) -> bool:

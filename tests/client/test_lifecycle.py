@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -277,12 +277,26 @@ def test_a_full_daemon_is_no_reason_to_stop_working(
     daemon: Daemon, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Refused is as good as absent: it has no memory for our staging."""
-    with kvd_client.connect(daemon.runtime_dir, fail_open=True, staging_bytes=1 << 30) as client:
-        context = client.open_context(MODEL)
-        assert not context.alloc([]).shared
-    assert len(caplog.records) == 1
-    with pytest.raises(errors.BudgetTooSmall):
-        kvd_client.connect(daemon.runtime_dir, staging_bytes=1 << 30)
+    path, n_bytes = daemon.runtime_dir, 1 << 30
+    with full_of_stagings(daemon):
+        with kvd_client.connect(path, fail_open=True, staging_bytes=n_bytes) as client:
+            context = client.open_context(MODEL)
+            assert not context.alloc([]).shared
+        assert len(caplog.records) == 1
+        with pytest.raises(errors.AllLeased):
+            kvd_client.connect(path, staging_bytes=n_bytes)
+
+
+@contextmanager
+def full_of_stagings(daemon: Daemon) -> Iterator[None]:
+    """Three clients have a quarter of the budget each, and their header pages leave less than the
+    fourth."""
+    with ExitStack() as clients:
+        for _ in range(3):
+            clients.enter_context(
+                kvd_client.connect(daemon.runtime_dir, staging_bytes=1 << 30, timeout=60)
+            )
+        yield
 
 
 def test_a_wrong_request_is_an_error_with_fail_open_too(daemon: Daemon) -> None:
@@ -551,13 +565,14 @@ def test_attempts_to_connect_leave_no_descriptors(daemon: Daemon, tmp_path: Path
         for _ in range(20):
             with pytest.raises(errors.Unavailable):
                 kvd_client.connect(tmp_path / "none")
-            with pytest.raises(errors.BudgetTooSmall):
+            with pytest.raises(errors.AllLeased):
                 kvd_client.connect(daemon.runtime_dir, staging_bytes=1 << 30)
 
-    attempts()
-    before = open_files()
-    attempts()
-    eventually(lambda: open_files() <= before)
+    with full_of_stagings(daemon):
+        attempts()
+        before = open_files()
+        attempts()
+        eventually(lambda: open_files() <= before)
 
 
 def test_descriptors_are_not_inherited_by_other_programs(

@@ -246,7 +246,12 @@ def test_appends_behind_a_refused_one_are_refused_too_and_the_sequence_goes_on(
     tmp_path: Path,
 ) -> None:
     with (
-        running_daemon("--max-memory", "1MiB", runtime_dir=tmp_path / "run") as daemon,
+        running_daemon(
+            "--max-memory",
+            "1MiB",
+            runtime_dir=tmp_path / "run",
+            environ={"KVD_MAX_RESERVED": "1MiB"},
+        ) as daemon,
         kvd_client.connect(daemon.runtime_dir, staging_bytes=1 << 16) as client,
         client.open_context(MODEL, n_seq_max=2) as context,
         context.alloc([]) as sequence,

@@ -8,7 +8,7 @@ from struct import pack, unpack
 from typing import Any
 
 from kvd.core import accounting
-from kvd.core.cache import Limits
+from kvd.core.cache import Counters, Limits, sum_of
 from kvd.core.events import (
     Back,
     Backed,
@@ -181,6 +181,11 @@ class Driver:
                 self.copy(*bad)
 
     # --- what there is
+
+    @property
+    def counters(self) -> Counters:
+        """Of all tenants, and of requests without a session."""
+        return sum_of([self.cache.counters, *self.cache.counters_of.values()])
 
     def blocks(self, arena: int = 1) -> dict[tuple[int, ...], int]:
         """All sealed blocks by path, with their slots."""

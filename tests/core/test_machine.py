@@ -39,7 +39,7 @@ def test_a_session_is_charged_with_its_staging() -> None:
     driver.disconnect(b"s")
     assert driver.effects == [CloseStaging(b"s")]
     assert accounting.totals(driver.cache).unassigned == totals.budget
-    assert driver.cache.counters.sessions_opened == 1
+    assert driver.counters.sessions_opened == 1
 
 
 def test_why_a_client_gets_no_session() -> None:
@@ -97,7 +97,7 @@ def test_a_session_that_is_unknown_or_has_left_is_told_so() -> None:
     for session in (b"s", b"never"):
         assert driver.refusal(session, Flush(0)) is UnknownSession
         assert driver.of_kind(Reply)[0].session == session
-    assert (driver.cache.counters.requests, driver.cache.counters.errors) == (2, 2)
+    assert (driver.counters.requests, driver.counters.errors) == (2, 2)
 
 
 def test_nothing_is_sent_to_a_session_that_has_left() -> None:
@@ -125,11 +125,11 @@ def test_errors_are_counted_when_they_come() -> None:
     context = driver.context(b"s", n_ids=1)
     driver.alloc(b"s", context)
     driver.ask(b"s", alloc(context, wait_ms=1000))
-    assert driver.cache.counters.errors == 0
+    assert driver.counters.errors == 0
     driver.pass_time(1.0)
-    assert driver.cache.counters.errors == 1
+    assert driver.counters.errors == 1
     driver.ask(b"s", alloc(context))
-    assert driver.cache.counters.errors == 2
+    assert driver.counters.errors == 2
 
 
 def test_evict_by_request() -> None:

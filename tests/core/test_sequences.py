@@ -161,8 +161,8 @@ def test_max_sequences_counts_those_of_all_sessions() -> None:
 def test_who_ended_well_and_who_failed(driver: Driver) -> None:
     for outcome in (COMPLETED, FAILED, FAILED):
         driver.ask(b"s", release(driver.alloc(b"s", 1), outcome))
-    assert driver.cache.counters.sequences_opened == 3
-    assert driver.cache.counters.sequences_failed == 2
+    assert driver.counters.sequences_opened == 3
+    assert driver.counters.sequences_failed == 2
 
 
 # --- waiting
@@ -299,7 +299,7 @@ def test_an_idle_sequence_times_out_and_keeps_its_id_until_it_is_released(driver
     driver.pass_time(1.0)
     (row,) = report_of_sequences(driver.cache, driver.now)
     assert (row["state"], row["tokens"], row["idle_seconds"]) == ("TIMED_OUT", 2, 1.0)
-    assert driver.cache.counters.sequences_timed_out == 1
+    assert driver.counters.sequences_timed_out == 1
     assert driver.refusal(b"s", append(handle, 2, 3)) is SequenceEnded
     # What it leases stays, and may be read.
     assert driver.ask(b"s", Get(*handle.fields, 0)).sealed_tokens == 2
@@ -359,7 +359,7 @@ def test_a_sequence_that_ended_in_time_is_not_counted(driver: Driver) -> None:
     again = [driver.alloc(b"s", 1) for _ in range(4)][3]
     assert again.seq_id == handle.seq_id
     driver.pass_time(2.0)
-    assert driver.cache.counters.sequences_timed_out == 0
+    assert driver.counters.sequences_timed_out == 0
 
 
 # --- what alloc leases, and get
@@ -424,7 +424,7 @@ def test_get_of_a_match_that_ends_within_a_block(driver: Driver) -> None:
 def test_counters_of_hits(driver: Driver) -> None:
     driver.store(driver.alloc(b"s", 1, 1, 2, 3), 0, 1, 2, 3)
     driver.alloc(b"s", 1, 1, 2, 9)
-    counters = driver.cache.counters
+    counters = driver.counters
     assert (counters.queried_tokens, counters.hit_tokens) == (6, 2)
 
 

@@ -7,7 +7,7 @@ from random import Random
 
 import pytest
 
-from tests.core.world import KINDS, STAGING, VOCABULARY, World
+from tests.core.world import KINDS, STAGING, TENANTS, VOCABULARY, World
 
 STEPS = int(os.environ.get("KVD_SIMULATION_STEPS", 100_000))
 SEEDS = range(10)
@@ -28,7 +28,9 @@ class Life:
 
     def __init__(self, random: Random) -> None:
         self.random = random
-        self.world = World(random.choice((1, 2, 4, 8, 40)), random.choice((3, 5)))
+        self.world = World(
+            random.choice((1, 2, 4, 8, 40)), random.choice((3, 5)), random.choice(TENANTS)
+        )
         self.failures = random.choice(((0,), (0, 0, 0, 1), (0, 1, 2, 3)))
         self.likeness = random.choice((1, 5, 25))
         clumsy = random.choice((0, 1, 10))
@@ -80,7 +82,7 @@ class Life:
         return tuple(self.random.choices(VOCABULARY, (self.likeness, 2, 1), k=n_tokens))
 
     def connect(self) -> None:
-        self.world.connect()
+        self.world.connect(self.random.randrange(6))
 
     def disconnect(self) -> None:
         if self.world.sessions:

@@ -201,7 +201,7 @@ def test_the_reports_have_the_public_keys() -> None:
     status = report_keys("status")
     assert {key.split(".")[0] for key in status} == {
         "version", "instance", "uptime_seconds", "rss_bytes", "clients", "stopped_clients",
-        "sequences", "recovery", "accounting", "models[]", "counters",
+        "sequences", "recovery", "accounting", "tenants[]", "models[]", "counters",
     }  # fmt: skip
     assert {f"sequences.{key}" for key in ("max", "in_use", "free")} <= status
     for key in ("free", "filling", "active", "cached", "pinned", "total"):

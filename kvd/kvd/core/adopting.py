@@ -45,6 +45,9 @@ def adopt(cache: Cache, found: ArenaFound, effects: list[Effect]) -> None:
     used = {record.slot: _last_use(record) for record in found.records}
     blocks = _plant(arena, found.records)
     n_bytes = arena.directory_for(_high_water(blocks)) + len(blocks) * arena.stride
+    if n_bytes > arena.tenant.headroom:
+        effects.append(ArenaRefused(found.arena, "it does not fit its tenant's quota"))
+        return
     if n_bytes > cache.budget.unassigned:
         effects.append(ArenaRefused(found.arena, "it does not fit the budget beside the others"))
         return
@@ -52,7 +55,7 @@ def adopt(cache: Cache, found: ArenaFound, effects: list[Effect]) -> None:
     effects.extend(DropRecord(arena.number, slot) for slot in lost)
     if lost:
         effects.append(Punch(arena.number, lost))
-    cache.models[(arena.tenant, arena.fingerprint)] = arena
+    cache.models[(arena.tenant.name, arena.fingerprint)] = arena
     cache.budget.adopt(arena, sorted(blocks, key=lambda block: (used[block.slot], -block.start)))
     cache.unchecked.update(dict.fromkeys(blocks))
     cache.clock = max([cache.clock, *used.values(), *(block.generation for block in blocks)])
@@ -68,7 +71,7 @@ def _make(cache: Cache, found: ArenaFound) -> Arena:
     arena = make_arena(
         cache,
         found.arena,
-        found.tenant,
+        cache.budget.tenant(found.tenant),
         found.name,
         found.fingerprint,
         Geometry(found.layers),
@@ -80,7 +83,7 @@ def _make(cache: Cache, found: ArenaFound) -> Arena:
             f"it has {found.slots} slots of {found.stride_bytes} bytes, and would now have "
             f"{arena.slots} of {arena.stride}: the budget was changed"
         )
-    if (arena.tenant, arena.fingerprint) in cache.models:
+    if (arena.tenant.name, arena.fingerprint) in cache.models:
         raise ValueError("there is another arena of the same model and tenant")
     return arena
 

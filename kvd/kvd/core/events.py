@@ -18,8 +18,8 @@ SessionId = bytes
 
 
 class Connected(NamedTuple):
-    """A client said hello. The budget is charged with its staging, or `ConnectRefused` is
-    answered."""
+    """A client said hello. The budget is charged with its staging, or `RefuseSession` is
+    answered. An `administrator` may see and evict what is other tenants'."""
 
     session: SessionId
     client: str
@@ -27,6 +27,7 @@ class Connected(NamedTuple):
     uid: int
     tenant: str
     staging_bytes: int
+    administrator: bool = True
 
 
 class Disconnected(NamedTuple):

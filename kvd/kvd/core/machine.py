@@ -15,6 +15,7 @@ from kvd.core.cache import (
     Cache,
     Checking,
     Copying,
+    Counters,
     Eviction,
     Limits,
 )
@@ -61,7 +62,11 @@ class Core:
     """The cache's rules over one `Cache`."""
 
     def __init__(self, limits: Limits) -> None:
-        self.cache = Cache(limits, Budget(limits.max_memory), next_context=limits.first_context)
+        self.cache = Cache(
+            limits,
+            Budget(limits.max_memory, limits.tenants),
+            next_context=limits.first_context,
+        )
 
     def handle(self, event: Event, now: float) -> list[Effect]:
         """Let `event` happen at time `now` (seconds, never going back). Mutates the cache."""
@@ -117,7 +122,8 @@ class Core:
         eviction = cache.evictions[0]
         some = min(eviction.left, EVICT_BLOCKS)
         before = cache.budget.unassigned
-        dropped = cache.budget.evict(eviction.name, some, effects)
+        whose = None if eviction.session.administrator else eviction.session.tenant
+        dropped = cache.budget.evict(eviction.name, some, effects, whose)
         eviction.left -= dropped
         eviction.blocks += dropped
         eviction.freed_bytes += cache.budget.unassigned - before
@@ -128,14 +134,15 @@ class Core:
 
     def _request(self, event: Requested, now: float, effects: list[Effect]) -> None:
         cache = self.cache
-        cache.counters.requests += 1
         session = cache.sessions.get(event.session)
         if session is None:
+            cache.counters.requests += 1
             cache.counters.errors += 1
             error = UnknownSession("the daemon does not know this session")
             effects.append(Reply(event.session, event.correlation, error))
             return
         session.heard = now
+        session.counters.requests += 1
         body: Any
         try:
             body = self._answer(session, event, now, effects)
@@ -174,7 +181,7 @@ class Core:
                 return models.close_context(cache, session, message, now, effects)
             case Evict(name, n_blocks):
                 # "All" are those that are cached now, so that it comes to an end.
-                left = n_blocks or len(cache.budget.lru)
+                left = n_blocks or cache.budget.n_cached
                 cache.evictions.append(Eviction(session, correlation, name, left))
                 self._evict_some(effects)
                 return None
@@ -200,26 +207,30 @@ class Core:
         cache = self.cache
         assert event.session not in cache.sessions, "the shell gave a session's id twice"
         assert event.session not in cache.leaving, "the shell gave a session's id twice"
+        tenant = cache.budget.tenant(event.tenant)
         try:
             if len(cache.sessions) >= cache.limits.max_sessions:
                 raise TooManySessions(
                     "too many clients are connected", max_sessions=cache.limits.max_sessions
                 )
-            cache.budget.charge_staging(event.staging_bytes, effects)
+            cache.budget.charge_staging(tenant, event.staging_bytes, effects)
         except KvdError as error:
             effects.append(RefuseSession(event.session, error))
             return
+        counters = cache.counters_of.setdefault(tenant.name, Counters())
         cache.sessions[event.session] = Session(
             event.session,
             event.client,
             event.pid,
             event.uid,
-            event.tenant,
+            tenant,
+            event.administrator,
+            counters,
             event.staging_bytes,
             connected=now,
             heard=now,
         )
-        cache.counters.sessions_opened += 1
+        counters.sessions_opened += 1
         effects.append(OpenStaging(event.session, event.staging_bytes))
 
     def _disconnect(self, event: Disconnected, now: float, effects: list[Effect]) -> None:
@@ -242,5 +253,5 @@ class Core:
         for session in list(self.cache.leaving.values()):
             if session.in_flight == 0:
                 del self.cache.leaving[session.id]
-                self.cache.budget.return_staging(session.staging_bytes)
+                self.cache.budget.return_staging(session.tenant, session.staging_bytes)
                 effects.append(CloseStaging(session.id))

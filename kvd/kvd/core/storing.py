@@ -31,6 +31,7 @@ from kvd_proto.errors import (
     KvdError,
     ReservationExceeded,
     SequenceEnded,
+    TooMany,
     UnknownSession,
 )
 from kvd_proto.geometry import PAGE_BYTES
@@ -59,6 +60,11 @@ def append(
     context = find_context(session, cache.contexts, message.context)
     sequence = find_sequence(context, message.seq_id, message.generation)
     sequence.touched = now
+    if len(session.commits) >= cache.limits.session_commits:
+        raise TooMany(
+            "this session has as many commits in flight as it may",
+            max_commits=cache.limits.session_commits,
+        )
     offsets = _check(session, sequence, message, staging)
     arena = context.arena
     plan = plan_append(sequence.tip, message.tokens, arena.block_tokens * TOKEN_BYTES)
@@ -72,14 +78,15 @@ def append(
         cache.budget.unhold(anchor, effects)
         raise
     slots = [sequence.reserved.pop() for _ in range(own)] + taken.slots
+    session.reserved_bytes -= own * arena.stride
     session.last_commit += 1
     commit = Commit(session, session.last_commit)
     session.commits[commit.number] = commit
     begun = begin(plan, sequence, slots, offsets, commit, cache.budget)
     _advance(cache, sequence, message, begun.new[-1] if begun.new else anchor, effects)
     cache.budget.unhold(anchor, effects)
-    cache.counters.present_blocks += begun.present
-    cache.counters.joined_blocks += begun.joined
+    session.counters.present_blocks += begun.present
+    session.counters.joined_blocks += begun.joined
     reply = Appended(commit.number, len(begun.new), begun.present, begun.joined)
     if taken.to_back:
         for block in begun.new:
@@ -116,17 +123,18 @@ def append_backed(cache: Cache, job: AppendBacking, event: Backed, effects: list
 
 def copied(cache: Cache, job: Copying, event: Copied, effects: list[Effect]) -> None:
     """Copies have ended: each of their blocks is sealed, or its next source takes over."""
+    counters = job.session.counters
     for block, result in zip(job.blocks, event.results, strict=True):
         job.session.in_flight -= 1
         block.in_flight = False
         if block.state is GONE:
             cache.budget.give_back(block.arena, block.slot)
         elif result.error is not None:
-            cache.counters.failed_blocks += 1
+            counters.failed_blocks += 1
             _lose_source(cache, block, block.first_source.commit, result.error, effects)
         else:
-            cache.counters.stored_blocks += 1
-            cache.counters.stored_bytes += block.arena.format.size(block.n_tokens)
+            counters.stored_blocks += 1
+            counters.stored_bytes += block.arena.format.size(block.n_tokens)
             seal(block, result.checksum, cache.tick(), cache.budget, effects)
 
 
@@ -137,6 +145,11 @@ def flush(cache: Cache, session: Session, correlation: int, message: Flush) -> F
             "no such commit was made", commit=message.commit, last_commit=session.last_commit
         )
     if session.completed < message.commit:
+        if len(session.flushes) >= cache.limits.session_commits:
+            raise TooMany(
+                "this session has as many flushes waiting as it may",
+                max_commits=cache.limits.session_commits,
+            )
         session.flushes.append(WaitingFlush(message.commit, correlation))
         return None
     return _flushed(session)

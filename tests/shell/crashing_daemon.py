@@ -123,7 +123,7 @@ POINTS: dict[str, Installer] = {
     "before a reply": around(requests.Requests, "reply", before=True),
     "after a reply": around(requests.Requests, "reply", before=False),
     "in a copy": in_a_copy,
-    "staging made": around(staging.Staging, "create", before=False),
+    "staging made": around(staging.Staging, "__init__", before=False),
     # seal
     "before a record": around(directory.Directory, "write", before=True),
     "in a record: cleared": in_a_record(1),

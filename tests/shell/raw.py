@@ -66,9 +66,9 @@ class Raw:
         """Say hello. Raises the error that the daemon refuses with. `keep_unread` is how many
         replies are taken from the kernel before they are read (0: any number)."""
         self._requests = f"ipc://{daemon.runtime_dir}/requests.sock"
-        self.context = zmq.Context()
         self.dealer: Any = None
         self.lifeline = lifeline(daemon)
+        self.context = zmq.Context()
         self._correlation = 0
         self._asked: dict[int, type[Any]] = {}
         try:

@@ -9,10 +9,13 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from kvd.instance import purge
 from kvd_proto import codec
 from kvd_proto.messages import Evict, Flush
 from tests.shell.crashing_daemon import ADOPTION, POINTS, STOP
@@ -31,6 +34,10 @@ TIMES = [int(each) for each in os.environ.get("KVD_CRASH_AT", "1").split(",")]
 BUDGET = "1MiB"
 CHAIN = 3
 """Blocks of a chain; a chain's bytes are those of its number."""
+
+
+STARTED: "list[subprocess.Popen[bytes]]" = []
+"""That are to die by themselves."""
 
 
 class DiedError(Exception):
@@ -109,7 +116,20 @@ def crashing(point: str, nth: int, runtime_dir: Path, instance: str) -> "subproc
     command = [sys.executable, "-m", "tests.shell.crashing_daemon", point, str(nth)]
     command += ["serve", "--instance", instance, "--runtime-dir", str(runtime_dir)]
     with (runtime_dir.parent / "crashing.log").open("ab") as log:
-        return subprocess.Popen([*command, "--max-memory", BUDGET], stderr=log)
+        STARTED.append(subprocess.Popen([*command, "--max-memory", BUDGET], stderr=log))
+    return STARTED[-1]
+
+
+@pytest.fixture
+def instance() -> Iterator[str]:
+    """A name of its own; whatever goes wrong, no process of that name is left."""
+    name = f"test-crash-{uuid.uuid4().hex[:8]}"
+    yield name
+    while STARTED:
+        process = STARTED.pop()
+        process.kill()
+        process.wait()
+    purge(name)
 
 
 def start_crashing(point: str, nth: int, runtime_dir: Path, instance: str) -> Daemon:
@@ -124,8 +144,8 @@ def start_crashing(point: str, nth: int, runtime_dir: Path, instance: str) -> Da
 
 @pytest.mark.parametrize("nth", TIMES)
 @pytest.mark.parametrize("point", [point for point in POINTS if point not in ADOPTION + STOP])
-def test_it_dies_at_work(tmp_path: Path, point: str, nth: int) -> None:
-    runtime_dir, instance = tmp_path / "rt", f"test-crash-{os.getpid()}"
+def test_it_dies_at_work(tmp_path: Path, instance: str, point: str, nth: int) -> None:
+    runtime_dir = tmp_path / "rt"
     daemon = start_crashing(point, nth, runtime_dir, instance)
     stored = store_until_it_dies(daemon)
     assert daemon.process.wait(SECONDS) == -signal.SIGKILL, "it never came to that point"
@@ -138,9 +158,9 @@ def test_it_dies_at_work(tmp_path: Path, point: str, nth: int) -> None:
 
 @pytest.mark.parametrize("nth", TIMES[:1])
 @pytest.mark.parametrize("point", ADOPTION)
-def test_it_dies_while_it_adopts(tmp_path: Path, point: str, nth: int) -> None:
+def test_it_dies_while_it_adopts(tmp_path: Path, instance: str, point: str, nth: int) -> None:
     """Twice in a row."""
-    runtime_dir, instance = tmp_path / "rt", f"test-crash-{os.getpid()}"
+    runtime_dir = tmp_path / "rt"
     first = start_daemon("--max-memory", BUDGET, runtime_dir=runtime_dir, instance=instance)
     stored = []
     with raw_client(first) as client:
@@ -157,8 +177,8 @@ def test_it_dies_while_it_adopts(tmp_path: Path, point: str, nth: int) -> None:
 
 
 @pytest.mark.parametrize("point", STOP)
-def test_it_dies_while_it_stops(tmp_path: Path, point: str) -> None:
-    runtime_dir, instance = tmp_path / "rt", f"test-crash-{os.getpid()}"
+def test_it_dies_while_it_stops(tmp_path: Path, instance: str, point: str) -> None:
+    runtime_dir = tmp_path / "rt"
     daemon = start_crashing(point, 1, runtime_dir, instance)
     stored = []
     with raw_client(daemon) as client:

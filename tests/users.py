@@ -126,7 +126,8 @@ def daemon_of_service(*flags: str, mode: int = 0o700) -> Iterator[ServiceDaemon]
         runtime_dir = Path(place, "run")
         runtime_dir.mkdir(mode=mode)
         os.chown(runtime_dir, SERVICE.uid, SERVICE.uid)
-        arguments = ["serve", "--instance", instance, "--runtime-dir", str(runtime_dir), *flags]
+        arguments = ["serve", "--instance", instance, "--runtime-dir", str(runtime_dir)]
+        arguments += ["--no-keep-on-stop", *flags]
         with running_as(SERVICE, lambda _: cli.main(arguments)) as running:
             pid = running.process.pid
             assert pid is not None

@@ -32,6 +32,7 @@ from kvd_proto.messages import (
     Flush,
     Get,
     Hello,
+    KeepAlive,
     ListClients,
     ListSequences,
     OpenContext,
@@ -163,6 +164,11 @@ class Evil:
                 return Append(*handle, rng.choice((0, 0, 0, 8, 16)), self.prompt[:cut], staged)
             case "Get":
                 return Get(*handle, rng.choice((0, 1, 1 << 31)))
+            case "KeepAlive":
+                seq_ids, generations = (
+                    ([handle[1]], [handle[2]]) if rng.random() < 0.5 else ([], [])
+                )
+                return KeepAlive(handle[0], seq_ids, generations)
             case "Release":
                 return Release(*handle, rng.randrange(2))
             case "Flush":

@@ -24,7 +24,10 @@ TOKENS = many_tokens(0, 4 * BLOCK_TOKENS)
 def poor(tmp_path: Path) -> Iterator[Daemon]:
     prefix = ("prlimit", f"--nofile={ALLOWED}:{ALLOWED}")
     flags = ("--max-memory", "64MiB")
-    with running_daemon(*flags, runtime_dir=tmp_path / "rt", prefix=prefix) as daemon:
+    environ = {"KVD_MAX_SESSION_MODELS": "64"}
+    with running_daemon(
+        *flags, runtime_dir=tmp_path / "rt", prefix=prefix, environ=environ
+    ) as daemon:
         yield daemon
 
 

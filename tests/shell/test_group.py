@@ -272,7 +272,7 @@ def test_another_user_reads_an_arena_and_can_do_nothing_else_to_it(daemon: Servi
         alices_pid = first.process.pid
         assert alices_pid is not None
         names = sorted(
-            path.name for path in Path("/dev/shm").glob(f"kvd-*-{daemon.instance}.*[0-9]")
+            path.name for path in Path("/dev/shm").glob(f"kvd-*-{daemon.instance}.arena-*")
         )
         arena = names[0]
         with running_as(BOB, bob) as second:

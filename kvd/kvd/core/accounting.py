@@ -8,6 +8,7 @@ Nothing can be pinned yet, so the pinned term that reports carry is always 0.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from kvd.core.budget import Arena
@@ -148,12 +149,19 @@ def _check_arena(cache: Cache, arena: Arena, leases: dict[Block, int]) -> None:
 
 
 def _check_order(cache: Cache) -> None:
-    """No block is evicted before its children."""
+    """No block is evicted before its children, nor before what its record says is older."""
     place = {block: index for index, block in enumerate(cache.budget.lru)}
     for block, index in place.items():
         for child in block.children:
             if place.get(child, index) >= index:
                 raise AccountingError(f"slot {block.slot} would be evicted before its child")
+    places = cache.budget.places()
+    for block, later in pairwise(cache.budget.lru):
+        if places[block] > places[later]:
+            raise AccountingError(
+                f"slot {block.slot}, last used at {places[block]}, would be evicted before slot "
+                f"{later.slot}, last used at {places[later]}"
+            )
 
 
 def _slots_set_aside(cache: Cache, arena: Arena) -> list[int]:

@@ -4,10 +4,9 @@ A record is taken if its parent is, its key follows from its tokens, and it fits
 is below a lost record goes too. What is taken enters the tree as ADOPTED, and is matched only when
 its bytes have been checked (checking.py).
 
-The order of last use comes back exactly: a release writes the deepest block's last use alone. So
-each block is leased once to the time before, and when these leases end in the order of last use,
-the LRU is what it was, tail first. As long as clients of the earlier daemon can still read the
-arena, they do not end.
+The order of last use comes back exactly, over all arenas: the records have it (budget.py). Each
+block is leased once to the time before, until no client of the earlier daemon can read the arena
+any more; then it takes its old place in the LRU, unless it has been used since.
 """
 
 from collections.abc import Iterable
@@ -42,24 +41,25 @@ def adopt(cache: Cache, found: ArenaFound, effects: list[Effect]) -> None:
     except (KvdError, ValueError) as error:
         effects.append(ArenaRefused(found.arena, str(error)))
         return
-    used = {record.slot: _last_use(record) for record in found.records}
     blocks = _plant(arena, found.records)
     n_bytes = arena.directory_for(_high_water(blocks)) + len(blocks) * arena.stride
     if n_bytes > cache.budget.unassigned:
         effects.append(ArenaRefused(found.arena, "it does not fit the budget beside the others"))
         return
-    lost = sorted(used.keys() - {block.slot for block in blocks})
+    lost = sorted({record.slot for record in found.records} - {block.slot for block in blocks})
     effects.extend(DropRecord(arena.number, slot) for slot in lost)
     if lost:
         effects.append(Punch(arena.number, lost))
     cache.models[(arena.tenant, arena.fingerprint)] = arena
-    cache.budget.adopt(arena, sorted(blocks, key=lambda block: (used[block.slot], -block.start)))
+    budget = cache.budget
+    budget.adopt(arena, blocks)
     cache.unchecked.update(dict.fromkeys(blocks))
-    cache.clock = max([cache.clock, *used.values(), *(block.generation for block in blocks)])
+    uses = [max(block.last_use, block.generation) for block in blocks]
+    budget.clock = max(budget.clock, *uses, 0)
     cache.counters.adopted_blocks += len(blocks)
     effects.append(ArenaAdopted(arena.number, len(blocks), arena.directory_bytes))
     if not found.has_readers:
-        cache.budget.readers_gone(arena, effects)
+        budget.readers_gone(arena, effects)
 
 
 def _make(cache: Cache, found: ArenaFound) -> Arena:
@@ -98,6 +98,7 @@ def _plant(arena: Arena, records: Iterable[FoundRecord]) -> list[Block]:
         block.state = ADOPTED
         block.generation = record.generation
         block.checksum = record.checksum
+        block.last_use = _last_use(record)
         parent.add(block)
         by_key[block.key] = block
         planted.append(block)

@@ -18,12 +18,16 @@ before it has been checked.
 is one for all arenas, so memory moves to where it is used. It is ordered by last use, and because a
 release appends a block before its parent, a child always comes before its parent: the head never
 has resident children, and tail-first eviction takes one step.
+
+The records tell this order: a block's place is that of the latest `last_use` of itself and all
+below it. So a use is recorded for the deepest block alone, and a block that is dropped leaves its
+own to its parent.
 """
 
 from collections import OrderedDict
 from typing import NamedTuple
 
-from kvd.core.events import Back, DropRecord, Effect, Punch
+from kvd.core.events import Back, DropRecord, Effect, Punch, UseRecord
 from kvd.core.tree import FILLING, GONE, NO_SLOT, SEALED, Block
 from kvd_proto.errors import AllLeased, BudgetTooSmall, Detail
 from kvd_proto.geometry import Geometry, round_up
@@ -66,8 +70,8 @@ class Arena:
         self.free: list[int] = []
         self.retired: list[int] = []
         self.former: dict[Block, None] = {}
-        """What clients of an earlier daemon may still read: it is leased to them, by the order of
-        its last use, until they are gone."""
+        """What clients of an earlier daemon may still read: it is leased to them until they are
+        gone."""
         self.filling = 0
         self.active = 0
         self.cached = 0
@@ -120,6 +124,13 @@ class Budget:
         self.arenas: dict[int, Arena] = {}
         self.lru: OrderedDict[Block, None] = OrderedDict()
         self.evicted_blocks = 0
+        self.clock = 0
+        """Counts uses of blocks. A sealed block's generation is its first use."""
+
+    def tick(self) -> int:
+        """The clock's next moment."""
+        self.clock += 1
+        return self.clock
 
     @property
     def directories(self) -> int:
@@ -144,6 +155,26 @@ class Budget:
     def unhold(self, block: Block, effects: list[Effect]) -> None:
         """Undo one `hold`. What nobody holds any more becomes the youngest of the LRU, tail first;
         but not an open tail that a longer block has replaced meanwhile: that goes."""
+        self._let_go(block)
+        if block.parent is None or (block.holds and block not in block.arena.former):
+            return
+        self.use(block, effects)
+        if not block.holds and block.is_superseded:
+            self.drop(block, effects)
+
+    def use(self, block: Block, effects: list[Effect]) -> None:
+        """A lease on this very block has ended: that enters its record, if it has one, and does not
+        say so already (it was sealed just now)."""
+        has_record = block.parent is not None and block.state not in (FILLING, GONE)
+        if has_record and block.last_use < self.clock:
+            self._record_use(block, self.tick(), effects)
+
+    def _record_use(self, block: Block, last_use: int, effects: list[Effect]) -> None:
+        block.last_use = last_use
+        effects.append(UseRecord(block.arena.number, block.slot, last_use))
+
+    def _let_go(self, block: Block) -> None:
+        """Count one `hold` less. What nobody holds any more is cached."""
         node: Block | None = block
         while node is not None and node.parent is not None:
             node.holds -= 1
@@ -153,14 +184,11 @@ class Budget:
             node.arena.cached += 1
             self.lru[node] = None
             node = node.parent
-        if block.parent is not None and not block.holds and block.is_superseded:
-            self.drop(block, effects)
 
     # --- what an earlier daemon left
 
     def adopt(self, arena: Arena, blocks: list[Block]) -> None:
-        """Take over an arena with `blocks`, each leased once to whoever may still read it. Their
-        order is that of their last use."""
+        """Take over an arena with `blocks`, each leased once to whoever may still read it."""
         used = {block.slot for block in blocks}
         arena.high_water = max(used, default=-1) + 1
         arena.directory_bytes = arena.directory_for(arena.high_water)
@@ -174,13 +202,28 @@ class Budget:
 
     def readers_gone(self, arena: Arena, effects: list[Effect]) -> None:
         """End the leases of those who could read the arena before this daemon was there. What
-        nobody else leases enters the LRU in the order of its last use."""
+        nobody else leases takes the place in the LRU that its last use gives it: a walk of all."""
         former, arena.former = arena.former, {}
         for block in former:
-            self.unhold(block, effects)
+            self._let_go(block)
+        places = self.places()
+        self.lru = OrderedDict.fromkeys(
+            sorted(self.lru, key=lambda block: (places[block], -block.start))
+        )
+        for block in former:
+            if not block.holds and block.is_superseded:
+                self.drop(block, effects)
         arena.filling -= len(arena.retired)
         arena.free.extend(arena.retired)
         arena.retired.clear()
+
+    def places(self) -> dict[Block, int]:
+        """When each block of the LRU was used last, by the records of itself and all below it. A
+        walk of the whole LRU."""
+        places: dict[Block, int] = {}
+        for block in sorted(self.lru, key=lambda block: -block.start):
+            places[block] = max([block.last_use, *(places[child] for child in block.children)])
+        return places
 
     def drop_unleased(self, block: Block, effects: list[Effect]) -> None:
         """Forget a block that has no children and that no sequence leases. If a client of an
@@ -189,9 +232,8 @@ class Budget:
         is_read = block in arena.former
         if is_read:
             del arena.former[block]
-            self.unhold(block, effects)
-        if block.state is not GONE:  # but that may have dropped it: a longer one replaced it
-            self.drop(block, effects)
+            self._let_go(block)
+        self.drop(block, effects)
         if is_read:
             arena.retired.append(arena.free.pop())
             arena.filling += 1
@@ -248,7 +290,11 @@ class Budget:
         assert block.parent is not None
         assert not block.children, "a parent goes after its children"
         del self.lru[block]
-        block.parent.remove(block)
+        parent = block.parent
+        parent.remove(block)
+        has_record = parent.parent is not None and parent.state is not FILLING
+        if has_record and parent.last_use < block.last_use:
+            self._record_use(parent, block.last_use, effects)
         block.state = GONE
         block.arena.cached -= 1
         block.arena.free.append(block.slot)

@@ -123,7 +123,7 @@ def copied(cache: Cache, job: Copying, event: Copied, effects: list[Effect]) -> 
         else:
             cache.counters.stored_blocks += 1
             cache.counters.stored_bytes += block.arena.format.size(block.n_tokens)
-            seal(block, result.checksum, cache.tick(), cache.budget, effects)
+            seal(block, result.checksum, cache.budget.tick(), cache.budget, effects)
 
 
 def flush(cache: Cache, session: Session, correlation: int, message: Flush) -> Flushed | None:

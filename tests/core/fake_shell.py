@@ -1,15 +1,20 @@
 """A shell without memory: what lies in each slot is the path of the block that was copied there.
 
-Carries out effects like the real one: records at once, `Back`, `Copy` and `Punch` in one queue, in
-order, later. It asserts what must never happen to memory, and knows nothing of the cache's rules.
+Carries out effects like the real one: records at once, `Back`, `Copy`, `Check` and `Punch` in one
+queue, in order, later. It asserts what must never happen to memory, and knows nothing of the
+cache's rules. What outlives a crash: restarts.py.
 """
 
 from collections import deque
 from dataclasses import dataclass, field
 
+import xxhash
+
 from kvd.core.events import (
     Back,
     Backed,
+    Check,
+    Checked,
     CloseStaging,
     Copied,
     Copy,
@@ -24,6 +29,9 @@ from kvd_proto.errors import BadPayload, NoSpace
 from tests.core.reference import Path
 
 EMPTY = "nothing"
+HOLED = "memory in part"
+
+Job = Back | Check | Copy | Punch
 
 
 @dataclass
@@ -41,7 +49,10 @@ class FakeShell:
         """By session: what its client has staged where."""
         self.headers: dict[bytes, int] = {}
         """By session: the completed number."""
-        self.queue: deque[Back | Copy | Punch] = deque()
+        self.queue: deque[Job] = deque()
+
+    def moment(self) -> None:
+        """A crash may come here."""
 
     def create_arena(self, effect: CreateArena) -> None:
         assert effect.arena not in self.arenas
@@ -71,24 +82,33 @@ class FakeShell:
     def drop_record(self, effect: DropRecord) -> None:
         del self.arenas[effect.arena].records[effect.slot]
 
-    def submit(self, job: Back | Copy | Punch) -> None:
+    def submit(self, job: Job) -> None:
         self.queue.append(job)
 
-    def work(self, fails: int) -> Backed | Copied | None:
+    def work(self, fails: int) -> Backed | Checked | Copied | None:
         """Do the first job of the queue; bit i of `fails` spoils its item i (or all of a Back)."""
         job = self.queue.popleft()
         slots = self.arenas[job.arena]
         if isinstance(job, Punch):
             for slot in job.slots:
                 assert slot not in slots.records, "punched under a record"
+                slots.memory[slot] = HOLED
+                self.moment()
                 del slots.memory[slot]
             return None
         if isinstance(job, Back):
             assert not slots.memory.keys() & set(job.slots), "backed twice"
             if fails:
                 return Backed(job.job, NoSpace("no memory"))
-            slots.memory.update(dict.fromkeys(job.slots, EMPTY))
+            for slot in job.slots:
+                slots.memory[slot] = HOLED
+                self.moment()
+                slots.memory[slot] = EMPTY
             return Backed(job.job, None)
+        if isinstance(job, Check):
+            return Checked(
+                job.job, [checksum(slots.memory[item.slot]) == item.checksum for item in job.items]
+            )
         results = []
         for index, item in enumerate(job.items):
             assert item.slot in slots.memory, "copied into a hole"
@@ -96,9 +116,14 @@ class FakeShell:
             bad = bool(fails >> index & 1)
             # The client may have written over it, if the block is not wanted any more.
             staged = self.stagings[job.session].get(item.offset, EMPTY)
-            slots.memory[item.slot] = EMPTY if bad else staged
-            results.append(CopyResult(item.slot, BadPayload("spoilt") if bad else None))
+            slots.memory[item.slot] = EMPTY
+            self.moment()
+            content = slots.memory[item.slot] = EMPTY if bad else staged
+            error = BadPayload("spoilt") if bad else None
+            results.append(CopyResult(checksum(content), error))
         return Copied(job.job, results)
 
-    def backed_slots(self, arena: int) -> int:
-        return len(self.arenas[arena].memory)
+
+def checksum(content: Path | str) -> int:
+    """Of what lies in a slot."""
+    return xxhash.xxh3_64_intdigest(repr(content).encode())

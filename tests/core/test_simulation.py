@@ -28,7 +28,7 @@ class Life:
 
     def __init__(self, random: Random) -> None:
         self.random = random
-        self.world = World(random.choice((1, 2, 4, 8, 40)), random.choice((3, 5)))
+        self.world = self._make_world(random.choice((1, 2, 4, 8, 40)), random.choice((3, 5)))
         self.failures = random.choice(((0,), (0, 0, 0, 1), (0, 1, 2, 3)))
         self.likeness = random.choice((1, 5, 25))
         clumsy = random.choice((0, 1, 10))
@@ -49,6 +49,9 @@ class Life:
             self.append_wrongly: clumsy,
             self.misuse: clumsy,
         }
+
+    def _make_world(self, spare_pages: int, max_sequences: int) -> World:
+        return World(spare_pages, max_sequences)
 
     def live(self) -> None:
         steps, weights = list(self.weights), list(self.weights.values())

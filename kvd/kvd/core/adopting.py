@@ -10,7 +10,6 @@ any more; then it takes its old place in the LRU, unless it has been used since.
 """
 
 from collections.abc import Iterable
-from operator import attrgetter
 
 from kvd.core.budget import Arena
 from kvd.core.cache import Cache
@@ -42,17 +41,20 @@ def adopt(cache: Cache, found: ArenaFound, effects: list[Effect]) -> None:
         effects.append(ArenaRefused(found.arena, str(error)))
         return
     blocks = _plant(arena, found.records)
-    n_bytes = arena.directory_for(_high_water(blocks)) + len(blocks) * arena.stride
+    lost = sorted({record.slot for record in found.records} - {block.slot for block in blocks})
+    unused = [*lost, *found.unrecorded]
+    retired = unused if found.has_readers else []
+    slots = [block.slot for block in blocks] + retired
+    n_bytes = arena.directory_for(max(slots, default=-1) + 1) + len(slots) * arena.stride
     if n_bytes > cache.budget.unassigned:
         effects.append(ArenaRefused(found.arena, "it does not fit the budget beside the others"))
         return
-    lost = sorted({record.slot for record in found.records} - {block.slot for block in blocks})
     effects.extend(DropRecord(arena.number, slot) for slot in lost)
-    if lost:
-        effects.append(Punch(arena.number, lost))
+    if unused and not retired:
+        effects.append(Punch(arena.number, unused))
     cache.models[(arena.tenant, arena.fingerprint)] = arena
     budget = cache.budget
-    budget.adopt(arena, blocks)
+    budget.adopt(arena, blocks, retired)
     cache.unchecked.update(dict.fromkeys(blocks))
     uses = [max(block.last_use, block.generation) for block in blocks]
     budget.clock = max(budget.clock, *uses, 0)
@@ -119,7 +121,3 @@ def _fits(record: FoundRecord, parent: Block, arena: Arena) -> bool:
 
 def _last_use(record: FoundRecord) -> int:
     return record.last_use if record.last_use < _FUTURE else 0
-
-
-def _high_water(blocks: list[Block]) -> int:
-    return max(map(attrgetter("slot"), blocks), default=-1) + 1

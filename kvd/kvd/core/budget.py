@@ -8,8 +8,8 @@ Every slot of an arena is in one of these places:
     filling    set aside or being written
     active     sealed, and held by a lease on it or on a block below it
     cached     sealed and not held: in the LRU
-    retired    held damaged bytes that a client of an earlier daemon may still read; counts as
-               filling
+    retired    holds nothing that is served, but a client of an earlier daemon may still read it;
+               counts as filling
 
 What an earlier daemon has left counts as active or cached like the rest, though it is not sealed
 before it has been checked.
@@ -187,17 +187,20 @@ class Budget:
 
     # --- what an earlier daemon left
 
-    def adopt(self, arena: Arena, blocks: list[Block]) -> None:
-        """Take over an arena with `blocks`, each leased once to whoever may still read it."""
-        used = {block.slot for block in blocks}
+    def adopt(self, arena: Arena, blocks: list[Block], retired: list[int]) -> None:
+        """Take over an arena with `blocks`, each leased once to whoever may still read it, and with
+        `retired` slots."""
+        used = {block.slot for block in blocks}.union(retired)
         arena.high_water = max(used, default=-1) + 1
         arena.directory_bytes = arena.directory_for(arena.high_water)
         arena.punched = [slot for slot in range(arena.high_water) if slot not in used]
         arena.active = len(blocks)
+        arena.filling = len(retired)
+        arena.retired = retired
         arena.former = dict.fromkeys(blocks)
         for block in blocks:
             block.holds = 1 + len(block.children)
-        self.unassigned -= arena.directory_bytes + len(blocks) * arena.stride
+        self.unassigned -= arena.directory_bytes + arena.backed * arena.stride
         self.arenas[arena.number] = arena
 
     def readers_gone(self, arena: Arena, effects: list[Effect]) -> None:

@@ -28,8 +28,11 @@ from kvd_proto.errors import KvdError
 from kvd_proto.geometry import Geometry
 from kvd_proto.keys import TOKEN_BYTES, block_key
 
-_FUTURE = 1 << 63
+_LATEST_USE = 1 << 62
 """No clock comes so far: what is beyond was not written by one."""
+_LATEST_GENERATION = 1 << 63
+"""Beyond: a last use is not covered by a checksum, and whatever was taken for one, the clock that
+goes on from it must not make records that the next daemon would not take."""
 
 
 def adopt(cache: Cache, found: ArenaFound, effects: list[Effect]) -> None:
@@ -112,7 +115,7 @@ def _fits(record: FoundRecord, parent: Block, arena: Arena) -> bool:
         record.start == parent.end
         and 0 < len(record.tokens) <= arena.block_tokens * TOKEN_BYTES
         and (parent.parent is None or parent.n_tokens == arena.block_tokens)
-        and 0 < record.generation < _FUTURE
+        and 0 < record.generation < _LATEST_GENERATION
         and record.slot < arena.slots
         and record.key == block_key(parent.key, record.tokens)
         and parent.child(record.tokens) is None
@@ -120,4 +123,4 @@ def _fits(record: FoundRecord, parent: Block, arena: Arena) -> bool:
 
 
 def _last_use(record: FoundRecord) -> int:
-    return record.last_use if record.last_use < _FUTURE else 0
+    return record.last_use if record.last_use < _LATEST_USE else 0

@@ -64,6 +64,7 @@ class Disk:
     """Of the directory."""
     recorded: dict[int, Recorded] = field(default_factory=dict)
     """By slot: what must be read from the directory."""
+    is_removed: bool = False
     has_readers: bool = False
     """Whether the daemon believes that clients of one before can read it."""
 
@@ -161,7 +162,7 @@ class RestartingWorld(World):
         self.shell = DurableShell()
         self.shell.paths = self.paths
         self.lives = 1
-        self.adopted = self.damaged = 0
+        self.adopted = self.damaged = self.refused = 0
         self.readers: list[Reader] = []
         self.checks: dict[int, list[tuple[Arena, Path]]] = {}
         self.deferred: dict[int, Waiting] = {}
@@ -193,7 +194,7 @@ class RestartingWorld(World):
                 self._start(disks)
                 break
             except Crashed:
-                order = [place for place in order if self._is_recorded(*place)]
+                continue
         self._check_order(order)
 
     def _start(self, disks: list[Disk]) -> None:
@@ -209,6 +210,7 @@ class RestartingWorld(World):
             each.clear()
         self.n_contexts += 1000
         self.core = self._new_core()
+        disks = [disk for disk in disks if not disk.is_removed]
         self.random.shuffle(disks)  # their names come by chance
         # As in adoption.py: first all are opened, then the core is told of one after the other.
         records = [self._open_disk(disk) for disk in disks]
@@ -269,7 +271,6 @@ class RestartingWorld(World):
         arena.unchecked = set(arena.sealed)
         arena.former = set(arena.sealed) if disk.has_readers else set()
         self.arenas[number] = arena
-        self.adopted += len(arena.sealed)
         self.from_before |= {(number, path) for path in arena.sealed}
         event = ArenaFound(
             number, made.tenant, made.name, made.fingerprint, made.payload_format,
@@ -277,9 +278,28 @@ class RestartingWorld(World):
             records, sorted(disk.slots.memory.keys() - disk.recorded.keys()),
         )  # fmt: skip
         effects = self._handle(event)
+        if isinstance(effects[0], ArenaRefused):
+            self._refused(number, disk, effects[0])
+            return
         adopted = [each for each in effects if isinstance(each, ArenaAdopted)]
         assert [each.blocks for each in adopted] == [len(arena.sealed)]
+        self.adopted += len(arena.sealed)
         self._settle(effects)
+
+    def _refused(self, number: int, disk: Disk, effect: ArenaRefused) -> None:
+        """Only if the daemon died just after it made a directory for which it had to evict: what it
+        evicted has memory still, and is kept for readers."""
+        others = self.shell.disks.values()
+        assert any(each.slots.memory.keys() - each.recorded.keys() for each in others), effect
+        assert any(each.has_readers for each in others)
+        assert "does not fit" in effect.reason
+        self.shell.moment()
+        self.refused += 1
+        del self.arenas[number], self.shell.arenas[number], self.shell.disks[number]
+        disk.recorded.clear()
+        disk.is_removed = True
+        for reader in self.readers:
+            reader.leases.pop(disk, None)
 
     def _leave_readers(self) -> None:
         """Of the clients some are dead too, and some go on."""
@@ -349,6 +369,7 @@ class RestartingWorld(World):
 
     def _check_order(self, order: list[tuple[Disk, Path]]) -> None:
         found = self._lru()
+        order = [place for place in order if self._is_recorded(*place)]
         common = [place for place in order if place in set(found)]
         assert [place for place in found if place in set(order)] == common
         if not any(disk.has_readers for disk in self.shell.disks.values()):

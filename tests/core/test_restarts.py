@@ -20,7 +20,7 @@ STEPS = 250
 
 @pytest.mark.timeout(7200)
 def test_the_daemon_dies_at_any_moment() -> None:
-    lives = adopted = damaged = 0
+    lives = adopted = damaged = refused = 0
     for seed in range(FIRST_SEED, FIRST_SEED + SIMULATIONS):
         story = Story(Random(seed))
         try:
@@ -31,8 +31,9 @@ def test_the_daemon_dies_at_any_moment() -> None:
         lives += story.world.lives
         adopted += story.world.adopted
         damaged += story.world.damaged
+        refused += story.world.refused
     print(f"{SIMULATIONS} stories from seed {FIRST_SEED}: {lives} daemons, which adopted {adopted}")
-    print(f"blocks and found {damaged} damaged")
+    print(f"blocks, found {damaged} damaged, and refused {refused} arenas")
     if SIMULATIONS >= 100:
         assert lives > 4 * SIMULATIONS
         assert adopted > 2 * SIMULATIONS

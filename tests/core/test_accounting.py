@@ -269,3 +269,19 @@ def test_the_error_prints_every_term() -> None:
 def test_sealed_blocks_are_those_with_a_record(cache: Cache) -> None:
     paths = {path_of(each) for each in sealed_blocks(first(cache))}
     assert paths == {(1, 2), CACHED, ABOVE, HELD}
+
+
+def test_an_order_of_eviction_that_the_records_do_not_tell_is_found() -> None:
+    """After a restart it would be another one."""
+    driver = Driver()
+    driver.connect("s")
+    driver.register(b"s")
+    context = driver.context(b"s")
+    for tokens in ((1, 2), (3, 4)):
+        handle = driver.alloc(b"s", context)
+        driver.store(handle, 0, *tokens)
+        driver.ask(b"s", Release(*handle.fields, COMPLETED))
+    check(driver.cache)
+    driver.cache.budget.lru.move_to_end(block_of(first(driver.cache), (1, 2)))
+    with pytest.raises(AccountingError, match=r"slot 1, last used at 2, .* before slot 0, .* at 1"):
+        check(driver.cache)

@@ -265,6 +265,29 @@ def test_after_the_check_its_reservation_is_backed(driver: Driver) -> None:
     assert driver.replies[correlation].matched_tokens == 2
 
 
+def test_what_it_would_match_may_be_evicted_while_it_waits_for_an_id(first: Driver) -> None:
+    """Then it matches what is checked by then: the next best is not, and is not served."""
+    first.store(first.alloc(b"a", 1, 1, 2), 2, 3, 9)
+    first.restart()
+    enter(first, "a")
+    context = first.context(b"a", n_ids=1)
+    holder = first.alloc(b"a", context, 9)
+    correlation = deferred(first, b"a", context, 1, 2, 3, 5, wait_ms=500)
+    first.check()
+    (best,) = blocks_checked(first)
+    first.check()
+    assert states(first)[best[0]] == SEALED
+    next_best = {2: 4, 4: 2}[best[0]]
+    assert states(first)[next_best] == ADOPTED
+    budget = first.cache.budget
+    block = next(block for block in budget.lru if block.slot == best[0])
+    for below in [*reversed(block.below()), block]:
+        budget.drop(below, [])
+    first.ask(b"a", Release(*holder.fields, COMPLETED))
+    reply = first.replies[correlation]
+    assert (reply.matched_tokens, slots_of(reply.slots)) == (2, [1])
+
+
 # --- used before it is checked
 
 

@@ -10,24 +10,26 @@ RUN := .venv/bin/python
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint bench python
+.PHONY: help demo test lint bench install-systemd uninstall-systemd python
 
 help: ## Say what there is
 	@echo "usage: make [PYTHON=python3.x] TARGET"
-	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 10
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
 demo: python ## Three workers share a prefix of 1,000 tokens through one daemon, on a real model
 	@$(PYTHON) scripts/bootstrap.py demo
 	$(RUN) examples/demo.py
 
-test: python ## All tests: the fast ones, then real processes, then a real model
+test: python ## All tests: the fast ones, real processes, a real model, a real systemd
 	@$(PYTHON) scripts/bootstrap.py test
-	@echo "== 1/3 packaging, protocol and core: the fast ones"
+	@echo "== 1/4 packaging, protocol and core: the fast ones"
 	$(RUN) -m pytest tests/project tests/proto tests/core
-	@echo "== 2/3 daemon and client: real processes, sockets and shared memory"
+	@echo "== 2/4 daemon and client: real processes, sockets and shared memory"
 	$(RUN) -m pytest tests/shell tests/client
-	@echo "== 3/3 llama.cpp: real models in real workers, end to end"
+	@echo "== 3/4 llama.cpp: real models in real workers, end to end"
 	$(RUN) -m pytest tests/llama tests/e2e
+	@echo "== 4/4 systemd: the real service in a container, workers in containers of their own"
+	$(RUN) -m pytest tests/system
 
 lint: python ## Style, format, types, and what may import what
 	@$(PYTHON) scripts/bootstrap.py lint
@@ -39,6 +41,12 @@ lint: python ## Style, format, types, and what may import what
 bench: python ## Measure, beside bare baselines in the same run; writes bench/report.json
 	@$(PYTHON) scripts/bootstrap.py bench
 	$(RUN) -m bench
+
+install-systemd: ## As root: kvd as a service, in PREFIX=/opt/kvd (packagers: DESTDIR=...)
+	@PREFIX='$(PREFIX)' DESTDIR='$(DESTDIR)' PYTHON='$(PYTHON)' systemd/install.sh install
+
+uninstall-systemd: ## Remove the service; /etc/kvd and the user kvd stay
+	@PREFIX='$(PREFIX)' DESTDIR='$(DESTDIR)' systemd/install.sh uninstall
 
 python:
 	@command -v $(PYTHON) >/dev/null || { \

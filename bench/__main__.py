@@ -5,7 +5,7 @@ make bench          or: python -m bench [--quick]
 
 import argparse
 
-from bench import first_token, report, roundtrip
+from bench import first_token, report, roundtrip, stall
 
 
 def main() -> None:
@@ -17,6 +17,8 @@ def main() -> None:
     rows = roundtrip.measure(n_requests)
     print("first tokens ...", flush=True)
     rows += first_token.measure(n_hits)
+    print("what one client's load costs another ...", flush=True)
+    rows += stall.measure(0.125 if quick else 1.0)
     report.write(rows, n_requests, n_hits)
 
 

@@ -46,6 +46,23 @@ def row(
     )
 
 
+def tail_row(
+    name: str, values: Sequence[float], unit: str, floors: Sequence[float], floor_name: str
+) -> Row:
+    """As `row`, of the 99th percentiles."""
+    value, floor = (statistics.quantiles(each, n=100)[98] for each in (values, floors))
+    low, _, high = statistics.quantiles(values, n=4)
+    return Row(
+        name,
+        round(value, 6),
+        unit,
+        round(floor, 6),
+        floor_name,
+        round(value / floor, 4),
+        high - low,
+    )
+
+
 def write(rows: Sequence[Row], n_requests: int, n_hits: int) -> None:
     """Write bench/report.json and print the same as a table."""
     machine = {

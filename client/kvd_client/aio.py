@@ -118,19 +118,35 @@ class AsyncSequence(SequenceState):
         appending.unstage(self, staged)
         self._client.wake()
 
-    async def append(self, tokens: Tokens, payloads: Staged | Iterable[Payload]) -> Commit:
+    async def append(
+        self,
+        tokens: Tokens,
+        payloads: Staged | Iterable[Payload],
+        *,
+        start: int | None = None,
+    ) -> Commit:
         """Commit the blocks of `tokens`, which follow the sequence's full blocks; see
         `client.Sequence.append`. Appends of one sequence must not overlap."""
-        return await self._client.run(appending.append(self, tokens, payloads))
+        return await self._client.run(appending.append(self, tokens, payloads, start))
 
-    async def post_append(self, tokens: Tokens, payloads: Staged | Iterable[Payload]) -> Commit:
+    async def post_append(
+        self,
+        tokens: Tokens,
+        payloads: Staged | Iterable[Payload],
+        *,
+        start: int | None = None,
+    ) -> Commit:
         """Like append, without waiting for the reply; it may wait for room in the staging."""
-        return await self._client.run(appending.post(self, tokens, payloads))
+        return await self._client.run(appending.post(self, tokens, payloads, start))
 
     async def refresh(self, first_block: int = 0) -> int:
         """Learn the slots of appended blocks that are sealed by now, from `first_block` (at most
         n_blocks) on; returns how many tokens of the sequence are sealed."""
         return (await self._client.run(ops.refresh(self, first_block))).sealed_tokens
+
+    async def keep_alive(self) -> None:
+        """Let the sequence's `idle_timeout` begin anew; see `client.Sequence.keep_alive`."""
+        await self._client.run(ops.keep_alive(self))
 
     async def release(self, *, failed: bool = False) -> None:
         """Say that the engine has removed the sequence's K/V; see `client.Sequence.release`."""
@@ -173,6 +189,10 @@ class AsyncContext(ContextState):
             self, tokens, request, reserve_tokens, wait, idle_timeout, AsyncSequence
         )
         return Opening(cast(AsyncClient, self.client).run(operation))
+
+    async def keep_alive(self) -> list[SequenceState]:
+        """The same for all sequences; see `client.Context.keep_alive`."""
+        return await cast(AsyncClient, self.client).run(ops.keep_all_alive(self))
 
     async def close(self) -> None:
         """Give back the context and all of its sequences; see `client.Context.close`."""

@@ -32,7 +32,7 @@ from kvd_client.session import Commit, Session
 from kvd_client.staging import Staged, StagingArea
 from kvd_client.state import SequenceState, Tokens, pack_tokens
 from kvd_proto.keys import TOKEN_BYTES
-from kvd_proto.messages import Append, Appended, Flush
+from kvd_proto.messages import MAX_APPEND_BLOCKS, Append, Appended, Flush
 
 Payload = bytes | bytearray | memoryview | npt.NDArray[Any]
 """One block's bytes: anything contiguous."""
@@ -78,12 +78,10 @@ def unstage(sequence: SequenceState, staged: Staged) -> None:
         session.staging.give_back(staged)
 
 
-def post_append(
-    sequence: SequenceState, tokens: Tokens, staged: Staged, start: int | None = None
-) -> Commit:
+def post_append(sequence: SequenceState, tokens: Tokens, staged: Staged, start: int) -> Commit:
     """Send an append and do not wait. The staging and the commit's outcome take care of
-    themselves. Raises BadPosition, and sends nothing, if the blocks begin at `start` and that is
-    not where the sequence ends: an append before them has been refused meanwhile."""
+    themselves. Raises BadPosition, and sends nothing, if `start`, where the blocks begin, is not
+    where the sequence's full blocks end: an append before them has been refused meanwhile."""
     packed = pack_tokens(tokens)
     session = sequence.live_session()
     session.receive()  # an earlier append may have failed: this one must not build on it
@@ -106,11 +104,10 @@ def post_append(
             of_this_session=staged.buffer is area.buffer,
             spent=staged.spent,
         )
-    if start is not None and start != sequence.full_tokens:
+    if start != sequence.full_tokens:
         raise BadPosition(
             "what this append builds on was not stored", start=start, expected=sequence.full_tokens
         )
-    start = sequence.full_tokens
     n_full = start // block_tokens
     if not sequence.invalidate_views(n_full):
         raise ViewsAlive(
@@ -161,29 +158,37 @@ def post_append(
 
 
 def post(
-    sequence: SequenceState, tokens: Tokens, payloads: Staged | Iterable[Payload]
+    sequence: SequenceState,
+    tokens: Tokens,
+    payloads: Staged | Iterable[Payload],
+    start: int | None,
 ) -> Operation[Commit]:
     """Send an append of what was staged, or of payloads, which are copied into the staging first.
-    Waits for room there, and not for the reply."""
+    Waits for room there, and not for the reply. The blocks begin at `start`; None: where the full
+    blocks end now, before anything is taken in, as the caller has seen it."""
+    start = sequence.full_tokens if start is None else start
     packed = pack_tokens(tokens)
     if isinstance(payloads, Staged):
-        return post_append(sequence, packed, payloads)
+        return post_append(sequence, packed, payloads, start)
     buffers = checked_payloads(sequence, packed, payloads)
     staged = yield from stage(sequence, len(packed) // TOKEN_BYTES, None)
     try:
         for index, buffer in enumerate(buffers):
             np.copyto(np.frombuffer(staged.block(index), np.uint8), buffer)
-        return post_append(sequence, packed, staged)
+        return post_append(sequence, packed, staged, start)
     except BaseException:
         unstage(sequence, staged)
         raise
 
 
 def append(
-    sequence: SequenceState, tokens: Tokens, payloads: Staged | Iterable[Payload]
+    sequence: SequenceState,
+    tokens: Tokens,
+    payloads: Staged | Iterable[Payload],
+    start: int | None,
 ) -> Operation[Commit]:
     """`post`, and wait for the reply; raises what is answered."""
-    commit = yield from post(sequence, tokens, payloads)
+    commit = yield from post(sequence, tokens, payloads, start)
     timeout = sequence.context.client.timeout_for(commit.n_bytes)
     yield Wait(commit.session, commit.is_answered, timeout)
     if commit.error is not None:
@@ -195,6 +200,13 @@ def sizes_of(sequence: SequenceState, n_tokens: int) -> list[int]:
     """Bytes of each block of an append of `n_tokens` tokens: full blocks, and an open tail."""
     if n_tokens < 1:
         raise BadMessage("an append has at least one token", got=n_tokens)
+    n_blocks = -(-n_tokens // sequence.context.model.block_tokens)
+    if n_blocks > MAX_APPEND_BLOCKS:
+        raise BadMessage(
+            "an append has too many blocks: commit fewer at a time",
+            got=n_blocks,
+            most=MAX_APPEND_BLOCKS,
+        )
     payload, block_tokens = sequence.context.payload, sequence.context.model.block_tokens
     n_full, rest = divmod(n_tokens, block_tokens)
     return [payload.max_bytes] * n_full + ([payload.size(rest)] if rest else [])

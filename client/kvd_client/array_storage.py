@@ -28,7 +28,7 @@ from kvd_client.session import Commit
 from kvd_client.staging import Staged
 from kvd_client.state import SequenceState
 from kvd_proto.keys import TOKEN_BYTES
-from kvd_proto.messages import Flush
+from kvd_proto.messages import MAX_APPEND_BLOCKS, Flush
 
 logger = logging.getLogger("kvd_client")
 
@@ -219,7 +219,16 @@ class Storage:
         return all(block.hide() for block in self.blocks[first:end])
 
     def _post(self, end: int, n_tokens: int) -> Commit | None:
-        """Post blocks committed .. end-1, which are all in the staging."""
+        """Post blocks committed .. end-1, which are all in the staging, in as many appends as it
+        takes; the last one."""
+        commit: Commit | None = None
+        while self.committed < end:
+            commit = self._post_one(min(end, self.committed + MAX_APPEND_BLOCKS), n_tokens)
+            if commit is None:
+                break
+        return commit
+
+    def _post_one(self, end: int, n_tokens: int) -> Commit | None:
         blocks = [block.staged for block in self.blocks[self.committed : end]]
         staged = [each for each in blocks if each is not None]
         if not staged or self.error is not None:

@@ -107,27 +107,48 @@ class Sequence(SequenceState):
         with self._client.lock:
             appending.unstage(self, staged)
 
-    def append(self, tokens: Tokens, payloads: Staged | Iterable[Payload]) -> Commit:
+    def append(
+        self,
+        tokens: Tokens,
+        payloads: Staged | Iterable[Payload],
+        *,
+        start: int | None = None,
+    ) -> Commit:
         """Commit the blocks of `tokens`, which follow the sequence's full blocks.
 
         `payloads` is what `stage` gave, written; or one buffer for each block, which is copied. The
         last block may be shorter than block_tokens; a later append, from the same start, replaces
-        it. One round trip; the blocks are visible to others after `Client.flush`, or a moment
-        later. Raises BadPayload, BadPosition, ReservationExceeded, SequenceEnded, AllLeased,
+        it. `start` is the position that the payloads were made for, if other calls came between
+        reading `full_tokens` and this one: an append that was posted may have been refused in them.
+        One round trip; the blocks are visible to others after `Client.flush`, or a moment later.
+        Raises BadPayload, BadPosition, ReservationExceeded, SequenceEnded, AllLeased,
         BudgetTooSmall, NoSpace; ViewsAlive while arrays are alive over a block that it replaces.
         """
-        return self._client.run(appending.append(self, tokens, payloads))
+        return self._client.run(appending.append(self, tokens, payloads, start))
 
-    def post_append(self, tokens: Tokens, payloads: Staged | Iterable[Payload]) -> Commit:
+    def post_append(
+        self,
+        tokens: Tokens,
+        payloads: Staged | Iterable[Payload],
+        *,
+        start: int | None = None,
+    ) -> Commit:
         """Like append, without waiting for the reply: the commit's `error` is known once it is
         `answered`, which any later call of the client may find out. After an error `full_tokens`
-        is back where the append started."""
-        return self._client.run(appending.post(self, tokens, payloads))
+        is back where the append started, and a call that finds it out in the middle of an append
+        raises BadPosition, instead of storing what was made for another position."""
+        return self._client.run(appending.post(self, tokens, payloads, start))
 
     def refresh(self, first_block: int = 0) -> int:
         """Learn the slots of appended blocks that are sealed by now, from `first_block` (at most
         n_blocks) on; returns how many tokens of the sequence are sealed."""
         return self._client.run(ops.refresh(self, first_block)).sealed_tokens
+
+    def keep_alive(self) -> None:
+        """Say that the sequence is still worked with: its `idle_timeout` begins anew, as with
+        append and refresh. One round trip; `Context.keep_alive` does it for all. Raises
+        SequenceEnded if it has timed out already."""
+        self._client.run(ops.keep_alive(self))
 
     def release(self, *, failed: bool = False) -> None:
         """Say that the engine has removed the sequence's K/V. Its id may be handed out again.
@@ -172,11 +193,18 @@ class Context(ContextState):
 
         `wait` seconds for an id if none is free; `reserve_tokens` sets room aside after the last
         full matched block; a sequence that nobody touches for `idle_timeout` seconds (0: never)
-        takes no more appends. With fail_open and no daemon: a sequence that matches nothing, and
-        whose `shared` is False. Raises NoSequenceFree, SequenceLimit, AllLeased, BudgetTooSmall.
+        takes no more appends; see `keep_alive`. With fail_open and no daemon: a sequence that
+        matches nothing, and whose `shared` is False. Raises NoSequenceFree, SequenceLimit,
+        AllLeased, BudgetTooSmall.
         """
         operation = ops.alloc(self, tokens, request, reserve_tokens, wait, idle_timeout, Sequence)
         return cast(Client, self.client).run(operation)
+
+    def keep_alive(self) -> list[SequenceState]:
+        """Say that all sequences of the context are still worked with, in one round trip; returns
+        those that have timed out already. Without a daemon, with fail_open also if it hangs,
+        nothing times out."""
+        return cast(Client, self.client).run(ops.keep_all_alive(self))
 
     def close(self) -> None:
         """Give back the context and all of its sequences. Works without a daemon, too.
@@ -212,11 +240,12 @@ class Client(ClientState):
         """Connect. Raises Unavailable without a daemon, unless `fail_open` or `start_private`.
 
         `runtime_dir` is where the daemon's sockets are; by default wherever `instance` listens.
-        `staging_bytes` is the memory for commits on their way (0: none, for readers). `timeout` is
-        for each answer, in seconds: 5; with fail_open 0.05 for a request's answers, 1 to open the
-        client or a context, and 5 for flush and reports. `fail_open` makes alloc go on without a
-        daemon, and come back to it by itself. `start_private` starts a daemon with `max_memory` if
-        none runs there; it stops by itself some seconds after its last client.
+        `staging_bytes` is the memory for commits on their way (0: none, for readers); the daemon
+        may grant less, see `staging_room`. `timeout` is for each answer, in seconds: 5; with
+        fail_open 0.05 for a request's answers, 1 to open the client or a context, and 5 for flush
+        and reports. `fail_open` makes alloc go on without a daemon, and come back to it by itself.
+        `start_private` starts a daemon with `max_memory` if none runs there; it stops by itself
+        some seconds after its last client.
         """
         super().__init__(
             runtime_dir,

@@ -23,6 +23,7 @@ from kvd_client.errors import (
     Closed,
     KvdError,
     NoSequenceFree,
+    SequenceEnded,
     ServiceError,
     ViewsAlive,
     copy_error,
@@ -40,6 +41,8 @@ from kvd_proto.messages import (
     CloseContext,
     ContextOpened,
     Get,
+    KeepAlive,
+    KeptAlive,
     ModelRegistered,
     OpenContext,
     RegisterModel,
@@ -55,6 +58,8 @@ __all__ = [
     "alloc",
     "block_view",
     "close_context",
+    "keep_alive",
+    "keep_all_alive",
     "open_context",
     "open_new_context",
     "pack_tokens",
@@ -263,6 +268,35 @@ def refresh(sequence: SequenceState, first_block: int) -> Operation[Blocks]:
     if slots and context.arena is not None:
         context.arena.populate(slots, context.stride)
     return reply
+
+
+def keep_alive(sequence: SequenceState) -> Operation[None]:
+    """Let the sequence's idle time begin anew. Raises SequenceEnded if it is over already."""
+    session = sequence.live_session()
+    client, number = sequence.context.client, sequence.context.number
+    message = KeepAlive(number, [sequence.seq_id], [sequence.generation])
+    reply: KeptAlive = yield from client.call(session, message, client.deadline())
+    if reply.timed_out:
+        raise SequenceEnded("the sequence has timed out", seq_id=sequence.seq_id)
+
+
+def keep_all_alive(context: ContextState) -> Operation[list[SequenceState]]:
+    """The same for all sequences of a context; returns those that have timed out already. Without a
+    daemon nothing times out."""
+    context.check()
+    client = context.client
+    session = client.live_session()
+    if session is None or context.session is not session:
+        return []
+    message = KeepAlive(context.number, [], [])
+    try:
+        reply: KeptAlive = yield from client.call(session, message, client.deadline())
+    except ServiceError as error:
+        if not client.without_daemon(error):
+            raise
+        return []
+    found = [context.sequences.get(seq_id) for seq_id in reply.timed_out]
+    return [sequence for sequence in found if sequence is not None]
 
 
 def release(sequence: SequenceState, failed: bool) -> Operation[None]:

@@ -15,12 +15,12 @@ import zmq
 
 from kvd_client.errors import KvdError, Unavailable, copy_error
 from kvd_client.lifeline import receive_datagram
+from kvd_client.place import connect_lifeline
 from kvd_client.session import Session
 from kvd_client.staging import StagingArea
 from kvd_proto import PROTOCOL_VERSION, codec
 from kvd_proto.errors import from_wire
 from kvd_proto.messages import Hello, Refused, Welcome
-from kvd_proto.paths import LIFELINE_SOCKET
 
 
 class Handshake:
@@ -38,13 +38,16 @@ class Handshake:
 
     @classmethod
     def begin(cls, paths: Sequence[Path], client: str, staging_bytes: int) -> "Handshake":
-        """Say hello in the first directory in which somebody listens. Raises Unavailable."""
+        """Say hello in the first directory in which somebody listens whom we may believe (see
+        place.py). Raises Unavailable."""
         reasons = []
         for path in paths:
-            kind = socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
-            lifeline = socket.socket(socket.AF_UNIX, kind)
             try:
-                lifeline.connect(str(path / LIFELINE_SOCKET))
+                lifeline = connect_lifeline(path)
+            except OSError as error:
+                reasons.append(f"{path}: {error.strerror or error}")
+                continue
+            try:
                 lifeline.send(codec.encode_datagram(Hello(PROTOCOL_VERSION, client, staging_bytes)))
             except OSError as error:
                 lifeline.close()

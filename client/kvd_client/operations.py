@@ -30,6 +30,7 @@ from kvd_client.errors import (
 )
 from kvd_client.handshake import Handshake
 from kvd_client.session import Commit, Session, Source
+from kvd_proto.geometry import PAGE_BYTES
 from kvd_proto.messages import Flush, Flushed, Message
 from kvd_proto.paths import runtime_dirs
 
@@ -113,6 +114,15 @@ class ClientState:
         self._pause = 0.0
         self._next_attempt = 0.0
         self._outage: KvdError | None = None
+
+    @property
+    def staging_room(self) -> int:
+        """Bytes that commits on their way may take together: what was asked, or what the daemon
+        has granted, which may be less."""
+        session = self.session
+        if session is None or session.staging is None:
+            return self.staging_bytes
+        return session.staging.size - PAGE_BYTES
 
     @property
     def forked(self) -> bool:

@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from kvd_client.errors import Unavailable
-from kvd_proto.paths import LIFELINE_SOCKET
+from kvd_client.place import connect_lifeline
 
 LINGER_SECONDS = 10
 """How long it stays after its last client, so that a script that is run again finds it warm."""
@@ -90,12 +90,9 @@ def _place(runtime_dirs: Sequence[Path]) -> Path:
 
 
 def _listens(runtime_dirs: Sequence[Path]) -> bool:
-    """Whether somebody accepts connections in one of these directories."""
+    """Whether somebody whom we may believe accepts connections in one of these directories."""
     for path in runtime_dirs:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
-            try:
-                probe.connect(str(path / LIFELINE_SOCKET))
-            except OSError:
-                continue
-        return True
+        with suppress(OSError):
+            connect_lifeline(path).close()
+            return True
     return False

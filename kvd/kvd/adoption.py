@@ -14,6 +14,7 @@ cold one.
 """
 
 from bisect import bisect_right
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -72,8 +73,9 @@ def boot_id() -> bytes:
     return bytes.fromhex(_BOOT_ID.read_text().strip().replace("-", ""))
 
 
-def find(lock: InstanceLock) -> list[Found]:
-    """All arenas that can be used. What else is left of this instance is removed."""
+def find(lock: InstanceLock, tenants: Collection[str]) -> list[Found]:
+    """All arenas of these tenants that can be used. What else is left of this instance is
+    removed."""
     found: list[Found] = []
     boot = boot_id()
     names = lock.segments()
@@ -82,7 +84,8 @@ def find(lock: InstanceLock) -> list[Found]:
         if not ending.startswith(DIRECTORY):
             continue
         try:
-            found.append(_open(name, lock.segment_name(ARENA + ending[len(DIRECTORY) :]), boot))
+            arena_name = lock.segment_name(ARENA + ending[len(DIRECTORY) :])
+            found.append(_open(name, arena_name, boot, tenants))
         except (OSError, ValueError) as error:
             log.warning("cold start", segment=name, reason=error)
     kept = [name for each in found for name in (each.directory.segment.name, each.segment.name)]
@@ -92,12 +95,14 @@ def find(lock: InstanceLock) -> list[Found]:
     return found
 
 
-def _open(directory_name: str, arena_name: str, boot: bytes) -> Found:
+def _open(directory_name: str, arena_name: str, boot: bytes, tenants: Collection[str]) -> Found:
     """Open a directory and its arena. Raises OSError or ValueError, and leaves both as they are but
     for memory that no record speaks for."""
     directory = Directory.adopt(directory_name)
     try:
         arena = _read_registration(directory, boot)
+        if arena.tenant not in tenants:
+            raise ValueError(f"the configuration has no tenant {arena.tenant!r} any more")
         segment = Segment.adopt(arena_name)
         try:
             if segment.size != arena.slots * arena.stride_bytes:

@@ -34,6 +34,7 @@ PAGE = 4096
 SHM_DIR = "/dev/shm"  # where shm_open(3) keeps its names on Linux
 
 # From the kernel's headers: mmap has no name for the advice, and os no fallocate.
+_MADV_DONTNEED = 4
 _MADV_POPULATE_WRITE = 23
 _FALLOC_FL_KEEP_SIZE = 1
 _FALLOC_FL_PUNCH_HOLE = 2
@@ -181,6 +182,14 @@ class Segment:
                 self.punch(offset, length)
                 self._raise_no_space(error, offset, length)
 
+    def check_free(self, offset: int, length: int) -> None:
+        """Raise NoSpace unless the file system has room for a range of `length` bytes now."""
+        self._check_range(offset, length)
+        file_system = os.fstatvfs(self._fd)
+        free = file_system.f_bavail * file_system.f_frsize
+        if file_system.f_blocks and free < length:
+            raise NoSpace(self.name, offset, length, self.backed_bytes(), free)
+
     def punch(self, offset: int, length: int) -> None:
         """Give a range's memory back, in whole pages. Its bytes are lost and read as zeros, but
         nobody may read them, since that would fill the hole again. Punching a hole does nothing.
@@ -286,6 +295,13 @@ class Segment:
         file_system = os.fstatvfs(self._fd)
         free = file_system.f_bavail * file_system.f_frsize
         raise NoSpace(self.name, offset, length, self.backed_bytes(), free) from error
+
+
+def drop_pages(view: memoryview) -> None:
+    """Take the pages of `view` (whole pages of a shared mapping, writable) out of the mapping; the
+    file keeps them, and a later access brings them back. The GIL is released."""
+    address = ctypes.addressof(ctypes.c_char.from_buffer(view))
+    _call(_libc.madvise, address, view.nbytes, _MADV_DONTNEED)
 
 
 def list_segments(prefix: str) -> list[str]:

@@ -1,6 +1,7 @@
 """The worker thread for what takes long: backing, punching, copying, checksumming, counting.
 
-Covers the queue of jobs, their execution in order, and results that wake an epoll loop.
+Covers the jobs, their execution step by step, and results that wake an epoll loop. Whose step is
+next: turns.py.
 Does not cover what to back or copy and what follows from a result (server.py, kvd.core), the
 system calls (arena.py), nor the rules of a payload: those come with the item, as `check`.
 
@@ -16,15 +17,20 @@ import queue
 import signal
 import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Hashable, Sequence
 from dataclasses import dataclass
 from types import FrameType
-from typing import TypeAlias
+from typing import ClassVar, TypeAlias
 
 import numpy as np
 import xxhash
 
 from kvd.arena import ByteRange, Segment
+from kvd.turns import Entry, Order, Turns
+
+Steps: TypeAlias = Generator[int, None, object]
+"""A job's work in steps. It yields after each, with the bytes that it has taken from the system in
+it; what it returns is the result's value."""
 
 # Each slice is hashed right after it was copied, while it is in the CPU's cache. Measured over
 # 256 MiB (2 MiB of L2, 32 MiB of L3; medians of 7): in slices of 64 KiB 34-44 ms, of 256 KiB
@@ -32,24 +38,34 @@ from kvd.arena import ByteRange, Segment
 # and so leaves the cache before it is hashed. The copy alone takes 32 ms, the hash alone 10 ms.
 SLICE_BYTES = 256 * 1024
 
+# How long others may wait for one step: about a millisecond, on a machine where giving memory takes
+# 0.5 ms/MiB, punching 0.2 and copying 0.15; a range or an item costs 10 us whatever its length.
+BACK_STEP_BYTES = 2 << 20
+PUNCH_STEP_BYTES = 4 << 20
+COPY_STEP_BYTES = 4 << 20
+PART_COST_BYTES = 64 << 10
+
 
 @dataclass(frozen=True, slots=True)
 class BackJob:
     """Back all of `ranges`, which are holes, or none of them.
 
-    `prepare` is called before, in the worker thread; if it raises, none of them is backed.
+    `prepare` is called before, in the worker thread, with the bytes that other jobs have begun to
+    take and not got yet; if it raises, nothing is backed.
     """
 
+    order: ClassVar[Order] = Order.TAKE
     job_id: int
     segment: Segment
     ranges: Sequence[ByteRange]
-    prepare: Callable[[], None] | None = None
+    prepare: Callable[[int], None] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class PunchJob:
     """Punch out all of `ranges`."""
 
+    order: ClassVar[Order] = Order.FREE
     job_id: int
     segment: Segment
     ranges: Sequence[ByteRange]
@@ -86,6 +102,7 @@ class CopyItem:
 class CopyJob:
     """Copy all of `items`; a bad one does not keep the others from being copied."""
 
+    order: ClassVar[Order] = Order.COPY
     job_id: int
     items: Sequence[CopyItem]
 
@@ -96,9 +113,30 @@ class CallJob:
 
     job_id: int
     work: Callable[[], object]
+    order: Order = Order.ALONE
 
 
-Job: TypeAlias = BackJob | PunchJob | CopyJob | CallJob
+@dataclass(frozen=True, slots=True)
+class TakeJob:
+    """Take `n_bytes` from the system in the steps of `work`, which is told the bytes that other
+    jobs have begun to take and not got yet."""
+
+    order: ClassVar[Order] = Order.TAKE
+    job_id: int
+    n_bytes: int
+    work: Callable[[int], Steps]
+
+
+@dataclass(frozen=True, slots=True)
+class StepsJob:
+    """Do the steps of `work`, in any order of jobs."""
+
+    job_id: int
+    work: Callable[[], Steps]
+    order: Order
+
+
+Job: TypeAlias = BackJob | PunchJob | CopyJob | CallJob | TakeJob | StepsJob
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +162,7 @@ class JobResult:
 
 
 class Copier:
-    """One thread that does jobs in the order of submit().
+    """One thread that does jobs, step by step, in the order of turns.py.
 
     `event_fd` is readable while results wait: put it into the epoll loop and call results().
     Buffers and segments of a job must stay open until its result is there; from then on the
@@ -133,18 +171,19 @@ class Copier:
 
     def __init__(self) -> None:
         self.event_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[tuple[Job, Hashable] | None] = queue.SimpleQueue()
         self._results: queue.SimpleQueue[JobResult] = queue.SimpleQueue()
         self._stopped = False
         # A daemon thread: a crash of the loop must end the process, not hang it.
         self._thread = threading.Thread(target=self._work, name="kvd-copier", daemon=True)
         self._thread.start()
 
-    def submit(self, job: Job) -> None:
-        """Queue a job; never blocks. RuntimeError after stop()."""
+    def submit(self, job: Job, lane: Hashable = None) -> None:
+        """Queue a job; never blocks. `lane` is for whom: lanes take turns. RuntimeError after
+        stop()."""
         if self._stopped:
             raise RuntimeError(f"the copier is stopped, job {job.job_id} cannot be done")
-        self._jobs.put(job)
+        self._jobs.put((job, lane))
 
     def results(self) -> list[JobResult]:
         """Take all results that are there, oldest first, and clear `event_fd`; never blocks."""
@@ -175,14 +214,98 @@ class Copier:
     def _work(self) -> None:
         # Signals are the main thread's: one that is delivered here would not interrupt its epoll.
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-        while (job := self._jobs.get()) is not None:
-            result = _do(job)
+        turns: Turns[_Running] = Turns()
+        stopping = False
+        while True:
+            # Before the choice: who has just come is among those who take turns.
+            stopping = self._take_jobs(turns, wait=not stopping and turns.is_empty) or stopping
+            entry = turns.next()
+            if entry is None:
+                if stopping:
+                    return
+                continue
+            result = _step(entry, turns)
             # Whoever sees the result may close the buffers, so no reference to them may be left:
             # neither here nor in the frames that a kept exception holds on to.
-            del job
-            _drop_frames(result)
-            self._results.put(result)
-            os.eventfd_write(self.event_fd, 1)
+            del entry
+            if result is not None:
+                _drop_frames(result)
+                self._results.put(result)
+                del result
+                os.eventfd_write(self.event_fd, 1)
+
+    def _take_jobs(self, turns: "Turns[_Running]", *, wait: bool) -> bool:
+        """Move what was submitted into `turns`, with `wait` one job at the least. True when the
+        last one has come."""
+        with contextlib.suppress(queue.Empty):
+            while (queued := self._jobs.get(wait)) is not None:
+                job, lane = queued
+                turns.add(_Running(job), getattr(job, "order", Order.ALONE), lane)
+                del job, queued
+                wait = False
+            return True
+        return False
+
+
+class _Running:
+    """A job, and its steps once it has begun."""
+
+    __slots__ = ("job", "left", "steps")
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.steps: Steps | None = None
+        self.left = 0
+        """Bytes that it is going to take."""
+
+
+def _step(entry: Entry[_Running], turns: Turns[_Running]) -> JobResult | None:
+    """Do one step of a job; its result if that was the last one."""
+    running = entry.job
+    job_id = running.job.job_id
+    try:
+        if running.steps is None:
+            promised = sum(each.left for each in turns.takes())
+            running.left = _takes(running.job)
+            running.steps = _steps_of(running.job, promised)
+        running.left -= next(running.steps)
+    except StopIteration as stop:
+        turns.done(entry)
+        return _result(running.job, job_id, stop.value)
+    except Exception as error:  # whatever it is, the loop has to hear of it
+        turns.done(entry)
+        return JobResult(job_id, error)
+    turns.pause(entry)
+    return None
+
+
+def _takes(job: Job) -> int:
+    if isinstance(job, BackJob):
+        return sum(span.length for span in job.ranges)
+    return job.n_bytes if isinstance(job, TakeJob) else 0
+
+
+def _steps_of(job: Job, promised: int) -> Steps:
+    match job:
+        case CopyJob():
+            return _copy_all(job)
+        case BackJob():
+            return _back(job, promised)
+        case TakeJob():
+            return job.work(promised)
+        case StepsJob():
+            return job.work()
+        case PunchJob():
+            return _punch(job)
+        case _:
+            return _call(job)
+
+
+def _result(job: Job, job_id: int, value: object) -> JobResult:
+    if isinstance(job, CopyJob):
+        assert isinstance(value, tuple)
+        return JobResult(job_id, None, value)
+    return JobResult(job_id, None, value=value)
 
 
 def checksum(payload: memoryview) -> int:
@@ -192,39 +315,68 @@ def checksum(payload: memoryview) -> int:
     return digest.intdigest()
 
 
-def _do(job: Job) -> JobResult:
-    try:
-        if isinstance(job, CopyJob):
-            return JobResult(job.job_id, None, tuple(_copy(item) for item in job.items))
-        if isinstance(job, CallJob):
-            return JobResult(job.job_id, None, value=job.work())
-        if isinstance(job, BackJob):
-            _back(job)
-        else:
-            for span in job.ranges:
-                job.segment.punch(span.offset, span.length)
-    except Exception as error:  # whatever it is, the loop has to hear of it
-        return JobResult(job.job_id, error)
-    return JobResult(job.job_id, None)
+def _call(job: CallJob) -> Steps:
+    return job.work()
+    yield
 
 
-def _back(job: BackJob) -> None:
+def _copy_all(job: CopyJob) -> Steps:
+    results: list[ItemResult] = []
+    cost = 0
+    for item in job.items:
+        results.append((yield from _copy(item)))
+        cost += item.length % COPY_STEP_BYTES + PART_COST_BYTES
+        if cost >= COPY_STEP_BYTES:
+            yield 0
+            cost = 0
+    return tuple(results)
+
+
+def _punch(job: PunchJob) -> Steps:
+    cost = 0
+    for span in job.ranges:
+        for part in _parts(span, PUNCH_STEP_BYTES):
+            job.segment.punch(part.offset, part.length)
+            cost += part.length + PART_COST_BYTES
+            if cost >= PUNCH_STEP_BYTES:
+                yield 0
+                cost = 0
+    return None
+
+
+def _back(job: BackJob, promised: int) -> Steps:
     if job.prepare is not None:
-        job.prepare()
+        job.prepare(promised)
     backed: list[ByteRange] = []
     try:
+        taken = cost = 0
         for span in job.ranges:
-            job.segment.back(span.offset, span.length)
-            backed.append(span)
+            # What cannot fit is refused before a part of it has filled up the file system.
+            job.segment.check_free(span.offset, span.length)
+            for part in _parts(span, BACK_STEP_BYTES):
+                job.segment.back(part.offset, part.length)
+                backed.append(part)
+                taken += part.length
+                cost += part.length + PART_COST_BYTES
+                if cost >= BACK_STEP_BYTES:
+                    yield taken
+                    taken = cost = 0
     except Exception:
-        for span in backed:
-            job.segment.punch(span.offset, span.length)
+        for part in backed:
+            job.segment.punch(part.offset, part.length)
         raise
+    return None
 
 
-def _copy(item: CopyItem) -> ItemResult:
+def _parts(span: ByteRange, length: int) -> list[ByteRange]:
+    """A range in parts of `length` bytes, the last one perhaps shorter."""
+    end = span.offset + span.length
+    return [ByteRange(start, min(length, end - start)) for start in range(span.offset, end, length)]
+
+
+def _copy(item: CopyItem) -> Generator[int, None, ItemResult]:
     try:
-        digest = _copy_and_hash(item)
+        digest = yield from _copy_and_hash(item)
         if item.check is not None:
             copy = item.segment.buffer[item.offset : item.offset + item.length]
             item.check(copy.toreadonly())
@@ -233,11 +385,13 @@ def _copy(item: CopyItem) -> ItemResult:
     return ItemResult(digest, None)
 
 
-def _copy_and_hash(item: CopyItem) -> int:
+def _copy_and_hash(item: CopyItem) -> Generator[int, None, int]:
     source = np.frombuffer(item.source, np.uint8, item.length, item.source_offset)
     copy = np.frombuffer(item.segment.buffer, np.uint8, item.length, item.offset)
     digest = xxhash.xxh3_64()
     for start in range(0, item.length, SLICE_BYTES):
+        if start and start % COPY_STEP_BYTES == 0:
+            yield 0
         part = copy[start : start + SLICE_BYTES]
         np.copyto(part, source[start : start + SLICE_BYTES])
         digest.update(part.data)

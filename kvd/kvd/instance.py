@@ -29,6 +29,7 @@ from types import TracebackType
 from typing import Self
 
 from kvd.arena import SHM_DIR, list_segments, remove_segment
+from kvd.group import DIRECTORY_MODE, admit
 
 DEFAULT_INSTANCE = "default"
 
@@ -90,12 +91,15 @@ def default_runtime_dir(
 class InstanceLock:
     """Both locks of an instance, from construction to release() or the process's end.
 
-    `runtime_dir` is created, 0700, if only its last part is missing. Raises InstanceBusy;
-    UnsafePath if the directory or a lock is another user's, a symbolic link, or may be written by
-    group or world; ValueError for a bad name; other OSErrors. Then nothing is held.
+    `runtime_dir` is created, 0700, if only its last part is missing; with a `group` (a gid) it is
+    then 0750 for that. Raises InstanceBusy; UnsafePath if the directory or a lock is another
+    user's, a symbolic link, or may be written by group or world; ValueError for a bad name;
+    PermissionError as admit() does; other OSErrors. Then nothing is held.
     """
 
-    def __init__(self, runtime_dir: str | os.PathLike[str], instance: str) -> None:
+    def __init__(
+        self, runtime_dir: str | os.PathLike[str], instance: str, group: int | None = None
+    ) -> None:
         self.instance = instance
         self.prefix = segment_prefix(instance)
         self.runtime_dir = Path(runtime_dir)
@@ -104,6 +108,8 @@ class InstanceLock:
         try:
             self._held.append(_take(str(self.runtime_dir / "kvd.lock")))
             self._held.append(_take(f"{SHM_DIR}/{self.prefix}.{_LOCK_SUFFIX}"))
+            if group is not None:  # last: nobody else may be living in this directory
+                admit(self.runtime_dir, group, DIRECTORY_MODE)
         except BaseException:
             self.release()
             raise
@@ -118,21 +124,23 @@ class InstanceLock:
     def segments(self) -> list[str]:
         """The names of all segments of this instance. While the locks are held nobody but this
         process and dead daemons can have made them. RuntimeError after release()."""
-        if not self._held:
-            raise RuntimeError(f"the lock of instance {self.instance} is not held")
-        lock_name = f"{self.prefix}.{_LOCK_SUFFIX}"
-        return [name for name in list_segments(f"{self.prefix}.") if name != lock_name]
+        self._check_held()
+        return _segments(self.prefix)
 
     def sweep(self, keep: Iterable[str] = ()) -> list[str]:
         """Remove all segments of this instance but those in `keep`, and return their names: call it
         before the first one is created. RuntimeError after release()."""
-        kept = set(keep)
-        return [name for name in self.segments() if name not in kept and remove_segment(name)]
+        self._check_held()
+        return _sweep(self.prefix, keep)
 
     def release(self) -> None:
         """Let go of both locks and remove their files. Doing it again does nothing."""
         while self._held:
             self._held.pop().release()
+
+    def _check_held(self) -> None:
+        if not self._held:
+            raise RuntimeError(f"the lock of instance {self.instance} is not held")
 
     def __enter__(self) -> Self:
         return self
@@ -144,6 +152,26 @@ class InstanceLock:
         trace: TracebackType | None,
     ) -> None:
         self.release()
+
+
+def purge(instance: str) -> list[str]:
+    """Remove all segments of an instance that no daemon serves, and return their names. Raises
+    InstanceBusy if one does, and what InstanceLock raises."""
+    prefix = segment_prefix(instance)
+    lock = _take(f"{SHM_DIR}/{prefix}.{_LOCK_SUFFIX}")
+    try:
+        return _sweep(prefix, ())
+    finally:
+        lock.release()
+
+
+def _segments(prefix: str) -> list[str]:
+    return [name for name in list_segments(f"{prefix}.") if name != f"{prefix}.{_LOCK_SUFFIX}"]
+
+
+def _sweep(prefix: str, keep: Iterable[str]) -> list[str]:
+    kept = set(keep)
+    return [name for name in _segments(prefix) if name not in kept and remove_segment(name)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,22 +12,30 @@ process dies although a forked child still holds the lifeline open.
 
 import collections
 import contextlib
+import ctypes
 import errno
 import os
 import select
 import socket
 import stat
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+from kvd.group import SOCKET_MODE, admit
 
 MAX_QUEUED = 64  # datagrams; a client that reads has one or two on the way
 
-# From asm-generic/socket.h: Python's socket module names neither.
+# From asm-generic/socket.h: Python's socket module names none of them.
+_SO_PEERGROUPS = 59  # Linux 4.13
 _SO_PEERPIDFD = 77  # Linux 6.5
 _SO_PASSRIGHTS = 83  # Linux 6.16
 
 _CREDENTIALS = struct.Struct("iII")  # struct ucred: pid, uid, gid
+
+
+_MAX_GROUPS = 65536  # NGROUPS_MAX
+_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class PeerGone(Exception):
@@ -87,6 +95,21 @@ class Peer:
             sock.close()
             raise
         self.fd = sock.fileno()
+
+    def groups(self) -> frozenset[int]:
+        """All groups of the process that connected, as the kernel saw them at that moment: `gid`
+        and the supplementary ones. Raises OSError."""
+        # Not through the socket module, which takes no more than 256 of them.
+        found = (ctypes.c_uint32 * _MAX_GROUPS)()
+        length = ctypes.c_uint32(ctypes.sizeof(found))
+        result = _libc.getsockopt(
+            self.fd, socket.SOL_SOCKET, _SO_PEERGROUPS, found, ctypes.byref(length)
+        )
+        if result:
+            error = ctypes.get_errno()
+            raise OSError(error, os.strerror(error))
+        count = length.value // ctypes.sizeof(ctypes.c_uint32)
+        return frozenset([self.gid, *found[:count]])
 
     @property
     def wants_write(self) -> bool:
@@ -174,19 +197,31 @@ class Peer:
 
 
 class Listener:
-    """The listening socket at `path`, mode 0600: only this user (and root) can connect.
+    """The listening socket at `path`, mode 0600: only this user (and root) can connect; with a
+    `group` (a gid) it is 0660, and that group's members can, too.
 
     `fd` is for the poll loop, level-triggered. `refused` counts the connections that were closed
     at once, for want of descriptors or because their process was gone.
     """
 
-    def __init__(self, path: str, *, backlog: int = 128) -> None:
+    def __init__(
+        self,
+        path: str,
+        *,
+        group: int | None = None,
+        backlog: int = 128,
+        are_short: Callable[[], bool] = lambda: False,
+    ) -> None:
         """Removes a socket that a dead daemon left at `path`: the caller holds the instance's lock.
-        FileExistsError if something else is there, OSError if the path is too long (107 bytes).
-        The umask is changed for a moment, so no other thread may create files meanwhile."""
+        FileExistsError if something else is there, OSError if the path is too long (107 bytes),
+        PermissionError as admit() does.
+        The umask is changed for a moment, so no other thread may create files meanwhile.
+
+        While `are_short` says that descriptors are, whoever connects is closed at once."""
         _remove_stale(path)
         self.path = path
         self.refused = 0
+        self._are_short = are_short
         kind = socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
         self._sock = socket.socket(socket.AF_UNIX, kind)
         try:
@@ -197,6 +232,8 @@ class Listener:
             finally:
                 os.umask(umask)
             self._bound = os.stat(path, follow_symlinks=False)
+            if group is not None:
+                admit(path, group, SOCKET_MODE)
             self._sock.listen(backlog)
             self._spare = _open_spare()
         except BaseException:
@@ -206,6 +243,9 @@ class Listener:
 
     def accept(self) -> Peer | None:
         """The next client, or None if none waits or the one that did was refused."""
+        if self._are_short():
+            self._refuse_one()
+            return None
         try:
             sock, _ = self._sock.accept()
         except (BlockingIOError, ConnectionAbortedError):

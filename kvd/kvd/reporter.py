@@ -1,26 +1,42 @@
 """Who asked for a report, and when it is given.
 
-Covers requests for status, verify and lists, and their order. What a report says: reports.py.
+Covers requests for status, verify and lists, their order, and who may see what. What a report says:
+reports.py.
+
+A daemon without a configuration of tenants tells everything to everybody. With one, the daemon's
+own user and root see everything, and others what is their tenant's. Only a session proves who asks.
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from kvd import log, reports
 from kvd.core.accounting import report_of_sequences
 from kvd.core.cache import Cache
 from kvd.core.events import SessionId
+from kvd.core.tenants import Tenant
 from kvd.requests import Incoming
+from kvd.stopped import StoppedClients
 from kvd.store import Store
-from kvd_proto.errors import InternalError
+from kvd_proto.errors import Forbidden, InternalError, KvdError, TooMany, UnknownSession
 from kvd_proto.messages import ListClients, ListSequences, Reported, Status, Verify
 
 REPORTS = frozenset((Status, Verify, ListSequences, ListClients))
 """The requests that are answered here."""
+MAX_WAITING = 16
+"""Requests for a report of the memory that one client may have open: more is no use to it."""
 TRIES = 5
 """How often a report is taken, if each time the system refuses memory in between."""
+
+
+class Asked(NamedTuple):
+    """A request for a report of the memory, and whose it may be of: None, of everybody's."""
+
+    incoming: Incoming
+    tenant: Tenant | None
 
 
 class Reporter:
@@ -33,35 +49,66 @@ class Reporter:
         store: Store,
         instance: str,
         reply: Callable[[SessionId, int, Any], None],
+        *,
+        has_tenants: bool,
     ) -> None:
+        """`has_tenants`: whether there is a configuration of tenants."""
+        self._has_tenants = has_tenants
         self._cache = cache
         self._store = store
         self._instance = instance
         self._reply = reply
         self._started = time.monotonic()
-        self._waiting: list[Incoming] = []
-        self._asked: list[Incoming] = []
+        self._stopped = StoppedClients()
+        self._waiting: list[Asked] = []
+        self._asked: list[Asked] = []
         """Those whose report is being taken."""
+        self._open: Counter[SessionId] = Counter()
+        """How many of both are a client's."""
         self._tries = 0
 
     def answer(self, incoming: Incoming) -> None:
         """Answer now, or when the operating system has been asked. A fault of ours is an answer,
         too: reports change nothing."""
         session, correlation, message = incoming
+        now = time.monotonic()
         try:
+            tenant = self._whose(session)
             match message:
                 case ListSequences():
-                    report = {"sequences": report_of_sequences(self._cache, time.monotonic())}
+                    report = {"sequences": report_of_sequences(self._cache, now, tenant)}
                 case ListClients():
-                    report = reports.clients(self._cache, time.monotonic())
+                    stopped = self._stopped.look(self._cache.sessions.values())
+                    report = reports.clients(self._cache, stopped, now, tenant)
                 case _:
-                    self._waiting.append(incoming)
+                    self._wait(Asked(incoming, tenant))
                     self._take()
                     return
+        except KvdError as error:
+            self._reply(session, correlation, error)
         except Exception as error:
             self._reply(session, correlation, _fault(error))
         else:
             self._reply(session, correlation, Reported(report))
+
+    def _whose(self, asker: SessionId) -> Tenant | None:
+        """The tenant of which this client may see what there is; None: of all."""
+        if not self._has_tenants:
+            return None
+        session = self._cache.sessions.get(asker)
+        if session is None:
+            raise UnknownSession("this daemon has tenants: only a session is told about them")
+        return None if session.administrator else session.tenant
+
+    def _wait(self, asked: Asked) -> None:
+        """Take it in; what it asks is answered later."""
+        session, _, message = asked.incoming
+        if isinstance(message, Verify) and asked.tenant is not None:
+            raise Forbidden("to verify everything is for the daemon's own user and root")
+        if self._open[session] >= MAX_WAITING:
+            raise TooMany("this client waits for as many reports as it may", most=MAX_WAITING)
+        self._open[session] += 1
+        self._waiting.append(asked)
 
     def _take(self) -> None:
         """Take a report for all who wait, unless one is being taken."""
@@ -69,11 +116,19 @@ class Reporter:
             return
         self._asked, self._waiting = self._waiting, []
         self._tries += 1
-        thorough = any(isinstance(incoming.message, Verify) for incoming in self._asked)
+        thorough = any(isinstance(asked.incoming.message, Verify) for asked in self._asked)
+        tenants = {asked.tenant for asked in self._asked}
         uptime = time.monotonic() - self._started
         try:
+            stopped = self._stopped.look(self._cache.sessions.values())
             taken = reports.take(
-                self._cache, self._store, self._instance, uptime, recounting=thorough
+                self._cache,
+                self._store,
+                self._instance,
+                uptime,
+                stopped,
+                tenants,
+                recounting=thorough,
             )
         except Exception as error:
             self._fail(error)
@@ -91,24 +146,28 @@ class Reporter:
             self._asked = []
             self._take()
         else:
-            self._give(
-                {
-                    Status: Reported(reports.status(taken, seen)),
-                    Verify: Reported(reports.verify(taken, seen)),
-                }
-            )
+            self._give(partial(_report, taken, seen))
 
     def _fail(self, error: Exception) -> None:
         fault = _fault(error)
-        self._give({Status: fault, Verify: fault})
+        self._give(lambda _: fault)
 
-    def _give(self, bodies: dict[type[Any], Any]) -> None:
+    def _give(self, body_for: Callable[[Asked], Any]) -> None:
         """Answer all whose report was taken, and begin with that of those who came meanwhile."""
-        asked, self._asked = self._asked, []
+        given, self._asked = self._asked, []
+        self._open = Counter(asked.incoming.session for asked in self._waiting)
         self._tries = 0
-        for session, correlation, message in asked:
-            self._reply(session, correlation, bodies[type(message)])
+        for asked in given:
+            session, correlation, _ = asked.incoming
+            self._reply(session, correlation, body_for(asked))
         self._take()
+
+
+def _report(taken: reports.Taken, seen: reports.Seen, asked: Asked) -> Reported:
+    if isinstance(asked.incoming.message, Verify):
+        return Reported(reports.verify(taken, seen))
+    whose = None if asked.tenant is None else asked.tenant.name
+    return Reported(reports.status(taken, seen, whose))
 
 
 def _fault(error: Exception) -> InternalError:

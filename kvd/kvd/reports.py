@@ -5,20 +5,34 @@ taken back all the time, in the copier's thread. So a report has two halves: `ta
 on the loop, and `look` asks the operating system, in that thread's queue behind all jobs that were
 submitted before. Only when the system refused memory in between do the halves not fit together
 (`Store.refusals`).
+
+A report is of everything, or of what is one tenant's: whoever may see no more gets its account as
+if its quota were the budget.
 """
 
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, NamedTuple
 
 import psutil
 
 from kvd import __version__
 from kvd.arena import ByteRange, Segment
-from kvd.core.accounting import AccountingError, Totals, arena_counts, check, sealed_blocks, totals
+from kvd.core.accounting import (
+    AccountingError,
+    Totals,
+    arena_counts,
+    check,
+    count_unchecked,
+    sealed_blocks,
+    totals,
+)
 from kvd.core.budget import Arena
-from kvd.core.cache import Cache
+from kvd.core.cache import Cache, Counters, sum_of
 from kvd.core.events import SessionId
+from kvd.core.sequences import Session
+from kvd.core.tenants import Tenant
 from kvd.store import StagingRoom, Store, StoredArena
 
 
@@ -27,6 +41,7 @@ class ArenaPages:
     """What memory an arena should have, in bytes, and which of its slots should have none."""
 
     name: str
+    tenant: str
     segment: Segment
     directory: Segment
     stride: int
@@ -39,14 +54,23 @@ class ArenaPages:
         return slot >= self.high_water or slot in self.punched
 
 
+class StagingPages(NamedTuple):
+    """A staging, and whose it is."""
+
+    session: SessionId
+    tenant: str
+    room: StagingRoom
+
+
 @dataclass(frozen=True, slots=True)
 class Taken:
     """The core's half of the reports of one moment."""
 
-    totals: Totals
-    status: dict[str, Any]
+    totals: dict[str | None, Totals]
+    """Of each tenant that was asked for, by its name; under None, of everything."""
+    status: dict[str | None, dict[str, Any]]
     arenas: list[ArenaPages]
-    stagings: dict[SessionId, StagingRoom]
+    stagings: list[StagingPages]
     differences: list[str]
     """Between the core's own totals, its trees, and the directories' records; empty unless they
     were recounted."""
@@ -60,21 +84,48 @@ class Seen:
     directories: int
     stagings: int
     differences: list[str]
+    of_tenants: Counter[str] = field(default_factory=Counter)
+    """All three together, by the tenant's name."""
 
-    @property
-    def total(self) -> int:
+    def total(self, tenant: str | None) -> int:
+        """Of one tenant, or (None) of all."""
+        if tenant is not None:
+            return self.of_tenants[tenant]
         return self.arenas + self.directories + self.stagings
 
 
-def take(cache: Cache, store: Store, instance: str, uptime: float, *, recounting: bool) -> Taken:
-    """Read the core, at this moment. With `recounting` a walk of all trees and records."""
-    now = _settled(totals(cache), cache, store)
+Stopped = Mapping[SessionId, bool | None]
+"""Whether each session's process is stopped: see kvd.stopped."""
+
+
+def take(
+    cache: Cache,
+    store: Store,
+    instance: str,
+    uptime: float,
+    stopped: Stopped,
+    tenants: Iterable[Tenant | None],
+    *,
+    recounting: bool,
+) -> Taken:
+    """Read the core, at this moment, for those who may see one of `tenants`, or (None) everything.
+    With `recounting` a walk of all trees and records."""
     stored = store.arenas
+    now: dict[str | None, Totals] = {}
+    status: dict[str | None, dict[str, Any]] = {}
+    for tenant in tenants:
+        key = None if tenant is None else tenant.name
+        now[key] = _settled(tenant, cache, store)
+        status[key] = _status(cache, store, now[key], instance, uptime, stopped, tenant)
+    sessions = {**cache.sessions, **cache.leaving}
     return Taken(
         totals=now,
-        status=_status(cache, now, instance, uptime),
+        status=status,
         arenas=[_pages(arena, stored[arena.number]) for arena in cache.budget.arenas.values()],
-        stagings=dict(store.stagings),
+        stagings=[
+            StagingPages(session, sessions[session].tenant.name, room)
+            for session, room in store.stagings.items()
+        ],
         differences=recount(cache, store) if recounting else [],
     )
 
@@ -88,34 +139,39 @@ def look(taken: Taken, *, undoing: bool) -> Seen:
             seen.differences += _undo_foreign_fills(pages)
         backed = pages.segment.backed_bytes()
         seen.arenas += backed
+        seen.of_tenants[pages.tenant] += backed
         seen.differences += _compare(f"{pages.name}: slots", pages.backed_bytes, backed)
         backed = pages.directory.backed_bytes()
         seen.directories += backed
+        seen.of_tenants[pages.tenant] += backed
         seen.differences += _compare(f"{pages.name}: directory", pages.directory_bytes, backed)
-    for session, room in taken.stagings.items():
+    for session, tenant, room in taken.stagings:
         backed = room.staging.backed_bytes() if room.staging is not None else 0
         seen.stagings += backed
+        seen.of_tenants[tenant] += backed
         seen.differences += _compare(
             f"staging of session {session.hex()[:8]}", room.n_bytes, backed
         )
     return seen
 
 
-def status(taken: Taken, seen: Seen) -> dict[str, Any]:
-    """The map of `kvctl status --json`; its keys are in PROTOCOL.md."""
+def status(taken: Taken, seen: Seen, tenant: str | None) -> dict[str, Any]:
+    """The map of `kvctl status --json`, of one tenant or (None) of everything; its keys are in
+    PROTOCOL.md."""
+    report, os_bytes = taken.status[tenant], seen.total(tenant)
     accounting = {
-        **taken.status["accounting"],
-        "os_bytes": seen.total,
-        "drift_bytes": seen.total - taken.totals.backed,
+        **report["accounting"],
+        "os_bytes": os_bytes,
+        "drift_bytes": os_bytes - taken.totals[tenant].backed,
     }
-    return {**taken.status, "accounting": accounting}
+    return {**report, "accounting": accounting}
 
 
 def verify(taken: Taken, seen: Seen) -> dict[str, Any]:
     """The recount: `ok` is whether all agree, `differences` names what does not, `terms` has every
     number."""
     differences = taken.differences + seen.differences
-    now = taken.totals
+    now = taken.totals[None]
     terms = {
         "budget_bytes": now.budget,
         "unassigned_bytes": now.unassigned,
@@ -147,7 +203,7 @@ def recount(cache: Cache, store: Store) -> list[str]:
 
 def line(cache: Cache) -> str:
     """The state in a few words, for the service manager."""
-    budget, counters = cache.budget, cache.counters
+    budget, counters = cache.budget, _counters(cache, None)
     found = 100 * counters.hit_tokens // max(1, counters.queried_tokens)
     return (
         f"{len(cache.sessions)} clients, {cache.open_sequences} sequences, "
@@ -156,10 +212,10 @@ def line(cache: Cache) -> str:
     )
 
 
-def clients(cache: Cache, now: float) -> dict[str, Any]:
-    """A row for each session, and what it holds."""
+def clients(cache: Cache, stopped: Stopped, now: float, tenant: Tenant | None) -> dict[str, Any]:
+    """A row for each session, of one tenant or (None) of all, and what it holds."""
     rows = []
-    for session in cache.sessions.values():
+    for session in _sessions(cache, tenant):
         sequences = [seq for context in session.contexts.values() for seq in context.open.values()]
         rows.append(
             {
@@ -167,56 +223,108 @@ def clients(cache: Cache, now: float) -> dict[str, Any]:
                 "client": session.client,
                 "pid": session.pid,
                 "uid": session.uid,
-                "tenant": session.tenant,
+                "tenant": session.tenant.name,
                 "contexts": len(session.contexts),
                 "sequences": len(sequences),
                 "leased_blocks": len(_leased(sequences)),
                 "staging_bytes": session.staging_bytes,
                 "commits_in_flight": len(session.commits),
                 "connected_seconds": round(now - session.connected, 3),
+                "idle_seconds": round(now - session.heard, 3),
+                "stopped": stopped[session.id],
             }
         )
     return {"clients": rows}
 
 
-def _status(cache: Cache, now: Totals, instance: str, uptime: float) -> dict[str, Any]:
+def _status(
+    cache: Cache,
+    store: Store,
+    now: Totals,
+    instance: str,
+    uptime: float,
+    stopped: Stopped,
+    tenant: Tenant | None,
+) -> dict[str, Any]:
     """The status, but for what the operating system says."""
+    sessions = _sessions(cache, tenant)
+    arenas = cache.budget.arenas.values() if tenant is None else tenant.arenas
+    tenants = cache.budget.tenants.values() if tenant is None else [tenant]
     return {
         "version": __version__,
         "instance": instance,
         "uptime_seconds": round(uptime, 3),
         "rss_bytes": psutil.Process().memory_info().rss,
-        "clients": len(cache.sessions),
+        "clients": len(sessions),
+        "stopped_clients": sum(stopped.get(session.id) is True for session in sessions),
         "sequences": {
             "max": cache.limits.max_sequences,
-            "in_use": cache.open_sequences,
+            "in_use": sum(session.open_sequences for session in sessions),
             "free": cache.limits.max_sequences - cache.open_sequences,
-            "waiting": len(cache.waiting),
+            "waiting": sum(session.waiting for session in sessions),
+        },
+        "recovery": {
+            "unchecked_blocks": count_unchecked(cache),
+            "read_from_before": sum(bool(arena.former) for arena in arenas),
         },
         "accounting": {
             "budget_bytes": now.budget,
             "unassigned_bytes": now.unassigned,
-            "free_bytes": now.free,
-            "filling_bytes": now.filling,
-            "active_bytes": now.active,
-            "cached_bytes": now.cached,
-            "pinned_bytes": 0,
+            **_uses(now),
             "padding_bytes": now.padding,
-            "directory_bytes": now.directory,
-            "staging_bytes": now.staging,
         },
-        "models": [_model(arena) for arena in cache.budget.arenas.values()],
+        "tenants": [_tenant(cache, store, each) for each in tenants],
+        "models": [_model(arena) for arena in arenas],
         "counters": {
-            **asdict(cache.counters),
-            "evicted_blocks": cache.budget.evicted_blocks,
+            **asdict(_counters(cache, tenant)),
+            "evicted_blocks": sum(each.evicted_blocks for each in tenants),
         },
     }
+
+
+def _uses(now: Totals) -> dict[str, int]:
+    """What is in memory, by use."""
+    return {
+        "free_bytes": now.free,
+        "filling_bytes": now.filling,
+        "active_bytes": now.active,
+        "cached_bytes": now.cached,
+        "pinned_bytes": 0,
+        "directory_bytes": now.directory,
+        "staging_bytes": now.staging,
+    }
+
+
+def _tenant(cache: Cache, store: Store, tenant: Tenant) -> dict[str, Any]:
+    now = _settled(tenant, cache, store)
+    sessions = _sessions(cache, tenant)
+    return {
+        "name": tenant.name,
+        "quota_bytes": tenant.quota,
+        "held_bytes": now.backed,
+        **_uses(now),
+        "sessions": len(sessions),
+        "sequences": sum(session.open_sequences for session in sessions),
+    }
+
+
+def _sessions(cache: Cache, tenant: Tenant | None) -> list[Session]:
+    """Those of one tenant, or (None) all."""
+    sessions = cache.sessions.values()
+    return [each for each in sessions if tenant is None or each.tenant is tenant]
+
+
+def _counters(cache: Cache, tenant: Tenant | None) -> Counters:
+    """Those of one tenant, or (None) the totals."""
+    if tenant is not None:
+        return cache.counters_of.get(tenant.name, Counters())
+    return sum_of([cache.counters, *cache.counters_of.values()])
 
 
 def _model(arena: Arena) -> dict[str, Any]:
     return {
         "name": arena.name,
-        "tenant": arena.tenant,
+        "tenant": arena.tenant.name,
         "fingerprint": arena.fingerprint.hex()[:16],
         "format": arena.format.name,
         "block_tokens": arena.block_tokens,
@@ -238,12 +346,14 @@ def _leased(sequences: list[Any]) -> set[Any]:
     return blocks
 
 
-def _settled(now: Totals, cache: Cache, store: Store) -> Totals:
-    """What a directory could not get when it was to grow is not spent yet, whatever the core has
-    set aside for it: it gets it with the next growth."""
+def _settled(tenant: Tenant | None, cache: Cache, store: Store) -> Totals:
+    """The totals of one tenant or (None) of everything. What a directory could not get when it was
+    to grow is not spent yet, whatever the core has set aside for it: it gets it with the next
+    growth."""
+    now = totals(cache, tenant)
     owed = sum(
-        arena.directory_bytes - store.arenas[number].directory_bytes
-        for number, arena in cache.budget.arenas.items()
+        arena.directory_bytes - store.arenas[arena.number].directory_bytes
+        for arena in (cache.budget.arenas.values() if tenant is None else tenant.arenas)
     )
     return replace(now, directory=now.directory - owed, unassigned=now.unassigned + owed)
 
@@ -251,6 +361,7 @@ def _settled(now: Totals, cache: Cache, store: Store) -> Totals:
 def _pages(arena: Arena, stored: StoredArena) -> ArenaPages:
     return ArenaPages(
         arena.name,
+        arena.tenant.name,
         stored.segment,
         stored.directory.segment,
         arena.stride,

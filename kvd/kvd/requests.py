@@ -16,6 +16,7 @@ import zmq
 
 from kvd import log
 from kvd.core.events import SessionId
+from kvd.group import SOCKET_MODE, admit
 from kvd_proto import codec
 from kvd_proto.errors import BadMessage, InternalError, KvdError
 
@@ -39,15 +40,18 @@ class Requests:
     (ROUTER_HANDOVER is 0): neither its requests nor the other's replies reach the wrong side.
     """
 
-    def __init__(self, path: Path, on_unread: Callable[[SessionId], None]) -> None:
-        """Bind at `path`, for this user alone; the caller holds the instance's lock.
+    def __init__(
+        self, path: Path, group: int | None, on_unread: Callable[[SessionId], None]
+    ) -> None:
+        """Bind at `path`, for this user and the members of `group` (a gid) if there is one; the
+        caller holds the instance's lock.
 
         `on_unread` is called when a reply is lost because its client has left 1,000 unread.
-        Raises zmq.ZMQError, leaving nothing behind.
+        Raises zmq.ZMQError and OSError, leaving nothing open.
         """
         self._path = path
         self._on_unread = on_unread
-        self._router = _bind(path)
+        self._router = _bind(path, group)
         # The method below pyzmq's wrapper, which costs 1 us a frame for options we do not use.
         self._send = super(zmq.Socket, self._router).send
         self.fd = int(self._router.getsockopt(zmq.FD))
@@ -110,7 +114,7 @@ class Requests:
         return skipped
 
 
-def _bind(path: Path) -> "zmq.Socket[bytes]":
+def _bind(path: Path, group: int | None) -> "zmq.Socket[bytes]":
     router = zmq.Context().socket(zmq.ROUTER)
     try:
         router.setsockopt(zmq.LINGER, 0)
@@ -123,6 +127,8 @@ def _bind(path: Path) -> "zmq.Socket[bytes]":
             router.bind(f"ipc://{path}")
         finally:
             os.umask(umask)
+        if group is not None:
+            admit(path, group, SOCKET_MODE)
     except BaseException:
         router.close(linger=0)
         router.context.term()

@@ -34,6 +34,8 @@ from kvd.requests import Incoming, Requests
 from kvd.sessions import Sessions
 from kvd.settings import Settings
 from kvd.store import Store
+from kvd.tenants import Tenants
+from kvd_proto.codec import MAX_MESSAGE_BYTES
 from kvd_proto.errors import InternalError, KvdError
 from kvd_proto.messages import Append, Ping, Pong
 from kvd_proto.paths import LIFELINE_SOCKET, REQUESTS_SOCKET
@@ -58,19 +60,16 @@ class Server:
         self._notifier = notifier
         self._started = self._last_client = time.monotonic()
         self._stopping = False
+        self._unfinished = False
+        """Jobs have ended that are not followed up yet."""
         self._events: deque[events.Event] = deque()
         self._next_watchdog = -math.inf if notifier.watchdog_interval else math.inf
         self._next_status = math.inf
         self._next_readers = -math.inf
+        tenants = Tenants(settings.tenants, settings.max_memory, settings.max_staging)
         # 2^63 ids are enough for every start to have a range of its own.
         first_context = int.from_bytes(os.urandom(7), "little") << 7 | 1
-        self._limits = Limits(
-            settings.max_memory,
-            settings.max_sequences,
-            settings.max_sessions,
-            settings.n_seq_max,
-            first_context,
-        )
+        self._limits = limits_of(settings, tenants, first_context)
         self.core = Core(self._limits)
         with ExitStack() as opened:
             self._poller = opened.enter_context(select.epoll())
@@ -78,16 +77,23 @@ class Server:
             self._unwatched: set[int] = set()
             self.store = Store(lock.segment_name, self.handle)
             opened.callback(self._close_store)
-            self._adopt(lock)
-            self._requests = Requests(lock.runtime_dir / REQUESTS_SOCKET, self._reply_lost)
+            self._adopt(lock, tenants)
+            group = settings.socket_group
+            self._requests = Requests(lock.runtime_dir / REQUESTS_SOCKET, group, self._reply_lost)
             opened.callback(self._requests.close)
             self._reporter = Reporter(
-                self.core.cache, self.store, settings.instance, self._requests.reply
+                self.core.cache,
+                self.store,
+                settings.instance,
+                self._requests.reply,
+                has_tenants=bool(settings.tenants),
             )
             self.sessions = Sessions(
                 lock.runtime_dir / LIFELINE_SOCKET,
+                group,
                 settings.instance,
                 self.store,
+                tenants,
                 self.handle,
                 self.watch,
                 self.unwatch,
@@ -96,7 +102,7 @@ class Server:
             self._opened = opened.pop_all()
         # Only to wake up: the loop looks into the request socket each time.
         self.watch(self._requests.fd, select.EPOLLIN, lambda _: None)
-        self.watch(self.store.event_fd, select.EPOLLIN, lambda _: self.store.finish_jobs())
+        self.watch(self.store.event_fd, select.EPOLLIN, lambda _: self._finish_jobs())
 
     def watch(self, fd: int, mask: int, handler: Callable[[int], None]) -> None:
         """Call `handler` with the events whenever `fd` has some of `mask`; again to change it."""
@@ -125,18 +131,20 @@ class Server:
         while not self._stopping:
             more = self._serve_requests()
             wait = self._tick()
-            self._dispatch(0.0 if more else wait)
+            self._dispatch(0.0 if more or self._unfinished else wait)
+            if self._unfinished:
+                self._finish_jobs()
 
     def close(self) -> None:
         """Close sockets and sessions, finish jobs, unmap and remove the segments."""
         self._notifier.stopping()
         self._opened.close()
 
-    def _adopt(self, lock: InstanceLock) -> None:
+    def _adopt(self, lock: InstanceLock, tenants: Tenants) -> None:
         """Take over what an earlier daemon left. Whatever that is, it never keeps us from
         starting."""
         try:
-            for number, found in enumerate(adoption.find(lock), 1):
+            for number, found in enumerate(adoption.find(lock, tenants.names), 1):
                 self.store.find_arena(number, found)
                 self.handle(found.event(number))
         except Exception as error:
@@ -164,6 +172,9 @@ class Server:
             if fd not in self._unwatched:
                 self._handlers[fd](mask)
         self._unwatched.clear()
+
+    def _finish_jobs(self) -> None:
+        self._unfinished = self.store.finish_jobs()
 
     # --- events in, effects out
 
@@ -333,3 +344,23 @@ class Server:
             log.info("stopping", reason="no client for linger_seconds")
             self.stop()
         return self._last_client + linger
+
+
+def limits_of(settings: Settings, tenants: Tenants, first_context: int) -> Limits:
+    """What of the settings the core must know."""
+    return Limits(
+        settings.max_memory,
+        settings.max_sequences,
+        settings.max_sessions,
+        settings.n_seq_max,
+        first_context,
+        tenants=tenants.rules,
+        max_models=settings.max_models,
+        session_models=settings.max_session_models,
+        session_contexts=settings.max_contexts,
+        session_sequences=settings.session_sequences,
+        session_waiting=settings.max_waiting,
+        session_waiting_bytes=MAX_MESSAGE_BYTES,
+        session_commits=settings.max_commits,
+        session_reserved=settings.session_reserved,
+    )

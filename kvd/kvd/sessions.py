@@ -13,14 +13,15 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from kvd import log
+from kvd import descriptors, log
 from kvd.core.events import Connected, Disconnected, Event, SessionId
 from kvd.lifeline import DatagramTooLong, Listener, Peer, PeerGone, SendQueueFull
 from kvd.staging import HEADER_BYTES
 from kvd.store import Store
+from kvd.tenants import Tenants
 from kvd_proto import PROTOCOL_VERSION, codec
-from kvd_proto.errors import BadMessage, KvdError, UnsupportedVersion
-from kvd_proto.geometry import round_up
+from kvd_proto.errors import BadMessage, InternalError, KvdError, UnsupportedVersion
+from kvd_proto.geometry import PAGE_BYTES, round_up
 from kvd_proto.messages import Hello, Refused, SegmentShared, Welcome
 
 MAX_HELLO_BYTES = 4096
@@ -29,8 +30,6 @@ HANDSHAKE_SECONDS = 5.0
 MAX_GREETING = 64
 """Connections that have not said hello. Clients do so at once, so when there are more, the oldest
 one goes: connecting and saying nothing cannot use up the descriptors."""
-TENANT = "default"
-"""Every client of the one user that may connect is of one tenant."""
 
 
 @dataclass(slots=True, eq=False)
@@ -52,23 +51,26 @@ class Sessions:
     def __init__(
         self,
         path: Path,
+        group: int | None,
         instance: str,
         store: Store,
+        tenants: Tenants,
         handle: Callable[[Event], None],
         watch: Watch,
         unwatch: Callable[[int], None],
     ) -> None:
-        """Listen at `path`; raises as Listener. `handle` takes the core's events; `watch` and
-        `unwatch` are the loop's."""
+        """Listen at `path` for this user and `group`; raises as Listener. `handle` takes the core's
+        events; `watch` and `unwatch` are the loop's."""
         self._instance = instance
         self._store = store
+        self._tenants = tenants
         self._handle = handle
         self._watch = watch
         self._unwatch = unwatch
         self._epoch = os.urandom(16)
         self._greeting: dict[Connection, None] = {}
         self._by_session: dict[SessionId, Connection] = {}
-        self._listener = Listener(str(path))
+        self._listener = Listener(str(path), group=group, are_short=descriptors.are_short)
         watch(self._listener.fd, select.EPOLLIN, lambda _: self._accept())
 
     # --- what the core asks for
@@ -174,17 +176,30 @@ class Sessions:
                 )
             if hello.staging_bytes > MAX_STAGING_BYTES:
                 raise BadMessage("so much staging cannot be", staging_bytes=hello.staging_bytes)
+            peer = connection.peer
+            member = self._tenants.find(peer.uid, peer.groups)
         except KvdError as error:
             self._refuse(connection, error)
+            return
+        except OSError as error:
+            self._refuse(connection, InternalError(f"your groups cannot be looked up: {error}"))
             return
         del self._greeting[connection]
         # ZeroMQ's own routing ids begin with a zero byte; ours never do.
         connection.session = b"\x01" + os.urandom(15)
         self._by_session[connection.session] = connection
-        n_bytes = round_up(hello.staging_bytes) + HEADER_BYTES if hello.staging_bytes else 0
-        peer = connection.peer
+        granted = min(round_up(hello.staging_bytes), member.max_staging // PAGE_BYTES * PAGE_BYTES)
+        n_bytes = granted + HEADER_BYTES if granted else 0
         self._handle(
-            Connected(connection.session, hello.client, peer.pid, peer.uid, TENANT, n_bytes)
+            Connected(
+                connection.session,
+                hello.client,
+                peer.pid,
+                peer.uid,
+                member.tenant,
+                n_bytes,
+                member.administrator,
+            )
         )
 
     def _opened(self, session: SessionId, n_bytes: int, error: KvdError | None) -> None:

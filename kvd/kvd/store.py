@@ -5,21 +5,35 @@ thread, which does everything that takes long or must happen in an order: backin
 copying, making and closing stagings, and asking the operating system what it has. What lies in a
 slot, and when it may be used again, is the core's business; sockets are server.py's.
 
-One queue, first in, first out. So when a job runs, the memory is exactly as the core believed when
-the job was submitted, but for what the operating system has refused meanwhile (`refusals`).
+Jobs of several clients take turns, see turns.py. When one of `ask` runs, the memory is exactly as
+the core believed when it was submitted, but for what the operating system has refused meanwhile
+(`refusals`).
 """
 
 import os
 import threading
+import time
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 from typing import TypeVar, cast
 
-from kvd import adoption, copier, log
+from kvd import adoption, copier, descriptors, log
 from kvd.arena import ByteRange, NoSpace, Segment
-from kvd.copier import BackJob, CallJob, Copier, CopyJob, ItemResult, JobResult, PunchJob
+from kvd.copier import (
+    BackJob,
+    CallJob,
+    Copier,
+    CopyJob,
+    ItemResult,
+    JobResult,
+    PunchJob,
+    Steps,
+    StepsJob,
+    TakeJob,
+)
 from kvd.core.events import (
     ArenaAdopted,
     Back,
@@ -40,11 +54,15 @@ from kvd.core.events import (
 from kvd.directory import Directory
 from kvd.limits import NotEnoughRoom, check_room
 from kvd.staging import Staging
+from kvd.turns import Order
 from kvd_proto import errors
 from kvd_proto.geometry import Geometry
 from kvd_proto.payload import PayloadFormat, make_format
 
 T = TypeVar("T")
+
+BURST_SECONDS = 0.002
+"""Ended jobs are followed up for so long before the loop looks at its requests again."""
 
 
 @dataclass(slots=True)
@@ -97,6 +115,7 @@ class Store:
         self._copier = Copier()
         self._next_job = 1
         self._then: dict[int, Callable[[JobResult], None]] = {}
+        self._ended: deque[JobResult] = deque()
         self.arenas: dict[int, StoredArena] = {}
         self.stagings: dict[SessionId, StagingRoom] = {}
         self.refusals = 0
@@ -112,12 +131,13 @@ class Store:
             # What the core has just evicted for this is punched by the copier's thread, which may
             # not have come to it. Rare, and short: so the loop waits.
             punched = threading.Event()
-            self._call(punched.set, _succeeded)
+            self._call(punched.set, _succeeded, Order.FREE)
             punched.wait()
             stored = self._make_arena(effect)
         self.arenas[effect.arena] = stored
 
     def _make_arena(self, effect: CreateArena) -> StoredArena:
+        descriptors.check()
         token = os.urandom(4).hex()  # nobody can have taken the names before us
         try:
             name = self._segment_name(adoption.DIRECTORY + token)
@@ -188,9 +208,9 @@ class Store:
         stride = stored.arena.stride_bytes
         n_bytes = len(effect.slots) * stride
 
-        def prepare() -> None:
+        def prepare(promised: int) -> None:
             growth = max(0, effect.directory_bytes - stored.directory.backed)
-            check_room(n_bytes + growth)
+            check_room(n_bytes + growth + promised)
             stored.directory.ensure(effect.directory_bytes)
 
         def then(result: JobResult) -> None:
@@ -199,7 +219,8 @@ class Store:
 
         job = self._new_job(then)
         stored.growing[job] = effect.directory_bytes
-        self._copier.submit(BackJob(job, stored.segment, _ranges(effect.slots, stride), prepare))
+        ranges = _ranges(effect.slots, stride)
+        self._copier.submit(BackJob(job, stored.segment, ranges, prepare), effect.session)
 
     def punch(self, effect: Punch) -> None:
         """Start to give slots back to the operating system."""
@@ -227,29 +248,32 @@ class Store:
             _succeeded(result)
             self._handle(Copied(effect.job, [_copy_result(item) for item in result.items]))
 
-        self._copier.submit(CopyJob(self._new_job(then), items))
+        self._copier.submit(CopyJob(self._new_job(then), items), effect.session)
 
     def check(self, effect: Check) -> None:
         """Start to compare slots with their checksums."""
         stored = self.arenas[effect.arena]
         stride = stored.arena.stride_bytes
 
-        def compare() -> list[bool]:
+        def compare() -> Steps:
             buffer = stored.segment.buffer
             found = []
             for slot, n_bytes, checksum in effect.items:
                 with buffer[slot * stride : slot * stride + n_bytes] as payload:
                     found.append(copier.checksum(payload) == checksum)
+                yield 0
             return found
 
-        def then(results: list[bool] | None, error: Exception | None) -> None:
-            if results is None:
-                raise error or AssertionError("a check without a result")
+        def then(result: JobResult) -> None:
+            _succeeded(result)
+            results = cast(list[bool], result.value)
             if not all(results):
                 log.error("damaged blocks", model=stored.arena.name, blocks=results.count(False))
             self._handle(Checked(effect.job, results))
 
-        self.ask(compare, then)
+        # Ahead of what gives these slots' memory back, should they be evicted meanwhile: a read of
+        # a hole would fill it.
+        self._copier.submit(StepsJob(self._new_job(then), compare, Order.FREE))
 
     # --- stagings
 
@@ -259,11 +283,14 @@ class Store:
         """Start to make a session's staging; `then` is told when it is there, or why it is not."""
         room = self.stagings[session] = StagingRoom(n_bytes)
 
-        def make() -> None:
-            check_room(n_bytes, in_shm=False)
-            room.staging = Staging.create(n_bytes)
+        def make(promised: int) -> Steps:
+            descriptors.check()
+            check_room(n_bytes + promised, in_shm=False)
+            room.staging = yield from Staging.making(n_bytes)
+            return None
 
-        self._call(make, lambda result: then(self._refusal(result.error)))
+        job = self._new_job(lambda result: then(self._refusal(result.error)))
+        self._copier.submit(TakeJob(job, n_bytes, make), session)
 
     def set_completed(self, session: SessionId, commit: int) -> None:
         """Tell a session through its staging that its commits up to `commit` are finished."""
@@ -278,7 +305,10 @@ class Store:
         """Unmap it, once the jobs before have ended. Nothing happens if it has none."""
         room = self.stagings.pop(session, None)
         if room is not None:
-            self._call(partial(_close, room), _succeeded)
+            # One that is still being made is closed behind that, in the same lane.
+            order = Order.TAKE if room.staging is None else Order.FREE
+            job = StepsJob(self._new_job(_succeeded), partial(_closing, room), order)
+            self._copier.submit(job, session)
 
     def _open_staging(self, session: SessionId) -> Staging:
         staging = self.stagings[session].staging
@@ -294,24 +324,37 @@ class Store:
         submitted before; `then` gets the answer, or what was raised."""
         self._call(question, lambda result: then(cast(T | None, result.value), result.error))
 
-    def finish_jobs(self) -> None:
-        """Carry out what follows from jobs that have ended since the last call. Never blocks."""
-        for result in self._copier.results():
+    def finish_jobs(self) -> bool:
+        """Carry out what follows from jobs that have ended, for BURST_SECONDS or a little longer;
+        whether there are more. Never blocks."""
+        self._ended.extend(self._copier.results())
+        until = time.monotonic() + BURST_SECONDS
+        while self._ended:
+            result = self._ended.popleft()
             self._then.pop(result.job_id)(result)
+            if time.monotonic() >= until:
+                break
+        return bool(self._ended)
 
     def close(self, *, keep_arenas: bool) -> None:
         """Finish all jobs and unmap everything. The arenas' segments are kept for the next daemon,
         or their names removed."""
         self._copier.stop()
         for room in self.stagings.values():
-            _close(room)
+            if room.staging is not None:
+                room.staging.close()
         self.stagings.clear()
         for stored in self.arenas.values():
             stored.close(unlink=not keep_arenas)
         self.arenas.clear()
 
-    def _call(self, work: Callable[[], object], then: Callable[[JobResult], None]) -> None:
-        self._copier.submit(CallJob(self._new_job(then), work))
+    def _call(
+        self,
+        work: Callable[[], object],
+        then: Callable[[JobResult], None],
+        order: Order = Order.ALONE,
+    ) -> None:
+        self._copier.submit(CallJob(self._new_job(then), work, order))
 
     def _new_job(self, then: Callable[[JobResult], None]) -> int:
         """The number of a job, after whose end `then` is called on the loop."""
@@ -325,6 +368,8 @@ class Store:
         if error is None:
             return None
         self.refusals += 1
+        if isinstance(error, errors.NoSpace):
+            return error
         if not isinstance(error, NoSpace | NotEnoughRoom | OSError):
             raise error  # a fault of ours
         return errors.NoSpace(str(error))
@@ -340,9 +385,10 @@ def _format(arena: CreateArena) -> PayloadFormat:
     return make_format(arena.payload_format, Geometry(arena.layers), arena.block_tokens)
 
 
-def _close(room: StagingRoom) -> None:
+def _closing(room: StagingRoom) -> Steps:
     if room.staging is not None:
-        room.staging.close()
+        yield from room.staging.closing()
+    return None
 
 
 def _ranges(slots: Iterable[int], stride: int) -> list[ByteRange]:

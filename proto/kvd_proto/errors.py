@@ -6,7 +6,7 @@ KvdError
 │   ├── UnsupportedVersion    another protocol version
 │   ├── UnknownModel          a model id that was never registered here
 │   ├── GeometryMismatch      this fingerprint is registered with another geometry
-│   ├── ModelTooLarge         not even one block fits the budget
+│   ├── ModelTooLarge         not even one block fits the budget or the quota
 │   ├── UnknownContext        a context that this session has not opened
 │   ├── StaleHandle           the sequence was released, or belongs to an earlier generation
 │   ├── ForeignHandle         the context belongs to another session
@@ -14,13 +14,17 @@ KvdError
 │   ├── ReservationExceeded   an append beyond what alloc reserved
 │   ├── BadStaging            staged bytes outside of the session's staging
 │   ├── BadPayload            staged bytes that are not what the payload format demands
-│   └── SequenceEnded         the sequence has timed out and takes no more
+│   ├── SequenceEnded         the sequence has timed out and takes no more
+│   ├── NoTenant              the daemon serves tenants, and this user is of none of them
+│   └── Forbidden             for the administrator only
 ├── ResourceError         nothing is wrong, but there is no room now: later it may work
 │   ├── NoSequenceFree        no sequence id came free before the deadline
-│   ├── SequenceLimit         max_sequences of the daemon are open
+│   ├── SequenceLimit         the daemon or the session has as many open as it may
 │   ├── AllLeased             the budget is full and every block in it is in use
 │   ├── BudgetTooSmall        what was asked can never fit this budget
-│   ├── NoSpace               the operating system has no memory for the segment
+│   ├── OverQuota             the tenant's quota has no room, and nothing more of its own can go
+│   ├── TooMany               the session has as many of these open or waiting as one may
+│   ├── NoSpace               the operating system has no memory, or no descriptor, for it
 │   └── TooManySessions       max_sessions are connected
 └── ServiceError          the other side, or the way there
     ├── UnknownSession        the daemon does not know this session (it was restarted)
@@ -116,6 +120,14 @@ class SequenceEnded(RequestError):
     code = "sequence_ended"
 
 
+class NoTenant(RequestError):
+    code = "no_tenant"
+
+
+class Forbidden(RequestError):
+    code = "forbidden"
+
+
 class NoSequenceFree(ResourceError):
     code = "no_sequence_free"
 
@@ -130,6 +142,14 @@ class AllLeased(ResourceError):
 
 class BudgetTooSmall(ResourceError):
     code = "budget_too_small"
+
+
+class OverQuota(ResourceError):
+    code = "over_quota"
+
+
+class TooMany(ResourceError):
+    code = "too_many"
 
 
 class NoSpace(ResourceError):

@@ -17,6 +17,8 @@ from kvd_proto.keys import FINGERPRINT_BYTES, TOKEN_BYTES
 MAX_TOKENS = 1 << 20
 """Tokens of one sequence: more than any model's context, and 4 MiB on the wire."""
 MAX_BLOCK_TOKENS = 1024
+MAX_APPEND_BLOCKS = 1024
+"""Each costs the daemon's loop 5 to 10 us, and everybody waits meanwhile."""
 MAX_SEQ_IDS = 255
 """LLAMA_MAX_SEQ is 256, and one id of each context is scratch."""
 MAX_WAIT_MS = 24 * 3600 * 1000
@@ -36,7 +38,7 @@ Name = Annotated[str, Text(1, 200)]
 OptionalName = Annotated[str, Text(0, 200)]
 Tokens = Annotated[bytes, Packed(TOKEN_BYTES, 0, MAX_TOKENS)]
 Slots = Annotated[bytes, Packed(4, 0, MAX_TOKENS)]
-Offsets = Annotated[bytes, Packed(8, 0, MAX_TOKENS)]
+Offsets = Annotated[bytes, Packed(8, 0, MAX_APPEND_BLOCKS)]
 Fingerprint = Annotated[bytes, Blob(FINGERPRINT_BYTES)]
 Digest16 = Annotated[bytes, Blob(16)]
 Layers = Annotated[list[Any], LAYERS]
@@ -200,6 +202,24 @@ class Release(NamedTuple):
     outcome: Annotated[int, Int(COMPLETED, FAILED)]
 
 
+class KeepAlive(NamedTuple):
+    """The owner still works with these sequences: their idle time begins anew.
+
+    `generations` belong to `seq_ids`, in the same order. None at all: every sequence of the
+    context.
+    """
+
+    context: U64
+    seq_ids: SeqIds
+    generations: Generations
+
+
+class KeptAlive(NamedTuple):
+    """`timed_out`: those of them that had timed out already, and stay so."""
+
+    timed_out: SeqIds
+
+
 class Flush(NamedTuple):
     """Answered when every commit of this session up to and including `commit` is finished."""
 
@@ -273,6 +293,7 @@ OPERATIONS: tuple[Operation, ...] = (
     Operation(12, ListClients, Reported),
     Operation(13, Verify, Reported),
     Operation(14, Evict, Evicted),
+    Operation(15, KeepAlive, KeptAlive),
 )
 
 REPLY_OF: Mapping[type[Any], type[Any]] = {op.request: op.reply for op in OPERATIONS}

@@ -87,6 +87,8 @@ def test_store_and_fetch_with_context_managers_or_awaits(daemon: Daemon) -> None
             assert (await client.flush()).failures == []
             assert commit.present == 1
             assert await sequence.refresh() == 8
+            await sequence.keep_alive()
+            assert await context.keep_alive() == []
             await sequence.release()
             with pytest.raises(errors.Closed):
                 await sequence.release()

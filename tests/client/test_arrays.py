@@ -23,6 +23,7 @@ import kvd_client
 from examples.array_engine import PrivateCache, Transformer
 from kvd_client import errors
 from kvd_client.arrays import KV, ArrayContext, ArrayLayer, ArrayModel, ArraySequence
+from kvd_proto.messages import MAX_APPEND_BLOCKS
 from tests.support import Daemon, running_daemon, start_daemon
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -970,3 +971,30 @@ def test_the_example_runs_as_its_docstring_says(daemon: Daemon) -> None:
     assert said[0][0].startswith("0 of ")
     assert int(said[1][0].split()[0]) > 300
     assert {lines[-1] for lines in said} == {"logits equal those of a private cache: True"}
+
+
+def test_more_blocks_than_one_append_may_have(daemon: Daemon) -> None:
+    n_tokens = MAX_APPEND_BLOCKS + 100
+    model, prompt = small_model(block_tokens=1), prompt_of(n_tokens)
+    rows = rows_of(model, n_tokens)
+    with (
+        kvd_client.connect(daemon.runtime_dir, staging_bytes=8 << 20) as client,
+        ArrayContext(client, model) as context,
+    ):
+        with context.alloc([]) as sequence:
+            append(sequence, prompt, rows)
+        client.flush()
+        assert status_of(client, "small")["cached"] == n_tokens
+        with context.alloc(prompt) as sequence:
+            assert sequence.matched_tokens == n_tokens
+            assert holds(sequence, rows, n_tokens)
+
+
+def test_an_append_of_too_many_blocks_is_refused_before_it_is_sent(
+    client: kvd_client.Client,
+) -> None:
+    model = kvd_client.Model("many", bytes(32), "array", (("f16", 2, "f16", 2),), 1)
+    with client.open_context(model) as context, context.alloc([]) as sequence:
+        with pytest.raises(errors.BadMessage, match="fewer at a time"):
+            sequence.stage(MAX_APPEND_BLOCKS + 1)
+        assert sequence.full_tokens == 0

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -244,12 +245,35 @@ def test_a_sequence_that_nobody_touches_takes_no_more(context: kvd_client.Contex
     assert client.sequences() == []
 
 
+def test_an_owner_that_says_it_lives_is_not_timed_out(context: kvd_client.Context) -> None:
+    client = context.client
+    assert isinstance(client, kvd_client.Client)
+    kept = context.alloc(PROMPT, idle_timeout=60)
+    lost = context.alloc(PROMPT, idle_timeout=0.01)
+    eventually(lambda: client.sequences()[1]["state"] == "TIMED_OUT")
+    for keep_alive in (kept.keep_alive, context.keep_alive):
+        eventually(lambda: client.sequences()[0]["idle_seconds"] > 0.1)
+        started = time.monotonic()
+        keep_alive()
+        idle = client.sequences()[0]["idle_seconds"]
+        assert idle <= time.monotonic() - started + 0.001
+    assert context.keep_alive() == [lost]
+    with pytest.raises(errors.SequenceEnded):
+        lost.keep_alive()
+    with pytest.raises(errors.SequenceEnded):
+        lost.append(PROMPT, payloads(PROMPT))
+    lost.release()
+    assert context.keep_alive() == []
+    kept.release()
+
+
 def test_what_is_closed_says_so(client: kvd_client.Client, context: kvd_client.Context) -> None:
     sequence = context.alloc([])
     sequence.release()
     for use in (
         sequence.release,
         sequence.refresh,
+        sequence.keep_alive,
         lambda: sequence.block(0),
         lambda: sequence.stage(8),
         lambda: sequence.append(PROMPT, payloads(PROMPT)),

@@ -15,12 +15,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 import kvd_client
 from kvd_client.kvctl.tables import Column, Look, Part, bar, count, duration, percent, size, table
-from tests.client.blocks import BLOCK_TOKENS, MODEL, PAYLOAD_BYTES, STRIDE, store
-from tests.support import Daemon, start_daemon
+from tests.client.blocks import BLOCK_TOKENS, MODEL, PAYLOAD_BYTES, STRIDE, eventually, store
+from tests.support import Daemon, running_daemon, start_daemon
 
 PROMPT = list(range(24))
 COMMAND = [sys.executable, "-m", "kvd_client.kvctl"]
@@ -78,7 +79,7 @@ def test_status_is_the_map_of_the_client(daemon: Daemon, worker: kvd_client.Clie
     assert list(printed) == list(asked)
     # All but what goes on by itself, and what kvctl itself makes of it.
     differ = {place for place in asked if printed[place] != asked[place]}
-    moving = ("uptime_seconds", "clients", "requests", "sessions_opened", "rss_bytes")
+    moving = ("uptime_seconds", "clients", "requests", "sessions_opened", ".sessions", "rss_bytes")
     assert {place for place in differ if not place.endswith(moving)} == set()
 
 
@@ -135,6 +136,34 @@ def test_status_at_a_glance(daemon: Daemon, worker: kvd_client.Client) -> None:
     assert re.search(r"sequences +2 of 100 in use, 0 waiting", text)
     assert re.search(r"tiny +128 B +8 tok +3 +2 +0 +0 +20\.0 KiB", text)
     assert "as accounted, to the byte" in text
+
+
+def test_stopped_clients_are_seen_at_a_glance(tmp_path: Path) -> None:
+    """By people, in both commands; and again when they go on."""
+    with running_daemon(runtime_dir=tmp_path / "run") as daemon:
+        program = (
+            "import kvd_client, signal, sys\n"
+            "client = kvd_client.connect(sys.argv[1], name='sleeper', staging_bytes=0)\n"
+            "print('ready', flush=True)\n"
+            "signal.pause()\n"
+        )
+        command = [sys.executable, "-c", program, str(daemon.runtime_dir)]
+        sleeper = subprocess.Popen(command, stdout=subprocess.PIPE)
+        note = f"process {sleeper.pid} is stopped"
+        try:
+            assert sleeper.stdout is not None
+            sleeper.stdout.readline()
+            assert note not in kvctl(daemon, "clients").stdout
+            assert "stopped" not in kvctl(daemon, "status").stdout
+            sleeper.send_signal(signal.SIGSTOP)
+            eventually(lambda: psutil.Process(sleeper.pid).status() == psutil.STATUS_STOPPED)
+            assert note in kvctl(daemon, "clients").stdout
+            assert "clients    2, 1 stopped: see kvctl clients" in kvctl(daemon, "status").stdout
+            sleeper.send_signal(signal.SIGCONT)
+            eventually(lambda: note not in kvctl(daemon, "clients").stdout)
+        finally:
+            sleeper.kill()
+            sleeper.communicate()
 
 
 @pytest.mark.parametrize("command", READING)

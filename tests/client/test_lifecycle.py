@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -126,6 +126,9 @@ def test_the_first_to_notice_that_the_daemon_has_gone_is_told_so(
         sequence.append(PROMPT, payloads(PROMPT))
     with pytest.raises(errors.StaleHandle):
         sequence.append(PROMPT, payloads(PROMPT))
+    with pytest.raises(errors.StaleHandle):
+        sequence.keep_alive()
+    assert context.keep_alive() == []
     with pytest.raises(errors.Unavailable):
         context.alloc([])
     sequence.release()
@@ -217,6 +220,7 @@ def test_a_hung_daemon_costs_one_timeout_and_then_nothing(
             assert not before.shared
             after = context.alloc(PROMPT)
             assert after.seq_id != before.seq_id
+            assert context.keep_alive() == []
         assert len(caplog.records) == 1
 
         def came_back() -> bool:
@@ -229,6 +233,22 @@ def test_a_hung_daemon_costs_one_timeout_and_then_nothing(
         after.release()
         eventually(lambda: [row["client"] for row in other.clients()] == ["other", "worker"])
         assert other.sequences() == []
+
+
+def test_to_keep_alive_costs_one_timeout_and_is_no_error(
+    daemon: Daemon, other: kvd_client.Client
+) -> None:
+    with kvd_client.connect(daemon.runtime_dir, fail_open=True, staging_bytes=0) as client:
+        context = client.open_context(MODEL, n_seq_max=4)
+        sequence = context.alloc(PROMPT, idle_timeout=60)
+        with stopped(daemon):
+            assert context.keep_alive() == []
+            assert not sequence.shared
+        sequence.release()
+    with kvd_client.connect(daemon.runtime_dir, timeout=0.05, staging_bytes=0) as client:
+        context = client.open_context(MODEL, n_seq_max=4)
+        with stopped(daemon), pytest.raises(errors.DeadlineExceeded):
+            context.keep_alive()
 
 
 def test_a_hung_daemon_does_not_hold_up_whoever_begins(daemon: Daemon) -> None:
@@ -257,12 +277,26 @@ def test_a_full_daemon_is_no_reason_to_stop_working(
     daemon: Daemon, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Refused is as good as absent: it has no memory for our staging."""
-    with kvd_client.connect(daemon.runtime_dir, fail_open=True, staging_bytes=1 << 30) as client:
-        context = client.open_context(MODEL)
-        assert not context.alloc([]).shared
-    assert len(caplog.records) == 1
-    with pytest.raises(errors.BudgetTooSmall):
-        kvd_client.connect(daemon.runtime_dir, staging_bytes=1 << 30)
+    path, n_bytes = daemon.runtime_dir, 1 << 30
+    with full_of_stagings(daemon):
+        with kvd_client.connect(path, fail_open=True, staging_bytes=n_bytes) as client:
+            context = client.open_context(MODEL)
+            assert not context.alloc([]).shared
+        assert len(caplog.records) == 1
+        with pytest.raises(errors.AllLeased):
+            kvd_client.connect(path, staging_bytes=n_bytes)
+
+
+@contextmanager
+def full_of_stagings(daemon: Daemon) -> Iterator[None]:
+    """Three clients have a quarter of the budget each, and their header pages leave less than the
+    fourth."""
+    with ExitStack() as clients:
+        for _ in range(3):
+            clients.enter_context(
+                kvd_client.connect(daemon.runtime_dir, staging_bytes=1 << 30, timeout=60)
+            )
+        yield
 
 
 def test_a_wrong_request_is_an_error_with_fail_open_too(daemon: Daemon) -> None:
@@ -531,13 +565,14 @@ def test_attempts_to_connect_leave_no_descriptors(daemon: Daemon, tmp_path: Path
         for _ in range(20):
             with pytest.raises(errors.Unavailable):
                 kvd_client.connect(tmp_path / "none")
-            with pytest.raises(errors.BudgetTooSmall):
+            with pytest.raises(errors.AllLeased):
                 kvd_client.connect(daemon.runtime_dir, staging_bytes=1 << 30)
 
-    attempts()
-    before = open_files()
-    attempts()
-    eventually(lambda: open_files() <= before)
+    with full_of_stagings(daemon):
+        attempts()
+        before = open_files()
+        attempts()
+        eventually(lambda: open_files() <= before)
 
 
 def test_descriptors_are_not_inherited_by_other_programs(

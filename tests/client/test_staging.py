@@ -2,12 +2,15 @@
 
 import mmap
 import random
+import select
 import signal
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import zmq
 
 import kvd_client
 from kvd_client import errors
@@ -193,6 +196,44 @@ def test_a_posted_append_that_is_refused_gives_its_room_back(daemon: Daemon) -> 
         assert sequence.refresh() == 8
 
 
+def post_what_is_refused(sequence: kvd_client.Sequence) -> None:
+    """Post an append that the daemon refuses, and wait until its answer is here, but not yet taken
+    in."""
+    sequence.post_append(PROMPT[:16], payloads(PROMPT[:16]))
+    session = sequence.session
+    assert session is not None
+    arrived, _, _ = select.select([session.dealer.getsockopt(zmq.FD)], [], [], 10)
+    assert arrived
+
+
+@pytest.mark.parametrize("beforehand", [False, True])
+def test_what_was_made_for_another_position_is_not_stored(
+    client: kvd_client.Client, beforehand: bool
+) -> None:
+    """The answer that moves the sequence back is taken in within the next append, or in a call
+    between the caller's look at where it is and that append."""
+    with client.open_context(MODEL) as context:
+        with context.alloc([], reserve_tokens=BLOCK_TOKENS) as sequence:
+            post_what_is_refused(sequence)
+            start = sequence.full_tokens
+            assert start == 16
+            rest, blocks = PROMPT[16:], payloads(PROMPT, 16)
+            if beforehand:
+                staged = sequence.stage(len(rest))
+                staged.block(0)[:] = blocks[0]
+                append = partial(sequence.append, rest, staged, start=start)
+            else:
+                append = partial(sequence.append, rest, blocks)
+            with pytest.raises(errors.BadPosition):
+                append()
+            assert sequence.full_tokens == 0
+            client.flush(sequence.append(PROMPT[:8], payloads(PROMPT[:8])))
+        with context.alloc(rest) as sequence:
+            assert sequence.matched_tokens == 0
+        with context.alloc(PROMPT[:8]) as sequence:
+            assert holds(sequence, PROMPT[:8])
+
+
 def reserve_all(context: kvd_client.Context) -> kvd_client.Sequence:
     """A sequence with all the room that the budget still has."""
     for n_blocks in range(400, 0, -1):
@@ -205,7 +246,12 @@ def test_appends_behind_a_refused_one_are_refused_too_and_the_sequence_goes_on(
     tmp_path: Path,
 ) -> None:
     with (
-        running_daemon("--max-memory", "1MiB", runtime_dir=tmp_path / "run") as daemon,
+        running_daemon(
+            "--max-memory",
+            "1MiB",
+            runtime_dir=tmp_path / "run",
+            environ={"KVD_MAX_RESERVED": "1MiB"},
+        ) as daemon,
         kvd_client.connect(daemon.runtime_dir, staging_bytes=1 << 16) as client,
         client.open_context(MODEL, n_seq_max=2) as context,
         context.alloc([]) as sequence,

@@ -8,7 +8,7 @@ from struct import pack, unpack
 from typing import Any
 
 from kvd.core import accounting
-from kvd.core.cache import Limits
+from kvd.core.cache import Counters, Limits, sum_of
 from kvd.core.events import (
     ArenaFound,
     Back,
@@ -251,6 +251,11 @@ class Driver:
 
     # --- what there is
 
+    @property
+    def counters(self) -> Counters:
+        """Of all tenants, and of requests without a session."""
+        return sum_of([self.cache.counters, *self.cache.counters_of.values()])
+
     def blocks(self, arena: int = 1) -> dict[tuple[int, ...], int]:
         """All sealed blocks by path, with their slots."""
         return {
@@ -260,7 +265,7 @@ class Driver:
 
     def lru(self) -> list[tuple[int, tuple[int, ...]]]:
         """What would be evicted, in this order: arena and path of each block."""
-        return [(block.arena.number, path_of(block)) for block in self.cache.budget.lru]
+        return [(block.arena.number, path_of(block)) for block in self.cache.budget.oldest_first()]
 
     def counts(self, arena: int = 1) -> dict[str, int]:
         """Slots by state, those that are 0 left out."""

@@ -1,8 +1,8 @@
 """A shell without memory: what lies in each slot is the path of the block that was copied there.
 
-Carries out effects like the real one: records at once, `Back`, `Copy`, `Check` and `Punch` in one
-queue, in order, later. It asserts what must never happen to memory, and knows nothing of the
-cache's rules. What outlives a crash: restarts.py.
+Carries out effects like the real one: records at once, `Back`, `Copy`, `Check` and `Punch` later,
+in any order in which they may come. It asserts what must never happen to memory, and knows nothing
+of the cache's rules. What outlives a crash: restarts.py.
 """
 
 from collections import deque
@@ -85,9 +85,11 @@ class FakeShell:
     def submit(self, job: Job) -> None:
         self.queue.append(job)
 
-    def work(self, fails: int) -> Backed | Checked | Copied | None:
-        """Do the first job of the queue; bit i of `fails` spoils its item i (or all of a Back)."""
-        job = self.queue.popleft()
+    def work(self, fails: int, which: int = 0) -> Backed | Checked | Copied | None:
+        """Do a job of the queue, that of number `which` of those whose turn it can be; bit i of
+        `fails` spoils its item i (or all of a Back)."""
+        job = self.next_job(which)
+        self.queue.remove(job)
         slots = self.arenas[job.arena]
         if isinstance(job, Punch):
             for slot in job.slots:
@@ -122,6 +124,18 @@ class FakeShell:
             error = BadPayload("spoilt") if bad else None
             results.append(CopyResult(checksum(content), error))
         return Copied(job.job, results)
+
+    def next_job(self, which: int = 0) -> Job:
+        """Of the queue that of number `which` of those whose turn it can be (kvd.turns): all
+        copies; and of what comes before the first check the first punch, or any Back if none waits,
+        or else that check."""
+        copies = [job for job in self.queue if isinstance(job, Copy)]
+        memory = [job for job in self.queue if not isinstance(job, Copy)]
+        checks = [job for job in memory if isinstance(job, Check)]
+        before = memory[: memory.index(checks[0])] if checks else memory
+        punches = [job for job in before if isinstance(job, Punch)]
+        may = copies + (punches or before or checks)[: 1 if punches or not before else None]
+        return may[which % len(may)]
 
 
 def checksum(content: Path | str) -> int:

@@ -63,6 +63,8 @@ class Filling:
 @dataclass(eq=False)
 class Session:
     id: bytes
+    tenant: str
+    administrator: bool = False
     alive: bool = True
     commits: dict[int, Commit] = field(default_factory=dict)
     last_commit: int = 0
@@ -136,6 +138,7 @@ class Planned:
 @dataclass(eq=False)
 class Arena:
     number: int
+    tenant: str
     block_tokens: int
     stride: int
     sealed: dict[Path, int] = field(default_factory=dict)

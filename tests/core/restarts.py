@@ -141,14 +141,14 @@ class DurableShell(FakeShell):
         layout.drop_record(buffer, slot, disk.made.block_tokens)
         disk.recorded.pop(slot, None)
 
-    def work(self, fails: int) -> Any:
-        job = self.queue[0]
+    def work(self, fails: int, which: int = 0) -> Any:
+        job = self.next_job(which)
         if isinstance(job, Back) and fails in (0, 2):
             # The directory first; the slots may fail after that.
             disk = self.disks[job.arena]
             disk.backed = max(disk.backed, min(job.directory_bytes, len(disk.directory)))
         self.moment()
-        event = super().work(fails)
+        event = super().work(fails, which)
         self.moment()
         return event
 
@@ -156,8 +156,14 @@ class DurableShell(FakeShell):
 class RestartingWorld(World):
     shell: DurableShell
 
-    def __init__(self, random: Random, spare_pages: int = 6, max_sequences: int = 5) -> None:
-        super().__init__(spare_pages, max_sequences)
+    def __init__(
+        self,
+        random: Random,
+        spare_pages: int = 6,
+        max_sequences: int = 5,
+        spare_of_tenants: tuple[int | None, ...] = (None,),
+    ) -> None:
+        super().__init__(spare_pages, max_sequences, spare_of_tenants)
         self.random = random
         self.shell = DurableShell()
         self.shell.paths = self.paths
@@ -262,7 +268,7 @@ class RestartingWorld(World):
             for each in records
         }  # fmt: skip
         kind = _kind_of(made)
-        arena = Arena(number, kind.block_tokens, kind.stride)
+        arena = Arena(number, made.tenant, kind.block_tokens, kind.stride)
         paths = {recorded.path for recorded in disk.recorded.values()}
         for slot, (path, _) in disk.recorded.items():
             if all(up in paths for up in arena.chain(path)):
@@ -348,7 +354,10 @@ class RestartingWorld(World):
 
     def _lru(self) -> list[tuple[Disk, Path]]:
         disks = self.shell.disks
-        return [(disks[block.arena.number], _path(block)) for block in self.core.cache.budget.lru]
+        return [
+            (disks[block.arena.number], _path(block))
+            for block in self.core.cache.budget.oldest_first()
+        ]
 
     def _certain_order(self) -> list[tuple[Disk, Path]]:
         """What is in the LRU and was there, in this order, before the step in which it died."""
@@ -364,7 +373,7 @@ class RestartingWorld(World):
     def _is_recorded(self, disk: Disk, path: Path) -> bool:
         """Whether it is, and all above it: a block may be sealed before its parent."""
         recorded = {each.path for each in disk.recorded.values()}
-        chain = Arena(0, disk.made.block_tokens, 0).chain(path)
+        chain = Arena(0, "", disk.made.block_tokens, 0).chain(path)
         return recorded.issuperset(chain)
 
     def _check_order(self, order: list[tuple[Disk, Path]]) -> None:
@@ -494,7 +503,10 @@ class RestartingWorld(World):
 
     def register_in_vain(self, session: Session, kind: Kind) -> None:
         """As `register`, but there is no memory for the directory."""
-        if any(self._kind(each) is kind for each in self.arenas):
+        if any(
+            self._kind(each.number) is kind and each.tenant == session.tenant
+            for each in self.arenas.values()
+        ):
             return
         effects = self._send(session, kind.message, lambda body: None)
         made = [each for each in effects if isinstance(each, CreateArena)]
@@ -512,10 +524,10 @@ class RestartingWorld(World):
             self.lru_before = self._lru()
         return super()._handle(event)
 
-    def work(self, fails: int = 0) -> bool:
+    def work(self, fails: int = 0, which: int = 0) -> bool:
         if self.shell.fuse > 0:
             self.lru_before = self._lru()
-        return super().work(fails)
+        return super().work(fails, which)
 
     def _job_ended(self, event: Event) -> None:
         if not isinstance(event, Checked):

@@ -14,6 +14,7 @@ from kvd.core.accounting import (
 )
 from kvd.core.budget import Arena
 from kvd.core.cache import AllocBacking, AppendBacking, Cache, Copying
+from kvd.core.tenants import Tenant
 from kvd.core.tree import GONE, Block
 from kvd_proto.messages import COMPLETED, Release
 from tests.core.driver import BUDGET, FULL_DIRECTORY, PAGE, STAGING, Driver, alloc, path_of
@@ -111,23 +112,43 @@ def of_dead_session(cache: Cache) -> object:
     return cache.leaving[b"dead"]
 
 
+def of_tenant(cache: Cache) -> Tenant:
+    return cache.budget.tenants["t"]
+
+
 def swap(cache: Cache) -> None:
     """A parent before its child."""
-    cache.budget.lru.move_to_end(block_of(first(cache), CACHED))
+    lru = of_tenant(cache).lru
+    (child, first_use), (parent, last_use) = lru.items()
+    lru.clear()
+    lru.update({parent: first_use, child: last_use})
+
+
+def forget_a_use(cache: Cache) -> None:
+    """After a restart it would have another place."""
+    block_of(first(cache), CACHED).last_use -= 1
 
 
 def lose_from_the_lru(cache: Cache) -> None:
-    del cache.budget.lru[block_of(first(cache), CACHED)]
+    del of_tenant(cache).lru[block_of(first(cache), CACHED)]
 
 
 def put_into_the_lru(cache: Cache) -> None:
-    cache.budget.lru[block_of(first(cache), HELD)] = None
+    of_tenant(cache).lru[block_of(first(cache), HELD)] = cache.budget.clock
+
+
+def lose_an_arena(cache: Cache) -> None:
+    of_tenant(cache).arenas.pop()
+
+
+def exceed_the_quota(cache: Cache) -> None:
+    of_tenant(cache).quota = of_tenant(cache).held - 1
 
 
 def count_one_twice(cache: Cache) -> None:
     arena = first(cache)
     arena.free.append(block_of(arena, HELD).slot)
-    cache.budget.unassigned -= arena.stride
+    cache.budget.spend(arena.tenant, arena.stride)
 
 
 def lose_a_slot(cache: Cache) -> None:
@@ -168,10 +189,10 @@ def leave_a_shorter_one(cache: Cache) -> None:
     longer = Block(arena, parent, b"\3\0\0\0\4\0\0\0", b"", slot)
     longer.state = "sealed"
     parent.children.append(longer)
-    cache.budget.lru[longer] = None
-    cache.budget.lru.move_to_end(longer, last=False)
+    arena.lru[longer] = 0
+    arena.lru.move_to_end(longer, last=False)
     arena.cached += 1
-    cache.budget.unassigned -= arena.stride
+    cache.budget.spend(arena.tenant, arena.stride)
 
 
 def forget_a_waiter(cache: Cache) -> None:
@@ -182,9 +203,16 @@ def forget_a_waiter(cache: Cache) -> None:
     ("plant", "says"),
     [
         (add("unassigned", of_budget, 1), "budget .* the sum of Totals"),
-        (add("staging", of_budget, PAGE), "budget .* staging="),
-        (add("staging_bytes", of_session, -PAGE), "staging: running total .*, recounted"),
-        (add("staging_bytes", of_dead_session, PAGE), "staging: running total"),
+        (add("staging", of_tenant, PAGE), "budget .* staging="),
+        (add("staging_bytes", of_session, -PAGE), "staging of t: running total .*, recounted"),
+        (add("staging_bytes", of_dead_session, PAGE), "staging of t: running total"),
+        (add("held", of_tenant, 1), "held by t: running total"),
+        (lose_an_arena, "arenas of t"),
+        (exceed_the_quota, "t holds .* more than its quota"),
+        (add("open_sequences", of_session, 1), "open sequences of s: running total"),
+        (add("waiting", of_session, 1), "waiting allocs of s: running total 2, recounted 1"),
+        (add("waiting_bytes", of_session, 4), "tokens of waiting allocs of s"),
+        (add("reserved_bytes", of_session, PAGE), "reserved by s: running total"),
         (add("in_flight", of_session, 1), "copies from the staging of s: running total 2"),
         (add("in_flight", of_dead_session, -1), "copies from the staging of dead"),
         (add("open_sequences", of_cache, 1), "open sequences"),
@@ -198,8 +226,9 @@ def forget_a_waiter(cache: Cache) -> None:
         (add("holds", block(COPYING), -1), "holds of slot"),
         (add("high_water", first, 1), "each slot below 13 should be in one of"),
         (swap, "would be evicted before its child"),
+        (forget_a_use, r"by its records, and at \d+ by its place"),
         (lose_from_the_lru, "which is not in the LRU"),
-        (put_into_the_lru, "blocks in the LRU: running total 3, recounted 2"),
+        (put_into_the_lru, "blocks in the LRU of t: running total 3, recounted 2"),
         (count_one_twice, "each slot below 12 should be in one of .*'free'"),
         (lose_a_slot, "each slot below 12 should be in one of .*'punched': \\[\\]"),
         (lose_a_reserved_slot, "filling: running total 6, recounted 5"),
@@ -271,8 +300,7 @@ def test_sealed_blocks_are_those_with_a_record(cache: Cache) -> None:
     assert paths == {(1, 2), CACHED, ABOVE, HELD}
 
 
-def test_an_order_of_eviction_that_the_records_do_not_tell_is_found() -> None:
-    """After a restart it would be another one."""
+def test_an_lru_whose_oldest_block_is_not_the_first_is_found() -> None:
     driver = Driver()
     driver.connect("s")
     driver.register(b"s")
@@ -282,6 +310,6 @@ def test_an_order_of_eviction_that_the_records_do_not_tell_is_found() -> None:
         driver.store(handle, 0, *tokens)
         driver.ask(b"s", Release(*handle.fields, COMPLETED))
     check(driver.cache)
-    driver.cache.budget.lru.move_to_end(block_of(first(driver.cache), (1, 2)))
-    with pytest.raises(AccountingError, match=r"slot 1, last used at 2, .* before slot 0, .* at 1"):
+    of_tenant(driver.cache).lru.move_to_end(block_of(first(driver.cache), (1, 2)))
+    with pytest.raises(AccountingError, match=r"slot 0 was used at 1 .*, which comes after 2"):
         check(driver.cache)

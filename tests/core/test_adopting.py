@@ -206,7 +206,7 @@ def test_the_clock_goes_on_from_the_latest_use_and_what_it_seals_is_taken_again(
 def test_all_records_are_adopted_where_they_are(chain: Driver) -> None:
     chain.restart(chain.found())
     assert chain.blocks() == {A: 0, B: 1, C: 2}
-    assert [block.state for block in chain.cache.budget.lru] == [ADOPTED] * 3
+    assert [block.state for block in chain.cache.budget.oldest_first()] == [ADOPTED] * 3
     assert chain.effects[0] == ArenaAdopted(1, 3, FULL_DIRECTORY)
     assert [type(effect) for effect in chain.effects] == [ArenaAdopted, Check]
     assert chain.counts() == {"cached": 3}

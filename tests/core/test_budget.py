@@ -29,7 +29,15 @@ class Bench:
         slots = self.budget.n_bytes // (pages * PAGE)
         layers = Geometry.from_wire([["f16", 1, "f16", 1]])
         arena = Arena(
-            number, "t", f"m{number}", b"", layers, array_format(pages), BLOCK_TOKENS, slots, b""
+            number,
+            self.budget.tenant("t"),
+            f"m{number}",
+            b"",
+            layers,
+            array_format(pages),
+            BLOCK_TOKENS,
+            slots,
+            b"",
         )
         self.budget.charge_directory(arena, self.effects)
         return arena
@@ -108,9 +116,9 @@ def test_a_held_block_keeps_its_ancestors() -> None:
     assert (a.holds, b.holds, c.holds) == (1, 1, 0)
     assert (bench.arenas[0].active, bench.arenas[0].cached) == (2, 1)
     assert bench.evict() == [c.slot]
-    assert not bench.budget.lru
+    assert not list(bench.budget.oldest_first())
     bench.budget.unhold(b, bench.effects)
-    assert list(bench.budget.lru) == [b, a]
+    assert list(bench.budget.oldest_first()) == [b, a]
 
 
 def test_holding_twice_takes_letting_go_twice() -> None:
@@ -120,9 +128,9 @@ def test_holding_twice_takes_letting_go_twice() -> None:
         bench.budget.hold(block)
     assert (a.holds, b.holds) == (2, 1)
     bench.budget.unhold(a, bench.effects)
-    assert not bench.budget.lru
+    assert not list(bench.budget.oldest_first())
     bench.budget.unhold(b, bench.effects)
-    assert list(bench.budget.lru) == [b, a]
+    assert list(bench.budget.oldest_first()) == [b, a]
 
 
 def test_a_parent_never_goes_before_its_children() -> None:
@@ -147,7 +155,7 @@ def test_children_come_first_in_the_lru_whatever_is_held_and_let_go(
         held.append(blocks[hold])
         if let_go < len(held):
             bench.budget.unhold(held.pop(let_go), bench.effects)
-    order = list(bench.budget.lru)
+    order = list(bench.budget.oldest_first())
     for block in order:
         assert not any(each in block.below() for each in held)
         for child in block.children:
@@ -174,7 +182,7 @@ def test_an_open_tail_stays_if_the_longer_block_has_gone_before() -> None:
     longer = bench.store(root, 1, 2)
     assert bench.evict() == [longer.slot]
     bench.budget.unhold(tail, bench.effects)
-    assert list(bench.budget.lru) == [tail]
+    assert list(bench.budget.oldest_first()) == [tail]
 
 
 # --- slots
@@ -298,11 +306,11 @@ def test_staging_and_a_new_directory_make_room_too() -> None:
     for token in range(5):
         bench.store(bench.arenas[0].root, token)
     bench.effects.clear()
-    bench.budget.charge_staging(1, bench.effects)
+    bench.budget.charge_staging(bench.budget.tenant("t"), 1, bench.effects)
     assert bench.happened(DropRecord) == [DropRecord(1, 0)]
     bench.arena(2, 1)
     assert bench.budget.unassigned == PAGE - 1
-    bench.budget.return_staging(1)
+    bench.budget.return_staging(bench.budget.tenant("t"), 1)
     assert (bench.budget.staging, bench.sum) == (0, 2 * SMALL_DIRECTORY)
 
 
@@ -314,7 +322,7 @@ def test_all_leased_and_too_small_are_different_answers() -> None:
     arena = bench.arenas[0]
     a, b = bench.chain(arena, 1, 2)
     bench.budget.hold(a)
-    before = list(bench.budget.lru), bench.budget.unassigned
+    before = list(bench.budget.oldest_first()), bench.budget.unassigned
     bench.effects.clear()
     with pytest.raises(AllLeased) as leased:
         bench.take(arena, 4)
@@ -322,7 +330,7 @@ def test_all_leased_and_too_small_are_different_answers() -> None:
     assert leased.value.details["budget_bytes"] == SMALL_DIRECTORY + 4 * PAGE
     with pytest.raises(BudgetTooSmall):
         bench.take(arena, 5)
-    assert (list(bench.budget.lru), bench.budget.unassigned) == before
+    assert (list(bench.budget.oldest_first()), bench.budget.unassigned) == before
     assert (bench.effects, b.state) == ([], SEALED)
     assert len(bench.take(arena, 3)) == 3
 
@@ -334,10 +342,12 @@ def test_directories_of_others_never_make_room() -> None:
         with pytest.raises(BudgetTooSmall):
             bench.take(arena, 4)
         with pytest.raises(BudgetTooSmall):
-            bench.budget.charge_staging(FIRST_DIRECTORY + 1, bench.effects)
-    bench.budget.charge_staging(FIRST_DIRECTORY, bench.effects)
+            bench.budget.charge_staging(
+                bench.budget.tenant("t"), FIRST_DIRECTORY + 1, bench.effects
+            )
+    bench.budget.charge_staging(bench.budget.tenant("t"), FIRST_DIRECTORY, bench.effects)
     with pytest.raises(AllLeased):
-        bench.budget.charge_staging(1, bench.effects)
+        bench.budget.charge_staging(bench.budget.tenant("t"), 1, bench.effects)
 
 
 @given(
@@ -351,11 +361,15 @@ def test_room_that_was_promised_is_found(moves: list[tuple[int, int, bool]], pag
     n_stored = 0
     for which, n_slots, give_back in moves:
         arena = bench.arenas[which]
-        before = (bench.budget.unassigned, arena.filling, len(bench.budget.lru))
+        before = (bench.budget.unassigned, arena.filling, len(list(bench.budget.oldest_first())))
         try:
             taken += [(arena, slot) for slot in bench.take(arena, n_slots)]
         except (AllLeased, BudgetTooSmall):
-            assert (bench.budget.unassigned, arena.filling, len(bench.budget.lru)) == before
+            assert (
+                bench.budget.unassigned,
+                arena.filling,
+                len(list(bench.budget.oldest_first())),
+            ) == before
         while give_back and taken:
             held, slot = taken.pop()
             held.filling -= 1
@@ -364,7 +378,7 @@ def test_room_that_was_promised_is_found(moves: list[tuple[int, int, bool]], pag
             block.state = SEALED
             held.root.add(block)
             held.cached += 1
-            bench.budget.lru[block] = None
+            block.last_use = held.lru[block] = bench.budget.tick()
         assert bench.sum == bench.budget.n_bytes
         assert bench.budget.unassigned >= 0
 
@@ -384,13 +398,13 @@ def test_evict_takes_the_oldest_of_one_model_and_gives_their_memory_back() -> No
     assert bench.effects == [
         UseRecord(1, a.slot, b.last_use), DropRecord(1, b.slot), Punch(1, [b.slot, free]),
     ]  # fmt: skip
-    assert list(bench.budget.lru) == [a, c]
+    assert list(bench.budget.oldest_first()) == [a, c]
     bench.effects.clear()
-    assert bench.budget.evict("", 0, bench.effects) == 2
+    assert bench.budget.evict("", 99, bench.effects) == 2
     assert bench.happened(DropRecord) == [DropRecord(1, a.slot), DropRecord(2, c.slot)]
     assert bench.budget.unassigned == bench.budget.n_bytes - bench.budget.directories
     assert bench.budget.evicted_blocks == 3
-    assert bench.budget.evict("", 0, bench.effects) == 0
+    assert bench.budget.evict("", 99, bench.effects) == 0
 
 
 def test_evict_spares_what_is_held_or_filling() -> None:
@@ -412,4 +426,4 @@ def test_a_filling_block_is_not_in_the_lru() -> None:
     block.holds = 1
     bench.budget.hold(block)
     bench.budget.unhold(block, bench.effects)
-    assert (block.holds, len(bench.budget.lru), arena.active) == (1, 0, 0)
+    assert (block.holds, len(list(bench.budget.oldest_first())), arena.active) == (1, 0, 0)

@@ -280,7 +280,7 @@ def test_what_it_would_match_may_be_evicted_while_it_waits_for_an_id(first: Driv
     next_best = {2: 4, 4: 2}[best[0]]
     assert states(first)[next_best] == ADOPTED
     budget = first.cache.budget
-    block = next(block for block in budget.lru if block.slot == best[0])
+    block = next(block for block in budget.oldest_first() if block.slot == best[0])
     for below in [*reversed(block.below()), block]:
         budget.drop(below, [])
     first.ask(b"a", Release(*holder.fields, COMPLETED))

@@ -48,7 +48,10 @@ class Counter:
     def watch(self, driver: Driver) -> None:
         """Put containers that count into the core."""
         cache, budget = driver.cache, driver.cache.budget
-        budget.lru = self._watched(OrderedDict, budget.lru)
+        for tenant in budget.tenants.values():
+            tenant.lru = self._watched(OrderedDict, tenant.lru)
+            for arena in tenant.arenas:
+                arena.lru = tenant.lru
         for name in ("waiting", "jobs"):
             setattr(cache, name, self._watched(dict, getattr(cache, name)))
         for context in cache.contexts.values():
@@ -79,9 +82,10 @@ def daemon(n_slots: int, **limits: int) -> Driver:
     driver.register(b"s")
     driver.context(b"s")
     arena = driver.cache.budget.arenas[1]
-    driver.cache.budget.unassigned -= arena.directory_limit - arena.directory_bytes
+    budget = driver.cache.budget
+    budget.spend(arena.tenant, arena.directory_limit - arena.directory_bytes)
     arena.directory_bytes = arena.directory_limit
-    driver.cache.budget.charge_staging(driver.cache.budget.unassigned - n_slots * PAGE, [])
+    budget.charge_staging(arena.tenant, budget.unassigned - n_slots * PAGE, [])
     return driver
 
 
@@ -121,9 +125,9 @@ def test_the_counter_sees_a_walk() -> None:
         return counter.of(lambda: action(driver))
 
     for walk in (
-        lambda driver: driver.cache.budget.evict("another model", 0, []),
+        lambda driver: driver.cache.budget.evict("another model", 1, []),
         lambda driver: driver.cache.budget.arenas[1].root.below(),
-        lambda driver: sorted(driver.cache.budget.lru, key=id),
+        lambda driver: sorted(driver.cache.budget.tenant("t").lru, key=id),
     ):
         assert cost(200, walk) > cost(100, walk) + 50
 
@@ -217,13 +221,14 @@ def test_memory_of_another_arena() -> None:
     def cost(n_blocks: int) -> int:
         driver = daemon(n_blocks)
         siblings(driver, n_blocks)
-        driver.cache.budget.return_staging(200 * PAGE)
+        driver.cache.budget.return_staging(driver.cache.budget.tenant("t"), 200 * PAGE)
         other = driver.context(b"s", driver.register(b"s", "other"))
         handle = driver.alloc(b"s", other)
         arena = driver.cache.budget.arenas[2]
-        driver.cache.budget.unassigned -= arena.directory_limit - arena.directory_bytes
+        budget = driver.cache.budget
+        budget.spend(arena.tenant, arena.directory_limit - arena.directory_bytes)
         arena.directory_bytes = arena.directory_limit
-        driver.cache.budget.charge_staging(driver.cache.budget.unassigned, [])
+        budget.charge_staging(arena.tenant, budget.unassigned, [])
         counter = Counter()
         counter.watch(driver)
         steps = counter.of(lambda: driver.append(handle, 0, 1, 2))

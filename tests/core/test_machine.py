@@ -1,5 +1,7 @@
 """The mutator itself: sessions come and go, who is answered, what is never raised and what is."""
 
+import math
+
 import pytest
 
 from kvd.core import accounting
@@ -16,7 +18,7 @@ from kvd.core.events import (
     Requested,
     Ticked,
 )
-from kvd.core.machine import Core
+from kvd.core.machine import EVICT_BLOCKS, Core
 from kvd_proto.errors import (
     AllLeased,
     BadPayload,
@@ -37,7 +39,7 @@ def test_a_session_is_charged_with_its_staging() -> None:
     driver.disconnect(b"s")
     assert driver.effects == [CloseStaging(b"s")]
     assert accounting.totals(driver.cache).unassigned == totals.budget
-    assert driver.cache.counters.sessions_opened == 1
+    assert driver.counters.sessions_opened == 1
 
 
 def test_why_a_client_gets_no_session() -> None:
@@ -95,7 +97,7 @@ def test_a_session_that_is_unknown_or_has_left_is_told_so() -> None:
     for session in (b"s", b"never"):
         assert driver.refusal(session, Flush(0)) is UnknownSession
         assert driver.of_kind(Reply)[0].session == session
-    assert (driver.cache.counters.requests, driver.cache.counters.errors) == (2, 2)
+    assert (driver.counters.requests, driver.counters.errors) == (2, 2)
 
 
 def test_nothing_is_sent_to_a_session_that_has_left() -> None:
@@ -123,11 +125,11 @@ def test_errors_are_counted_when_they_come() -> None:
     context = driver.context(b"s", n_ids=1)
     driver.alloc(b"s", context)
     driver.ask(b"s", alloc(context, wait_ms=1000))
-    assert driver.cache.counters.errors == 0
+    assert driver.counters.errors == 0
     driver.pass_time(1.0)
-    assert driver.cache.counters.errors == 1
+    assert driver.counters.errors == 1
     driver.ask(b"s", alloc(context))
-    assert driver.cache.counters.errors == 2
+    assert driver.counters.errors == 2
 
 
 def test_evict_by_request() -> None:
@@ -201,3 +203,43 @@ def test_a_bad_copy_raises_nothing() -> None:
     driver.handle(Disconnected(b"s"))
     driver.handle(Copied(job.job, [CopyResult(0, BadPayload("spoilt"))]))
     assert driver.effects == [CloseStaging(b"s")]
+
+
+def evictable(n_blocks: int) -> Driver:
+    """So many cached blocks, and a session "s"."""
+    driver = Driver(1 << 22)
+    driver.connect("t")
+    driver.register(b"t")
+    handle = driver.alloc(b"t", driver.context(b"t"))
+    driver.store(handle, 0, *range(2 * n_blocks))
+    driver.disconnect(b"t")
+    driver.connect("s")
+    assert driver.counts() == {"cached": n_blocks}
+    return driver
+
+
+def test_a_long_eviction_lets_others_in_between() -> None:
+    n_blocks = 2 * EVICT_BLOCKS + 1
+    driver = evictable(n_blocks)
+    assert driver.ask(b"s", Evict("", 0)) is None
+    first, second = driver.asked, driver.asked + 1
+    assert driver.core.next_deadline() == -math.inf
+    assert driver.ask(b"s", Evict("", 1)) is None
+    for left in (n_blocks - 2 * EVICT_BLOCKS, 0):
+        # Its answer to the other eviction was one step of the first one.
+        assert driver.counts().get("cached", 0) == left
+        if left:
+            driver.pass_time(0)
+    assert driver.replies[first] == Evicted(n_blocks, n_blocks * PAGE)
+    driver.pass_time(0)
+    assert driver.replies[second] == Evicted(0, 0)
+    assert driver.core.next_deadline() is None
+
+
+def test_an_eviction_ends_with_its_session() -> None:
+    driver = evictable(2 * EVICT_BLOCKS)
+    assert driver.ask(b"s", Evict("", 0)) is None
+    driver.disconnect(b"s")
+    driver.pass_time(0)
+    assert driver.core.next_deadline() is None
+    assert driver.asked not in driver.replies

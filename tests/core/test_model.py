@@ -19,7 +19,7 @@ from hypothesis.stateful import (
 )
 
 from tests.core.reference import Context, Sequence, Session
-from tests.core.world import KINDS, STAGING, VOCABULARY, World
+from tests.core.world import KINDS, STAGING, TENANTS, VOCABULARY, World
 
 EXAMPLES = int(os.environ.get("KVD_EXAMPLES", 300))
 STEPS = int(os.environ.get("KVD_STEPS", 40))
@@ -36,15 +36,20 @@ kinds = st.sampled_from(KINDS)
 class CoreMachine(RuleBasedStateMachine):
     world: World
 
-    @initialize(spare_pages=st.sampled_from((1, 2, 4, 8)), max_sequences=st.sampled_from((3, 5)))
-    def begin(self, spare_pages: int, max_sequences: int) -> None:
-        """Two workers have come up."""
-        self.world = World(spare_pages, max_sequences)
-        for _ in range(2):
-            session = self.world.connect()
+    @initialize(
+        spare_pages=st.sampled_from((1, 2, 4, 8)),
+        max_sequences=st.sampled_from((3, 5)),
+        tenants=st.sampled_from(TENANTS),
+    )
+    def begin(self, spare_pages: int, max_sequences: int, tenants: tuple[int | None, ...]) -> None:
+        """Two workers have come up, of the first two tenants."""
+        self.world = World(spare_pages, max_sequences, tenants)
+        for which in range(2):
+            session = self.world.connect(which)
             assert session is not None
             self.world.register(session, KINDS[0])
-            self.world.open_context(session, 1, 2, [])
+            (model,) = session.models
+            self.world.open_context(session, model, 2, [])
 
     def _session(self, which: int) -> Session:
         return _pick(list(self.world.sessions.values()), which)
@@ -55,9 +60,9 @@ class CoreMachine(RuleBasedStateMachine):
     def _sequence(self, which: int) -> Sequence:
         return _pick(self.world.known_sequences(), which)
 
-    @rule()
-    def connect(self) -> None:
-        self.world.connect()
+    @rule(which=which)
+    def connect(self, which: int) -> None:
+        self.world.connect(which)
 
     @precondition(lambda self: self.world.sessions)
     @rule(which=which)
@@ -72,7 +77,7 @@ class CoreMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.world.sessions)
     @rule(
         which=which,
-        model=st.integers(1, 3),
+        model=st.integers(1, 5),
         n_ids=st.sampled_from((2, 1, 3)),
         busy=st.lists(st.integers(0, 2), max_size=3),
     )
@@ -128,6 +133,13 @@ class CoreMachine(RuleBasedStateMachine):
         self.world.get(self._sequence(which), first_block)
 
     @precondition(lambda self: self.world.known_sequences())
+    @rule(which=which, n_named=st.integers(0, 2))
+    def keep_alive(self, which: int, n_named: int) -> None:
+        sequence = self._sequence(which)
+        peers = [each for each in self.world.known_sequences() if each.context is sequence.context]
+        self.world.keep_alive([sequence, *peers[:n_named]])
+
+    @precondition(lambda self: self.world.known_sequences())
     @rule(which=which, outcome=st.sampled_from((0, 1)))
     def release(self, which: int, outcome: int) -> None:
         self.world.release(self._sequence(which), outcome)
@@ -148,10 +160,10 @@ class CoreMachine(RuleBasedStateMachine):
         self.world.pass_time(seconds)
 
     @precondition(lambda self: self.world.shell.queue)
-    @rule(fails=st.sampled_from((0, 1, 2, 3)))
-    def work(self, fails: int) -> None:
-        """Bit i is set: item i of the shell's next job fails."""
-        self.world.work(fails)
+    @rule(fails=st.sampled_from((0, 1, 2, 3)), which=st.integers(0, 3))
+    def work(self, fails: int, which: int) -> None:
+        """Bit i is set: item i of the shell's job fails, `which` of those that may be next."""
+        self.world.work(fails, which)
 
     @precondition(lambda self: self.world.shell.queue)
     @rule(jobs=st.integers(2, 4))

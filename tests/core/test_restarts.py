@@ -56,8 +56,10 @@ class Story(Life):
             self.jump: 1,
         }
 
-    def _make_world(self, spare_pages: int, max_sequences: int) -> World:
-        return RestartingWorld(self.random, spare_pages, max_sequences)
+    def _make_world(
+        self, spare_pages: int, max_sequences: int, spare_of_tenants: tuple[int | None, ...]
+    ) -> World:
+        return RestartingWorld(self.random, spare_pages, max_sequences, spare_of_tenants)
 
     def live(self) -> None:
         steps, weights = list(self.weights), list(self.weights.values())

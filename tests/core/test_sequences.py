@@ -9,6 +9,7 @@ from kvd.core.events import Back
 from kvd.core.sequences import State
 from kvd_proto.errors import (
     AllLeased,
+    BadMessage,
     BudgetTooSmall,
     ForeignHandle,
     KvdError,
@@ -28,6 +29,8 @@ from kvd_proto.messages import (
     CloseContext,
     Done,
     Get,
+    KeepAlive,
+    KeptAlive,
     Release,
 )
 from tests.core.driver import (
@@ -95,7 +98,8 @@ def test_each_handle_has_a_generation_of_its_own(driver: Driver) -> None:
 def test_a_handle_that_has_ended_is_refused_with_what_is_there_now(driver: Driver) -> None:
     old = driver.alloc(b"s", 1)
     driver.ask(b"s", release(old))
-    for message in (release(old), append(old, 0, 1), Get(*old.fields, 0)):
+    kept = KeepAlive(old.context, [old.seq_id], [old.generation])
+    for message in (release(old), append(old, 0, 1), Get(*old.fields, 0), kept):
         error = driver.ask(b"s", message)
         assert isinstance(error, StaleHandle)
         assert error.details["current_generation"] is None
@@ -112,6 +116,7 @@ def test_a_handle_of_another_session_is_foreign(driver: Driver) -> None:
         release(handle),
         append(handle, 0, 1),
         Get(*handle.fields, 0),
+        KeepAlive(1, [], []),
         alloc(1),
         CloseContext(1),
     )
@@ -121,7 +126,12 @@ def test_a_handle_of_another_session_is_foreign(driver: Driver) -> None:
 
 
 def test_an_unknown_context_is_another_answer(driver: Driver) -> None:
-    for message in (alloc(7), CloseContext(7), Release(7, 0, 1, COMPLETED)):
+    for message in (
+        alloc(7),
+        CloseContext(7),
+        Release(7, 0, 1, COMPLETED),
+        KeepAlive(7, [], []),
+    ):
         assert driver.refusal(b"s", message) is UnknownContext
 
 
@@ -151,8 +161,8 @@ def test_max_sequences_counts_those_of_all_sessions() -> None:
 def test_who_ended_well_and_who_failed(driver: Driver) -> None:
     for outcome in (COMPLETED, FAILED, FAILED):
         driver.ask(b"s", release(driver.alloc(b"s", 1), outcome))
-    assert driver.cache.counters.sequences_opened == 3
-    assert driver.cache.counters.sequences_failed == 2
+    assert driver.counters.sequences_opened == 3
+    assert driver.counters.sequences_failed == 2
 
 
 # --- waiting
@@ -289,7 +299,7 @@ def test_an_idle_sequence_times_out_and_keeps_its_id_until_it_is_released(driver
     driver.pass_time(1.0)
     (row,) = report_of_sequences(driver.cache, driver.now)
     assert (row["state"], row["tokens"], row["idle_seconds"]) == ("TIMED_OUT", 2, 1.0)
-    assert driver.cache.counters.sequences_timed_out == 1
+    assert driver.counters.sequences_timed_out == 1
     assert driver.refusal(b"s", append(handle, 2, 3)) is SequenceEnded
     # What it leases stays, and may be read.
     assert driver.ask(b"s", Get(*handle.fields, 0)).sealed_tokens == 2
@@ -313,13 +323,43 @@ def test_asking_for_a_sequence_keeps_it_from_timing_out(driver: Driver) -> None:
     assert driver.cache.sequences()[0].state is State.TIMED_OUT
 
 
+def test_keep_alive_lets_the_idle_time_begin_anew(driver: Driver) -> None:
+    handle = driver.alloc(b"s", 1, idle_ms=1000)
+    other = driver.alloc(b"s", 1, idle_ms=1000)
+    driver.pass_time(0.75)
+    kept = KeepAlive(1, [handle.seq_id], [handle.generation])
+    assert driver.ask(b"s", kept) == KeptAlive([])
+    driver.pass_time(0.75)
+    assert [each.state for each in driver.cache.sequences()] == [
+        State.PROCESSING,
+        State.TIMED_OUT,
+    ]
+    assert driver.core.next_deadline() == 1.75
+    # All of the context: the one that has timed out stays so, and is named.
+    assert driver.ask(b"s", KeepAlive(1, [], [])) == KeptAlive([other.seq_id])
+    assert driver.core.next_deadline() == 2.5
+    both = KeepAlive(1, [1, 0], [other.generation, handle.generation])
+    assert driver.ask(b"s", both) == KeptAlive([1])
+    assert driver.refusal(b"s", append(other, 0, 1)) is SequenceEnded
+
+
+def test_keep_alive_with_a_wrong_handle_keeps_nothing_alive(driver: Driver) -> None:
+    handle = driver.alloc(b"s", 1, idle_ms=1000)
+    driver.pass_time(0.75)
+    stale = KeepAlive(1, [handle.seq_id, 3], [handle.generation, 9])
+    assert driver.refusal(b"s", stale) is StaleHandle
+    uneven = KeepAlive(1, [handle.seq_id], [])
+    assert driver.refusal(b"s", uneven) is BadMessage
+    assert driver.core.next_deadline() == 1.0
+
+
 def test_a_sequence_that_ended_in_time_is_not_counted(driver: Driver) -> None:
     handle = driver.alloc(b"s", 1, idle_ms=1000)
     driver.ask(b"s", release(handle))
     again = [driver.alloc(b"s", 1) for _ in range(4)][3]
     assert again.seq_id == handle.seq_id
     driver.pass_time(2.0)
-    assert driver.cache.counters.sequences_timed_out == 0
+    assert driver.counters.sequences_timed_out == 0
 
 
 # --- what alloc leases, and get
@@ -384,7 +424,7 @@ def test_get_of_a_match_that_ends_within_a_block(driver: Driver) -> None:
 def test_counters_of_hits(driver: Driver) -> None:
     driver.store(driver.alloc(b"s", 1, 1, 2, 3), 0, 1, 2, 3)
     driver.alloc(b"s", 1, 1, 2, 9)
-    counters = driver.cache.counters
+    counters = driver.counters
     assert (counters.queried_tokens, counters.hit_tokens) == (6, 2)
 
 
@@ -393,7 +433,7 @@ def test_counters_of_hits(driver: Driver) -> None:
 
 def test_a_reservation_is_answered_when_it_has_memory(driver: Driver) -> None:
     assert driver.ask(b"s", alloc(1, reserve=5)) is None
-    assert driver.of_kind(Back) == [Back(1, 1, [0, 1, 2], FULL_DIRECTORY)]
+    assert driver.of_kind(Back) == [Back(1, 1, b"s", [0, 1, 2], FULL_DIRECTORY)]
     assert driver.counts() == {"filling": 3}
     reserving = driver.asked
     driver.back()

@@ -7,7 +7,7 @@ from random import Random
 
 import pytest
 
-from tests.core.world import KINDS, STAGING, VOCABULARY, World
+from tests.core.world import KINDS, STAGING, TENANTS, VOCABULARY, World
 
 STEPS = int(os.environ.get("KVD_SIMULATION_STEPS", 100_000))
 SEEDS = range(10)
@@ -28,7 +28,9 @@ class Life:
 
     def __init__(self, random: Random) -> None:
         self.random = random
-        self.world = self._make_world(random.choice((1, 2, 4, 8, 40)), random.choice((3, 5)))
+        self.world = self._make_world(
+            random.choice((1, 2, 4, 8, 40)), random.choice((3, 5)), random.choice(TENANTS)
+        )
         self.failures = random.choice(((0,), (0, 0, 0, 1), (0, 1, 2, 3)))
         self.likeness = random.choice((1, 5, 25))
         clumsy = random.choice((0, 1, 10))
@@ -41,6 +43,7 @@ class Life:
             self.alloc: 60,
             self.append: 80,
             self.get: 10,
+            self.keep_alive: 5,
             self.release: random.choice((20, 50)),
             self.flush: 10,
             self.evict: random.choice((0, 5)),
@@ -50,8 +53,10 @@ class Life:
             self.misuse: clumsy,
         }
 
-    def _make_world(self, spare_pages: int, max_sequences: int) -> World:
-        return World(spare_pages, max_sequences)
+    def _make_world(
+        self, spare_pages: int, max_sequences: int, spare_of_tenants: tuple[int | None, ...]
+    ) -> World:
+        return World(spare_pages, max_sequences, spare_of_tenants)
 
     def live(self) -> None:
         steps, weights = list(self.weights), list(self.weights.values())
@@ -82,7 +87,7 @@ class Life:
         return tuple(self.random.choices(VOCABULARY, (self.likeness, 2, 1), k=n_tokens))
 
     def connect(self) -> None:
-        self.world.connect()
+        self.world.connect(self.random.randrange(6))
 
     def disconnect(self) -> None:
         if self.world.sessions:
@@ -129,6 +134,10 @@ class Life:
         if sequence := self._sequence():
             self.world.get(sequence, self.random.choice((0, 0, 1, 5)))
 
+    def keep_alive(self) -> None:
+        if sequence := self._sequence():
+            self.world.keep_alive([sequence] * self.random.choice((1, 2)))
+
     def release(self) -> None:
         if sequence := self._sequence():
             self.world.release(sequence, self.random.choice((0, 1)))
@@ -146,7 +155,7 @@ class Life:
         self.world.pass_time(self.random.choice((0.125, 0.25, 0.5)))
 
     def work(self) -> None:
-        self.world.work(self.random.choice(self.failures))
+        self.world.work(self.random.choice(self.failures), self.random.randrange(4))
 
     def misuse(self) -> None:
         self.world.ask_as_nobody()

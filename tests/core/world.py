@@ -35,6 +35,7 @@ from kvd.core.events import (
 )
 from kvd.core.machine import Core
 from kvd.core.sequences import State
+from kvd.core.tenants import TenantRule
 from kvd.core.tree import FILLING, Block
 from kvd_proto import errors
 from kvd_proto.errors import KvdError
@@ -55,6 +56,8 @@ from kvd_proto.messages import (
     Flush,
     Flushed,
     Get,
+    KeepAlive,
+    KeptAlive,
     ModelRegistered,
     OpenContext,
     RegisterModel,
@@ -101,12 +104,27 @@ class Kind:
         )
         self.payload_bytes = 2 * row_bytes * block_tokens
         self.stride = -(-self.payload_bytes // PAGE) * PAGE
-        self.root = root_key(arena_fingerprint(self.message.fingerprint, "array", block_tokens))
+
+    def root(self, tenant: str) -> bytes:
+        fingerprint = arena_fingerprint(
+            self.message.fingerprint, "array", self.message.block_tokens
+        )
+        return root_key(fingerprint, b"salt of " + tenant.encode())
 
 
+TENANTS: tuple[tuple[int | None, ...], ...] = (
+    (None,),
+    (None, None),
+    (3, None),
+    (4, 2, None),
+    (1, 12, 5),
+)
+"""Each of a world: what the quotas of its tenants have room for beside what is always there, in
+pages; None: no quota."""
 KINDS = (Kind("a", 2, 64), Kind("b", 3, 1000))
 """Of one page a block, and of two."""
 LARGEST_PAYLOAD = max(kind.payload_bytes for kind in KINDS)
+LARGEST_STRIDE = max(kind.stride for kind in KINDS)
 
 
 class Waiting(NamedTuple):
@@ -128,10 +146,24 @@ class Backing(NamedTuple):
 
 
 class World:
-    def __init__(self, spare_pages: int = 6, max_sequences: int = 5) -> None:
-        """The budget has room for all directories and stagings, and `spare_pages` beside."""
-        self.n_bytes = len(KINDS) * DIRECTORY + MAX_SESSIONS * STAGING + spare_pages * PAGE
+    def __init__(
+        self,
+        spare_pages: int = 6,
+        max_sequences: int = 5,
+        spare_of_tenants: tuple[int | None, ...] = (None,),
+    ) -> None:
+        """The budget has room for all directories and stagings, and `spare_pages` beside. There is
+        a tenant for each of `spare_of_tenants`, whose quota has room for its directories and one
+        staging, and so many pages beside; None: it has no quota."""
+        directories = len(spare_of_tenants) * len(KINDS) * DIRECTORY
+        self.n_bytes = directories + MAX_SESSIONS * STAGING + spare_pages * PAGE
         self.max_sequences = max_sequences
+        rules = []
+        for name, spare in zip("tuv", spare_of_tenants, strict=False):
+            quota = None if spare is None else len(KINDS) * DIRECTORY + STAGING + spare * PAGE
+            rules.append(TenantRule(name, b"salt of " + name.encode(), quota))
+        self.tenants = [rule.name for rule in rules]
+        self.rules = tuple(rules)
         self.n_contexts = 0
         self.core = self._new_core()
         self.shell = FakeShell()
@@ -158,30 +190,42 @@ class World:
         """Offsets that are not to be written until the commit has finished."""
         self.unheld: dict[tuple[int, Path], int] = {}
         """Since which step no sequence leases a sealed block."""
+        self.evicting = False
+        """Whether it is by command, and not for want of room."""
         self.paths: dict[bytes, Path] = {}
         """By the block's key."""
 
     def _new_core(self) -> Core:
         first_context = FIRST_CONTEXT + self.n_contexts
         return Core(
-            Limits(self.n_bytes, self.max_sequences, MAX_SESSIONS, N_SEQ_MAX, first_context)
+            Limits(
+                self.n_bytes,
+                self.max_sequences,
+                MAX_SESSIONS,
+                N_SEQ_MAX,
+                first_context,
+                self.rules,
+            )
         )
 
     # --- sessions and models
 
-    def connect(self) -> Session | None:
+    def connect(self, which: int = 0) -> Session | None:
+        """As a client of one of the tenants; every other one is an administrator."""
         self.n_connected += 1
         name = b"session-%08d" % self.n_connected
-        effects = self._handle(Connected(name, f"c{self.n_connected}", 1, 1, "t", STAGING))
+        tenant = self.tenants[which % len(self.tenants)]
+        is_administrator = which % 2 == 0
+        event = Connected(name, f"c{self.n_connected}", 1, 1, tenant, STAGING, is_administrator)
+        effects = self._handle(event)
         refused = [each.error for each in effects if isinstance(each, RefuseSession)]
         session = None
         if len(self.sessions) == MAX_SESSIONS:
             assert isinstance(refused[0], errors.TooManySessions)
         elif refused:
-            assert isinstance(refused[0], errors.AllLeased)
-            assert self._available() < STAGING
+            self._check_no_room(refused[0], tenant, STAGING)
         else:
-            session = self.sessions[name] = Session(name)
+            session = self.sessions[name] = Session(name, tenant, is_administrator)
         self._settle(effects)
         return session
 
@@ -200,20 +244,28 @@ class World:
         self._settle(self._handle(Disconnected(session.id)))
 
     def register(self, session: Session, kind: Kind) -> None:
-        known = next((each for each in self.arenas if self._kind(each) is kind), None)
+        known = next(
+            (
+                each.number
+                for each in self.arenas.values()
+                if self._kind(each.number) is kind and each.tenant == session.tenant
+            ),
+            None,
+        )
 
         def answered(body: Any) -> None:
             if isinstance(body, KvdError):
                 assert known is None
-                assert isinstance(body, errors.AllLeased)
-                assert self._available() < FIRST_DIRECTORY
+                self._check_no_room(body, session.tenant, FIRST_DIRECTORY)
                 return
             assert isinstance(body, ModelRegistered)
             assert (body.payload_bytes, body.stride_bytes) == (kind.payload_bytes, kind.stride)
             assert known in (None, body.model)
             session.models.add(body.model)
             if known is None:
-                self.arenas[body.model] = Arena(body.model, kind.block_tokens, kind.stride)
+                self.arenas[body.model] = Arena(
+                    body.model, session.tenant, kind.block_tokens, kind.stride
+                )
 
         self._request(session, kind.message, answered)
 
@@ -407,6 +459,21 @@ class World:
         message = Get(sequence.context.number, sequence.seq_id, sequence.generation, first_block)
         self._request(sequence.context.session, message, answered)
 
+    def keep_alive(self, sequences: list[Sequence]) -> None:
+        """Those named; of the first one's context, if it is alone, all."""
+        context = sequences[0].context
+        named = sequences[1:]
+        chosen = named or list(context.open.values())
+        for sequence in chosen:
+            sequence.touched = self.now
+        message = KeepAlive(
+            context.number,
+            [sequence.seq_id for sequence in named],
+            [sequence.generation for sequence in named],
+        )
+        timed_out = [sequence.seq_id for sequence in chosen if sequence.timed_out]
+        self._request(context.session, message, _is(KeptAlive(timed_out)))
+
     def release(self, sequence: Sequence, outcome: int = COMPLETED) -> None:
         context = sequence.context
         self._close(sequence)
@@ -425,7 +492,7 @@ class World:
         """Use a handle for everything that takes one, if it is wrong in any way."""
         context = self.contexts.get(number)
         error: type[KvdError] = errors.StaleHandle
-        if context is None:
+        if context is None or context.session.tenant != session.tenant:
             error = errors.UnknownContext
         elif context.session is not session:
             error = errors.ForeignHandle
@@ -435,6 +502,7 @@ class World:
             Release(number, seq_id, generation, FAILED),
             Append(number, seq_id, generation, 0, packed((1,)), pack("<Q", PAGE)),
             Get(number, seq_id, generation, 0),
+            KeepAlive(number, [seq_id], [generation]),
         ):
             self._request(session, message, _fails(error))
         if error is not errors.StaleHandle:
@@ -462,7 +530,10 @@ class World:
 
     def evict(self, session: Session, name: str, n_blocks: int) -> None:
         chosen = [
-            arena for arena in self.arenas.values() if name in ("", self._kind(arena.number).name)
+            arena
+            for arena in self.arenas.values()
+            if name in ("", self._kind(arena.number).name)
+            and (session.administrator or arena.tenant == session.tenant)
         ]
         cached = sum(len(arena.sealed.keys() - self._held(arena)) for arena in chosen)
 
@@ -472,7 +543,9 @@ class World:
             for arena in chosen:
                 assert not self.core.cache.budget.arenas[arena.number].free
 
+        self.evicting = True
         self._settle(self._send(session, Evict(name, n_blocks), answered), chosen)
+        self.evicting = False
 
     def ask_as_nobody(self) -> None:
         assert [
@@ -496,12 +569,12 @@ class World:
                 sequence.timed_out = True
         self._settle(self._handle(Ticked()))
 
-    def work(self, fails: int = 0) -> bool:
-        """Let the shell do its next job, of which the items in `fails` fail; False if it has
+    def work(self, fails: int = 0, which: int = 0) -> bool:
+        """Let the shell do one of its jobs, of which the items in `fails` fail; False if it has
         none."""
         if not self.shell.queue:
             return False
-        event = self.shell.work(fails)
+        event = self.shell.work(fails, which)
         if event is not None:
             self._job_ended(event)
             self._settle(self._handle(event))
@@ -618,7 +691,7 @@ class World:
 
     def _name(self, arena: Arena, path: Path) -> None:
         """Know the path again when its key comes along."""
-        key = self._kind(arena.number).root
+        key = self._kind(arena.number).root(arena.tenant)
         for each in arena.chain(path):
             key = block_key(key, packed(each[len(arena.parent(each)) :]))
         self.paths[key] = path
@@ -672,6 +745,8 @@ class World:
                 shell.create_arena(effect)
             case ShareArena(session, arena):
                 assert arena in shell.arenas
+                owner = self.core.cache.budget.arenas[arena].tenant
+                assert owner.name == self.sessions[session].tenant, "another tenant's descriptor"
                 assert arena not in self.sessions[session].models
             case Back():
                 self._back(effect)
@@ -806,14 +881,26 @@ class World:
         memory = self.shell.arenas[arena.number].memory
         assert [memory[slot] for slot in slots] == paths
 
-    def _available(self, arena: Arena | None = None, named: Path = ()) -> int:
-        """Bytes that could be made free while the chain of `named` stays."""
-        totals = accounting.totals(self.core.cache)
+    def _available(self, tenant: str | None, arena: Arena | None = None, named: Path = ()) -> int:
+        """Bytes that could be made free while the chain of `named` stays: of the budget, or (with
+        `tenant`) of its quota."""
+        budget = self.core.cache.budget
+        whose = None if tenant is None else budget.tenants[tenant]
+        totals = accounting.totals(self.core.cache, whose)
         kept = 0
         if arena is not None:
             cached = arena.sealed.keys() - self._held(arena)
             kept = arena.stride * len(cached.intersection(arena.chain(named)))
         return totals.unassigned + totals.free + totals.cached - kept
+
+    def _has_quota(self, tenant: str) -> bool:
+        return self.core.cache.budget.tenants[tenant].quota < self.n_bytes
+
+    def _check_no_room(self, error: KvdError, tenant: str, need: int) -> None:
+        """For a staging or a new directory there was none, and the right error says so."""
+        over_quota = self._has_quota(tenant) and need > self._available(tenant)
+        assert type(error) is (errors.OverQuota if over_quota else errors.AllLeased)
+        assert over_quota or need > self._available(None), "refused, though there was room"
 
     def _check_refusal(self, error: KvdError, arena: Arena, n_slots: int, named: Path) -> None:
         """There was no room indeed, and the right error says so. What it named counts as used."""
@@ -822,16 +909,23 @@ class World:
         real = budget.arenas[arena.number]
         growth = real.directory_limit - real.directory_bytes
         need = n_slots * arena.stride + growth
-        too_small = need + budget.directories > self.n_bytes
-        assert type(error) is (errors.BudgetTooSmall if too_small else errors.AllLeased)
-        assert need > self._available(arena, named), "refused, though there was room"
+        # Which of both is said if neither has room: test_quota.py. Here, others may have been
+        # served since, and have taken what there was.
+        if isinstance(error, errors.OverQuota):
+            assert self._has_quota(arena.tenant)
+            assert need > self._available(arena.tenant, arena, named), "its quota had room"
+        else:
+            too_small = need + budget.directories > self.n_bytes
+            assert type(error) is (errors.BudgetTooSmall if too_small else errors.AllLeased)
+            assert need > self._available(None, arena, named), "refused, though there was room"
         for path in arena.chain(named):
             if (arena.number, path) in self.unheld:
                 self.unheld[arena.number, path] = self.steps
 
     def _check_eviction(self, evicted: list[tuple[int, Path]], arenas: list[Arena]) -> None:
-        """Nothing stayed that had been unused for longer than what went."""
-        unused = {
+        """Nothing of its tenant stayed that had been unused for longer than what went; and nothing
+        of anybody, unless its tenant is at its quota."""
+        unleased = {
             (arena.number, path)
             for arena in self.arenas.values()
             for path in arena.sealed.keys() - arena.leased(self.sequences())
@@ -839,14 +933,25 @@ class World:
         former = {(each.number, path) for each in self.arenas.values() for path in each.former}
         numbers = {arena.number for arena in arenas}
         stayed = [
-            self.unheld[place]
-            for place in unused - former
-            if place in self.unheld and place[0] in numbers
+            place for place in unleased - former if place in self.unheld and place[0] in numbers
         ]
         for place in evicted:
             assert place[0] in numbers
-            assert self.unheld.get(place, self.steps) <= min(stayed, default=self.steps)
-        self.unheld = {place: self.unheld.get(place, self.steps) for place in unused}
+            tenant = self.arenas[place[0]].tenant
+            unused = self.unheld.get(place, self.steps)
+            own = [each for each in stayed if self.arenas[each[0]].tenant == tenant]
+            assert unused <= min((self.unheld[each] for each in own), default=self.steps)
+            if len(arenas) == len(self.arenas) and not self._gave_way_itself(tenant, len(evicted)):
+                assert unused <= min((self.unheld[each] for each in stayed), default=self.steps)
+                # No more than was needed for one block that is larger than what went last.
+                budget = self.core.cache.budget
+                assert budget.unassigned < (1 + len(evicted)) * LARGEST_STRIDE or self.evicting
+        self.unheld = {place: self.unheld.get(place, self.steps) for place in unleased}
+
+    def _gave_way_itself(self, tenant: str, n_evicted: int) -> bool:
+        """Whether it has no more left of its quota than what its own evictions may have made."""
+        of = self.core.cache.budget.tenants[tenant]
+        return of.headroom < (1 + n_evicted) * LARGEST_STRIDE
 
     def _compare(self) -> None:
         cache = self.core.cache
@@ -892,6 +997,11 @@ class World:
             assert full or not alloc.context.free_ids, "left waiting"
         rows = accounting.report_of_sequences(cache, self.now)
         assert len(rows) == len(self.sequences()) + len(self.allocs)
+        for tenant in cache.budget.tenants.values():
+            rows = accounting.report_of_sequences(cache, self.now, tenant)
+            contexts = [each.context for each in [*self.sequences(), *self.allocs.values()]]
+            assert len(rows) == sum(each.session.tenant == tenant.name for each in contexts)
+            accounting.totals(cache, tenant).check()
         deadlines = [alloc.deadline for alloc in self.allocs.values()]
         for sequence in self.sequences():
             if sequence.idle and not sequence.timed_out:

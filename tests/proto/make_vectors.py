@@ -67,6 +67,8 @@ REQUESTS: list[tuple[int, m.Message]] = [
     (20, m.Verify()),
     (21, m.Evict("", 0)),
     (22, m.Evict("SmolLM2-135M", 10)),
+    (23, m.KeepAlive(CONTEXT, [], [])),
+    (24, m.KeepAlive(CONTEXT, [0, 254], [1, U64])),
 ]
 
 REPLIES: list[tuple[int, type[Any], m.Message]] = [
@@ -88,6 +90,8 @@ REPLIES: list[tuple[int, type[Any], m.Message]] = [
     (19, m.ListClients, m.Reported({"clients": []})),
     (20, m.Verify, m.Reported({"ok": True, "terms": {}, "differences": []})),
     (21, m.Evict, m.Evicted(31, 31 * 741_376)),
+    (23, m.KeepAlive, m.KeptAlive([])),
+    (24, m.KeepAlive, m.KeptAlive([254])),
 ]
 
 DETAILS: dict[str, Any] = {

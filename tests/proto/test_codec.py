@@ -152,7 +152,7 @@ def test_missing_and_extra_fields_are_refused(cls: type[Any]) -> None:
             decode(cls, pack(cls, wrong))
 
 
-@pytest.mark.parametrize("operation", [0, 15, -1, True, 1.0, "1", None, [], {}, [[]], b"\1"])
+@pytest.mark.parametrize("operation", [0, 99, -1, True, 1.0, "1", None, [], {}, [[]], b"\1"])
 def test_unknown_operation_is_answerable(operation: Any) -> None:
     with pytest.raises(BadMessage, match="unknown operation") as caught:
         codec.decode_request(msgpack.packb([operation, 9]))

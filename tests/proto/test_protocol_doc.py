@@ -11,6 +11,7 @@ from kvd_proto.geometry import GGML_TYPES, MAX_LAYERS, MAX_ROW_BYTES, Geometry
 from kvd_proto.layout import DIRECTORY_HEADER_BYTES, record_bytes
 from kvd_proto.messages import (
     DATAGRAMS,
+    MAX_APPEND_BLOCKS,
     MAX_BLOCK_TOKENS,
     MAX_DETAIL_NAME,
     MAX_DETAIL_TEXT,
@@ -38,6 +39,7 @@ LIMITS = {
     "longest request or reply, bytes": codec.MAX_MESSAGE_BYTES,
     "longest datagram from the daemon, bytes": codec.MAX_DATAGRAM_BYTES,
     "tokens of a sequence, and of one alloc or append": MAX_TOKENS,
+    "blocks of one append": MAX_APPEND_BLOCKS,
     "tokens of a block": MAX_BLOCK_TOKENS,
     "sequence ids of a context": MAX_SEQ_IDS,
     "layers of a model": MAX_LAYERS,
@@ -198,8 +200,8 @@ def test_the_reports_have_the_public_keys() -> None:
     others, is for the tests of the daemon."""
     status = report_keys("status")
     assert {key.split(".")[0] for key in status} == {
-        "version", "instance", "uptime_seconds", "rss_bytes", "clients", "sequences", "accounting",
-        "models[]", "counters",
+        "version", "instance", "uptime_seconds", "rss_bytes", "clients", "stopped_clients",
+        "sequences", "recovery", "accounting", "tenants[]", "models[]", "counters",
     }  # fmt: skip
     assert {f"sequences.{key}" for key in ("max", "in_use", "free")} <= status
     for key in ("free", "filling", "active", "cached", "pinned", "total"):

@@ -14,7 +14,9 @@ BYSTANDERS_TOKENS = many_tokens(500_000, 4 * raw.BLOCK_TOKENS)
 @pytest.fixture(scope="module")
 def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     flags = ("--max-memory", "16MiB", "--max-sequences", "16")
-    with running_daemon(*flags, runtime_dir=tmp_path_factory.mktemp("daemon") / "rt") as running:
+    runtime_dir = tmp_path_factory.mktemp("daemon") / "rt"
+    environ = {"KVD_MAX_SESSION_SEQUENCES": "16"}  # so that one client can take all
+    with running_daemon(*flags, runtime_dir=runtime_dir, environ=environ) as running:
         yield running
 
 

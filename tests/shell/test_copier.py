@@ -9,7 +9,8 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from operator import attrgetter
 
 import numpy as np
 import pytest
@@ -18,16 +19,21 @@ import xxhash
 from kvd import copier as copier_module
 from kvd.arena import PAGE, SHM_DIR, ByteRange, NoSpace, Segment
 from kvd.copier import (
+    BACK_STEP_BYTES,
     SLICE_BYTES,
     BackJob,
+    CallJob,
     Copier,
     CopyItem,
     CopyJob,
     JobResult,
     PunchJob,
+    TakeJob,
     checksum,
 )
 from kvd.staging import HEADER_BYTES, Staging
+from kvd.turns import Order
+from tests.shell.raw import until
 
 PREFIX = f"kvdtest-copier-{os.getpid()}"
 SIZE = 512 * PAGE
@@ -241,7 +247,8 @@ def test_unexpected_exception_is_a_result_and_the_thread_goes_on(
     copier.submit(BackJob(2, segment, [ByteRange(1, PAGE)]))
     copier.submit(Odd())
     copier.submit(CopyJob(4, [item(staging, segment, 0, PAGE)]))
-    first, second, third, fourth = wait(copier, 4)
+    results = sorted(wait(copier, 4), key=attrgetter("job_id"))
+    first, second, third, fourth = results
     assert isinstance(first.items[0].error, ZeroDivisionError)
     # Where it was raised is still known, for the log.
     assert first.items[0].error.__traceback__ is not None
@@ -291,20 +298,92 @@ def test_bytes_outside_of_source_or_segment_are_refused_at_once(
         CopyItem(staging.buffer, source_offset, segment, offset, length)
 
 
-def test_jobs_are_done_in_order_and_all_results_wait(
-    copier: Copier, segment: Segment, staging: Staging
-):
+def test_all_results_wait(copier: Copier, segment: Segment, staging: Staging):
     everything = [ByteRange(0, SIZE)]
     for round_number in range(20):
         copier.submit(BackJob(3 * round_number, segment, everything))
+        until(lambda: segment.backed_bytes() == SIZE)
         copier.submit(CopyJob(3 * round_number + 1, [item(staging, segment, 0, SIZE)]))
-        copier.submit(PunchJob(3 * round_number + 2, segment, everything))
-    results = wait(copier, 60)
-    assert [result.job_id for result in results] == list(range(60))
+        # A report comes behind everything that gives or takes memory.
+        copier.submit(CallJob(3 * round_number + 2, segment.backed_bytes))
+        copier.submit(PunchJob(100 + round_number, segment, everything))
+        until(lambda: segment.backed_bytes() == 0)
+    results = wait(copier, 80)
+    assert sorted(result.job_id for result in results) == [*range(60), *range(100, 120)]
     assert {result.error for result in results} == {None}
-    assert segment.backed_bytes() == 0
+    assert [result.value for result in results if result.value is not None] == [SIZE] * 20
     assert copier.results() == []
     assert not select.select([copier.event_fd], [], [], 0)[0]
+
+
+def test_a_short_job_does_not_wait_for_the_long_one_of_another(copier: Copier):
+    """Measured in steps, not in time: the thread is held in each until we let it go."""
+    gate, told = threading.Semaphore(0), threading.Semaphore(0)
+    steps: list[str] = []
+
+    def step(name: str, count: int) -> Generator[int, None, None]:
+        for _ in range(count):
+            steps.append(name)
+            told.release()
+            gate.acquire()
+            yield 0
+
+    def take(job_id: int, name: str, count: int) -> None:
+        copier.submit(TakeJob(job_id, 0, lambda _: step(name, count)), name)
+
+    take(1, "long", 50)
+    told.acquire()
+    take(2, "short", 2)
+    take(3, "long", 1)
+    gate.release(100)
+    results = wait(copier, 3)
+    assert [result.job_id for result in results] == [2, 1, 3]
+    # It came behind the lane that was alone, and then they took turns.
+    assert steps[:5] == ["long", "long", "short", "long", "short"]
+
+
+def test_others_are_told_of_what_a_job_has_yet_to_take(copier: Copier):
+    promised: list[int] = []
+
+    def taking(others: int) -> Generator[int, None, None]:
+        promised.append(others)
+        yield 30
+        yield 70
+
+    def refused(others: int) -> Generator[int, None, None]:
+        raise OSError(f"{others} promised")
+        yield
+
+    def failing(others: int) -> Generator[int, None, None]:
+        yield 1
+        raise OSError("half way")
+
+    began = threading.Event()
+    copier.submit(CallJob(0, began.wait, Order.FREE))
+    for lane in range(3):
+        copier.submit(TakeJob(lane + 1, 100, taking), lane)
+    copier.submit(TakeJob(4, 1 << 40, refused), 4)
+    copier.submit(TakeJob(5, 100, failing), 5)
+    began.set()
+    results = wait(copier, 6)
+    assert promised == [0, 70, 140]
+    copier.submit(TakeJob(6, 1, taking))
+    wait(copier)
+    assert promised[-1] == 0, "what has failed takes nothing any more"
+    errors = {result.job_id: str(result.error) for result in results if result.error}
+    assert errors == {4: "210 promised", 5: "half way"}
+
+
+@pytest.mark.parametrize("length", [PAGE, BACK_STEP_BYTES, 5 * BACK_STEP_BYTES + PAGE])
+def test_long_ranges_are_given_and_taken_in_steps(copier: Copier, length: int):
+    segment = Segment.create(f"{PREFIX}.long", 8 * BACK_STEP_BYTES)
+    copier.submit(BackJob(1, segment, [ByteRange(PAGE, length)]))
+    assert wait(copier) == [JobResult(1, None)]
+    assert segment.backed_ranges() == [ByteRange(PAGE, length)]
+    copier.submit(PunchJob(2, segment, [ByteRange(PAGE, length)]))
+    assert wait(copier) == [JobResult(2, None)]
+    assert segment.backed_ranges() == []
+    segment.close(unlink=True)
 
 
 def test_stop_does_what_is_queued_and_ends_the_thread(segment: Segment, staging: Staging):
@@ -314,7 +393,7 @@ def test_stop_does_what_is_queued_and_ends_the_thread(segment: Segment, staging:
     copier.submit(BackJob(0, segment, [ByteRange(0, SIZE)]))
     for job_id in range(1, 30):
         copier.submit(CopyJob(job_id, [item(staging, segment, 0, SIZE)]))
-    assert [result.job_id for result in copier.stop()] == list(range(30))
+    assert sorted(result.job_id for result in copier.stop()) == list(range(30))
     assert copier.stop() == []
     assert copier.results() == []
     with pytest.raises(RuntimeError, match="job 30"):

@@ -93,19 +93,20 @@ def test_model_whose_directory_finds_no_memory_is_refused(cramped: Daemon) -> No
 
 
 def test_full_budget_names_why_and_recovers(tmp_path: Path) -> None:
-    flags = ("--max-memory", "6MiB")
+    flags = ("--max-memory", "5MiB")
+    environ = {"KVD_MAX_RESERVED": "1TiB"}
     with (
-        running_daemon(*flags, runtime_dir=tmp_path / "rt") as daemon,
+        running_daemon(*flags, runtime_dir=tmp_path / "rt", environ=environ) as daemon,
         raw_client(daemon, staging_bytes=STAGING) as client,
     ):
         context = client.open()
-        tokens = many_tokens(0, MANY * BLOCK_TOKENS)
-        held = client.store(context, tokens)
+        prompts = [many_tokens(at, MANY * BLOCK_TOKENS) for at in (100_000, 200_000, 0)]
+        *_, held = [client.store(context, tokens) for tokens in prompts]
         # Every block is leased: another commit finds no room, whatever is evicted.
         refused = commit(client, context, 10_000)
         assert type(refused) is errors.AllLeased
         assert refused.details["blocks"] == MANY
-        never = client.ask(raw.make_alloc(context, tokens, reserve=4000 * BLOCK_TOKENS))
+        never = client.ask(raw.make_alloc(context, b"", reserve=4000 * BLOCK_TOKENS))
         assert type(never) is errors.BudgetTooSmall
         client.release(context, held)
         assert commit(client, context, 10_000).stored == MANY

@@ -6,6 +6,8 @@ would damage it.
 import contextlib
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -105,7 +107,7 @@ def test_the_next_daemon_after_a_kill_is_warm(killed: Daemon) -> None:
         status = client.status()
         assert status["counters"]["adopted_blocks"] == 6
         assert status["counters"]["damaged_blocks"] == 0
-        assert "warm start model=model" in log_of(daemon)
+        until(lambda: "warm start model=model" in log_of(daemon))
 
 
 def test_a_stop_keeps_the_cache_for_the_next_start(tmp_path: Path) -> None:
@@ -115,7 +117,7 @@ def test_a_stop_keeps_the_cache_for_the_next_start(tmp_path: Path) -> None:
         for prompt in (PROMPT, OTHER):
             client.store(context, prompt)
         assert first.stop() == 0
-    assert "kept for the next start" in log_of(first)
+    until(lambda: "kept for the next start" in log_of(first))
     with next_daemon(first) as second, raw_client(second) as client:
         assert_warm(client)
     assert not second.segments(), "told not to keep them, it removed them"
@@ -128,7 +130,7 @@ def test_a_restart_after_a_restart_is_warm(killed: Daemon) -> None:
             assert_warm(client)
         daemon.kill()
     with next_daemon(killed) as daemon:
-        assert "life=5" in log_of(daemon)
+        until(lambda: "life=5" in log_of(daemon))
 
 
 def test_new_blocks_go_beside_adopted_ones_and_survive_too(killed: Daemon) -> None:
@@ -209,7 +211,7 @@ def test_a_damaged_block_is_never_served_nor_is_what_follows_it(
         assert matched(client, context, OTHER) == other_left
         assert client.verify()["ok"]
         assert client.status()["counters"]["damaged_blocks"] == 1
-        assert "damaged blocks" in log_of(daemon)
+        until(lambda: "damaged blocks" in log_of(daemon))
         # And it can be stored anew.
         client.store(context, PROMPT)
         assert matched(client, context, PROMPT) == len(PROMPT) // 4
@@ -316,8 +318,8 @@ def empty_directory(killed: Daemon) -> None:
 def test_what_is_not_whole_is_a_cold_start_that_says_why(killed: Daemon, spoil: Any) -> None:
     spoil(killed)
     with next_daemon(killed) as daemon:
-        assert "cold start" in log_of(daemon)
-        assert "removed what cannot be used" in log_of(daemon)
+        until(lambda: "cold start" in log_of(daemon))
+        until(lambda: "removed what cannot be used" in log_of(daemon))
         assert len(daemon.segments()) == 1  # the lock
         with raw_client(daemon) as client:
             context = client.open()
@@ -328,7 +330,7 @@ def test_what_is_not_whole_is_a_cold_start_that_says_why(killed: Daemon, spoil: 
 
 def test_another_budget_is_a_cold_start_that_says_why(killed: Daemon) -> None:
     with next_daemon(killed, "--max-memory", "512MiB") as daemon, raw_client(daemon) as client:
-        assert "the budget was changed" in log_of(daemon)
+        until(lambda: "the budget was changed" in log_of(daemon))
         assert matched(client, client.open(), PROMPT) == 0
 
 
@@ -339,7 +341,7 @@ def test_a_segment_of_another_user_is_left_alone(killed: Daemon) -> None:
     os.chown(name, 65534, 65534)
     daemon = start_daemon(runtime_dir=killed.runtime_dir, instance=killed.instance)
     with raw_client(daemon) as client:
-        assert "cold start" in log_of(daemon)
+        until(lambda: "cold start" in log_of(daemon))
         assert matched(client, client.open(), PROMPT) == 0
     daemon.stop()
     assert daemon.segments() == [name.removeprefix("/dev/shm/")]
@@ -445,3 +447,37 @@ def test_the_name_of_the_model_is_registered_already(killed: Daemon) -> None:
         assert [model["name"] for model in status["models"]] == ["model"]
         assert client.register(fingerprint=FINGERPRINT) == 1
         assert len(daemon.segments()) == 3
+
+
+# --- purge
+
+
+def purge(instance: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "kvd", "purge", "--instance", instance]
+    return subprocess.run(command, capture_output=True, text=True, timeout=30)
+
+
+def test_purge_removes_what_a_dead_daemon_left_and_says_so(killed: Daemon) -> None:
+    left = [name for name in killed.segments() if not name.endswith(".lock")]
+    done = purge(killed.instance)
+    assert done.returncode == 0
+    assert done.stdout.splitlines() == [f"removed /dev/shm/{name}" for name in left]
+    assert killed.segments() == []
+    again = purge(killed.instance)
+    assert (again.returncode, "left nothing" in again.stdout) == (0, True)
+
+
+def test_purge_never_touches_a_living_daemon(killed: Daemon) -> None:
+    with next_daemon(killed) as daemon, raw_client(daemon) as client:
+        before = daemon.segments()
+        done = purge(daemon.instance)
+        assert done.returncode == 3
+        assert str(daemon.process.pid) in done.stderr
+        assert daemon.segments() == before
+        assert_warm(client)
+
+
+def test_purge_refuses_what_is_no_instance() -> None:
+    done = purge("../etc")
+    assert done.returncode == 2
+    assert "an instance's name" in done.stderr

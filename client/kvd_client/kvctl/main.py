@@ -227,7 +227,10 @@ def _what_to_do(error: KvdError) -> str:
     if isinstance(error, DeadlineExceeded):
         return "it hangs, or is busy: look at its log, or wait longer with --timeout"
     if "Permission denied" in error.message:
-        return "only the daemon's own user may talk to it: run kvctl as that user"
+        return (
+            "only the daemon's own user, root, and members of its socket_group may talk to it: run "
+            "kvctl as one of them"
+        )
     return (
         "start one with `kvd serve`, or say where it is with --runtime-dir (KVD_RUNTIME_DIR) or "
         "--instance (KVD_INSTANCE)"

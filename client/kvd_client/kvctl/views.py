@@ -70,12 +70,50 @@ def status(report: Report, look: Look) -> str:
         f"{count(counters['evicted_blocks'])} evicted, {failed} failed",
         f"sequences  {sequences['in_use']} of {sequences['max']} in use, "
         f"{sequences['waiting']} waiting",
-        f"clients    {report['clients']}",
+        f"clients    {report['clients']}" + _stopped(report["stopped_clients"], look),
         f"requests   {count(counters['requests'])}, {count(counters['errors'])} refused",
     ]
+    if any(row["name"] != "default" for row in report["tenants"]):
+        lines += ["", tenants(report["tenants"], look)]
     if report["models"]:
         lines += ["", models(report["models"], look)]
     return "\n".join(lines)
+
+
+def _stopped(n_clients: int, look: Look) -> str:
+    if not n_clients:
+        return ""
+    return look.paint(f", {n_clients} stopped: see kvctl clients", "red")
+
+
+def tenants(rows: Sequence[Report], look: Look) -> str:
+    """What each tenant holds against its quota."""
+    columns = (
+        Column("TENANT", elastic=True),
+        Column("QUOTA", right=True),
+        Column("HELD", right=True),
+        Column("", right=True),
+        Column("ACTIVE", right=True),
+        Column("CACHED", right=True),
+        Column("STAGING", right=True),
+        Column("CLIENTS", right=True),
+        Column("SEQS", right=True),
+    )
+    cells = [
+        (
+            row["name"],
+            size(row["quota_bytes"]),
+            size(row["held_bytes"]),
+            percent(row["held_bytes"], row["quota_bytes"]),
+            size(row["active_bytes"] + row["pinned_bytes"]),
+            size(row["cached_bytes"]),
+            size(row["staging_bytes"]),
+            row["sessions"],
+            row["sequences"],
+        )
+        for row in rows
+    ]
+    return table(columns, cells, look)
 
 
 def models(rows: Sequence[Report], look: Look) -> str:
@@ -150,6 +188,7 @@ def clients(rows: Sequence[Report], look: Look) -> str:
         Column("CLIENT", elastic=True),
         Column("PID", right=True),
         Column("SESSION"),
+        Column("TENANT", elastic=True),
         Column("CTX", right=True),
         Column("SEQS", right=True),
         Column("BLOCKS", right=True),
@@ -162,6 +201,7 @@ def clients(rows: Sequence[Report], look: Look) -> str:
             row["client"],
             row["pid"],
             row["session"],
+            row["tenant"],
             row["contexts"],
             row["sequences"],
             count(row["leased_blocks"]),
@@ -171,7 +211,12 @@ def clients(rows: Sequence[Report], look: Look) -> str:
         )
         for row in rows
     ]
-    return table(columns, cells, look)
+    stopped = [
+        look.paint(f"process {row['pid']} is stopped: it lives, and keeps what it holds", "red")
+        for row in rows
+        if row["stopped"]
+    ]
+    return "\n".join([table(columns, cells, look), *stopped])
 
 
 def verify(report: Report, look: Look) -> str:

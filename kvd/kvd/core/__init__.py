@@ -4,6 +4,7 @@ machine.py     one mutator: takes an event, returns effects
 events.py      what can happen, and what the shell is asked to do
 tree.py        blocks and the prefix tree: exact and token-exact matches
 budget.py      arenas' slots, leases over ancestors, tail-first LRU, making room
+tenants.py     what each tenant may take, holds, and would give up first
 sequences.py   sessions, contexts, sequence ids and generations
 deadlines.py   whose time is over when
 commits.py     storing blocks: dedup in flight, sealing, failing

@@ -2,18 +2,20 @@
 
     budget == unassigned + directories + staging
               + sum over arenas of (free + filling + active + cached), in bytes of stride
+    per tenant: held == its directories + staging + backed slots <= quota, in bytes of stride, and
+    budget == unassigned + sum over tenants of held
     per arena, in slots: backed == free + filling + active + cached, and each is in one place
 
 Nothing can be pinned yet, so the pinned term that reports carry is always 0.
 """
 
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
-from kvd.core.budget import Arena
+from kvd.core.budget import Arena, places_in
 from kvd.core.cache import AllocBacking, Cache, Checking, Copying
-from kvd.core.sequences import State
+from kvd.core.sequences import Session, State
+from kvd.core.tenants import Tenant
 from kvd.core.tree import ADOPTED, FILLING, GONE, SEALED, Block
 
 
@@ -56,14 +58,15 @@ class Totals:
             raise AccountingError(f"budget {self.budget} != {total}, the sum of {self}")
 
 
-def totals(cache: Cache) -> Totals:
-    """The running totals."""
-    arenas = cache.budget.arenas.values()
+def totals(cache: Cache, tenant: Tenant | None = None) -> Totals:
+    """The running totals; of one tenant as if its quota were the budget."""
+    budget = cache.budget
+    arenas = budget.arenas.values() if tenant is None else tenant.arenas
     return Totals(
-        budget=cache.budget.n_bytes,
-        unassigned=cache.budget.unassigned,
+        budget=budget.n_bytes if tenant is None else tenant.quota,
+        unassigned=budget.unassigned if tenant is None else tenant.headroom,
         directory=sum(arena.directory_bytes for arena in arenas),
-        staging=cache.budget.staging,
+        staging=budget.staging if tenant is None else tenant.staging,
         free=sum(len(arena.free) * arena.stride for arena in arenas),
         filling=sum(arena.filling * arena.stride for arena in arenas),
         active=sum(arena.active * arena.stride for arena in arenas),
@@ -82,8 +85,7 @@ def check(cache: Cache) -> None:
     """
     totals(cache).check()
     sessions = [*cache.sessions.values(), *cache.leaving.values()]
-    staging = sum(session.staging_bytes for session in sessions)
-    _equal("staging", cache.budget.staging, staging)
+    _check_tenants(cache, sessions)
     _equal("open sequences", cache.open_sequences, len(cache.sequences()))
     waiting = sum(len(context.waiting) for context in cache.contexts.values())
     _equal("waiting", len(cache.waiting), waiting)
@@ -101,14 +103,51 @@ def check(cache: Cache) -> None:
     adopted = 0
     for arena in cache.budget.arenas.values():
         adopted += sum(block.state is ADOPTED for block in arena.root.below())
-    unchecked = [block for block in cache.unchecked if block.state is ADOPTED]
-    _equal("blocks to check", len(unchecked), adopted)
-    cached = 0
+    _equal("blocks to check", count_unchecked(cache), adopted)
     for arena in cache.budget.arenas.values():
         _check_arena(cache, arena, leases)
-        cached += arena.cached
-    _equal("blocks in the LRU", len(cache.budget.lru), cached)
-    _check_order(cache)
+    for tenant in cache.budget.tenants.values():
+        cached = sum(arena.cached for arena in tenant.arenas)
+        _equal(f"blocks in the LRU of {tenant.name}", len(tenant.lru), cached)
+        _check_order(tenant)
+    for session in sessions:
+        _check_session(cache, session)
+
+
+def _check_tenants(cache: Cache, sessions: list[Session]) -> None:
+    """What each tenant holds; together with what is unassigned it is the budget."""
+    budget = cache.budget
+    for tenant in budget.tenants.values():
+        staging = sum(each.staging_bytes for each in sessions if each.tenant is tenant)
+        _equal(f"staging of {tenant.name}", tenant.staging, staging)
+        arenas = [arena for arena in budget.arenas.values() if arena.tenant is tenant]
+        if arenas != tenant.arenas:
+            raise AccountingError(f"arenas of {tenant.name}: {tenant.arenas}, recounted {arenas}")
+        slots = sum(arena.backed * arena.stride for arena in arenas)
+        directories = sum(arena.directory_bytes for arena in arenas)
+        _equal(f"held by {tenant.name}", tenant.held, staging + slots + directories)
+        if tenant.held > tenant.quota:
+            raise AccountingError(
+                f"{tenant.name} holds {tenant.held}, more than its quota {tenant.quota}"
+            )
+    held = sum(tenant.held for tenant in budget.tenants.values())
+    _equal("unassigned", budget.unassigned, budget.n_bytes - held)
+
+
+def _check_session(cache: Cache, session: Session) -> None:
+    """What the session has against its limits."""
+    name, contexts = session.client, session.contexts.values()
+    sequences = [each for context in contexts for each in context.open.values()]
+    _equal(f"open sequences of {name}", session.open_sequences, len(sequences))
+    waiting = [waiter for context in contexts for waiter in context.waiting]
+    _equal(f"waiting allocs of {name}", session.waiting, len(waiting))
+    n_bytes = sum(len(waiter.message.tokens) for waiter in waiting)
+    _equal(f"tokens of waiting allocs of {name}", session.waiting_bytes, n_bytes)
+    reserved = sum(len(each.reserved) * each.context.arena.stride for each in sequences)
+    for job in cache.jobs.values():
+        if isinstance(job, AllocBacking) and job.sequence.context.session is session:
+            reserved += len(job.slots) * job.sequence.context.arena.stride
+    _equal(f"reserved by {name}", session.reserved_bytes, reserved)
 
 
 def _check_arena(cache: Cache, arena: Arena, leases: dict[Block, int]) -> None:
@@ -131,7 +170,7 @@ def _check_arena(cache: Cache, arena: Arena, leases: dict[Block, int]) -> None:
             places["active"].append(block.slot)
         else:
             places["cached"].append(block.slot)
-            if block not in cache.budget.lru:
+            if block not in arena.lru:
                 raise AccountingError(f"nobody holds slot {block.slot}, which is not in the LRU")
             if block.is_superseded:
                 raise AccountingError(
@@ -148,20 +187,22 @@ def _check_arena(cache: Cache, arena: Arena, leases: dict[Block, int]) -> None:
     _equal("directory", arena.directory_bytes, arena.directory_for(arena.high_water))
 
 
-def _check_order(cache: Cache) -> None:
-    """No block is evicted before its children, nor before what its record says is older."""
-    place = {block: index for index, block in enumerate(cache.budget.lru)}
-    for block, index in place.items():
+def _check_order(tenant: Tenant) -> None:
+    """No block is evicted before its children, and the oldest is first; the records say so too."""
+    places = places_in(tenant.lru)
+    seen: set[Block] = set()
+    before = 0
+    for block, place in tenant.lru.items():
         for child in block.children:
-            if place.get(child, index) >= index:
+            if child not in seen:
                 raise AccountingError(f"slot {block.slot} would be evicted before its child")
-    places = cache.budget.places()
-    for block, later in pairwise(cache.budget.lru):
-        if places[block] > places[later]:
+        seen.add(block)
+        if place != places[block] or place < before:
             raise AccountingError(
-                f"slot {block.slot}, last used at {places[block]}, would be evicted before slot "
-                f"{later.slot}, last used at {places[later]}"
+                f"slot {block.slot} was used at {places[block]} by its records, and at {place} by "
+                f"its place in the LRU, which comes after {before}"
             )
+        before = place
 
 
 def _slots_set_aside(cache: Cache, arena: Arena) -> list[int]:
@@ -207,8 +248,15 @@ def sealed_blocks(arena: Arena) -> list[Block]:
     return [block for block in arena.root.below() if block.state in (ADOPTED, SEALED)]
 
 
-def report_of_sequences(cache: Cache, now: float) -> list[dict[str, Any]]:
-    """A row for each open or waiting sequence."""
+def count_unchecked(cache: Cache) -> int:
+    """Blocks that an earlier daemon left and that are not served before they are checked."""
+    return sum(block.state is ADOPTED for block in cache.unchecked)
+
+
+def report_of_sequences(
+    cache: Cache, now: float, tenant: Tenant | None = None
+) -> list[dict[str, Any]]:
+    """A row for each open or waiting sequence, of one tenant or (None) of all."""
     rows: list[dict[str, Any]] = [
         {
             "context": sequence.context.number,
@@ -225,9 +273,12 @@ def report_of_sequences(cache: Cache, now: float) -> list[dict[str, Any]]:
             "idle_seconds": round(now - sequence.touched, 3),
         }
         for sequence in cache.sequences()
+        if tenant is None or sequence.context.session.tenant is tenant
     ]
     for waiter in cache.waiting:
         session = waiter.context.session
+        if tenant is not None and session.tenant is not tenant:
+            continue
         rows.append(
             {
                 "context": waiter.context.number,

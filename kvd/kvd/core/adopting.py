@@ -52,10 +52,13 @@ def adopt(cache: Cache, found: ArenaFound, effects: list[Effect]) -> None:
     if n_bytes > cache.budget.unassigned:
         effects.append(ArenaRefused(found.arena, "it does not fit the budget beside the others"))
         return
+    if n_bytes > arena.tenant.headroom:
+        effects.append(ArenaRefused(found.arena, "it does not fit its tenant's quota"))
+        return
     effects.extend(DropRecord(arena.number, slot) for slot in lost)
     if unused and not retired:
         effects.append(Punch(arena.number, unused))
-    cache.models[(arena.tenant, arena.fingerprint)] = arena
+    cache.models[(arena.tenant.name, arena.fingerprint)] = arena
     budget = cache.budget
     budget.adopt(arena, blocks, retired)
     cache.unchecked.update(dict.fromkeys(blocks))
@@ -73,7 +76,7 @@ def _make(cache: Cache, found: ArenaFound) -> Arena:
     arena = make_arena(
         cache,
         found.arena,
-        found.tenant,
+        cache.budget.tenant(found.tenant),
         found.name,
         found.fingerprint,
         Geometry(found.layers),
@@ -85,7 +88,7 @@ def _make(cache: Cache, found: ArenaFound) -> Arena:
             f"it has {found.slots} slots of {found.stride_bytes} bytes, and would now have "
             f"{arena.slots} of {arena.stride}: the budget was changed"
         )
-    if (arena.tenant, arena.fingerprint) in cache.models:
+    if (arena.tenant.name, arena.fingerprint) in cache.models:
         raise ValueError("there is another arena of the same model and tenant")
     return arena
 

@@ -17,15 +17,27 @@ from kvd.core.sequences import (
 )
 from kvd.core.tree import SEALED, Block, match
 from kvd_proto.errors import (
+    BadMessage,
     KvdError,
     NoSequenceFree,
     ResourceError,
     SequenceLimit,
     StaleHandle,
+    TooMany,
     UnknownContext,
 )
 from kvd_proto.keys import TOKEN_BYTES
-from kvd_proto.messages import FAILED, Alloc, Allocated, Blocks, Done, Get, Release
+from kvd_proto.messages import (
+    FAILED,
+    Alloc,
+    Allocated,
+    Blocks,
+    Done,
+    Get,
+    KeepAlive,
+    KeptAlive,
+    Release,
+)
 
 
 def alloc(
@@ -41,10 +53,16 @@ def alloc(
     context = find_context(session, cache.contexts, message.context)
     if cache.unchecked and check_first(cache, session, correlation, message, effects):
         return None
-    room = cache.open_sequences < cache.limits.max_sequences
-    if room and context.free_ids and not context.waiting:
+    limits = cache.limits
+    if (
+        context.free_ids
+        and not context.waiting
+        and cache.open_sequences < limits.max_sequences
+        and session.open_sequences < limits.session_sequences
+    ):
         return _open(cache, context, correlation, message, now, effects)
     if message.wait_ms:
+        _check_waiting(cache, session, message)
         _wait(cache, Waiter(cache.next_ticket, correlation, context, message, now))
         return None
     raise _no_id(cache, context)
@@ -57,7 +75,7 @@ def release(
     context = find_context(session, cache.contexts, message.context)
     sequence = find_sequence(context, message.seq_id, message.generation)
     failed = message.outcome == FAILED
-    cache.counters.sequences_failed += failed
+    session.counters.sequences_failed += failed
     close_sequence(cache, sequence, State.FAILED if failed else State.COMPLETED, effects)
     serve_waiters(cache, now, effects)
     return Done()
@@ -85,6 +103,24 @@ def get(cache: Cache, session: Session, message: Get, now: float) -> Blocks:
     return Blocks(min(sequence.length, last.end), last.n_tokens, pack(f"<{len(slots)}I", *slots))
 
 
+def keep_alive(cache: Cache, session: Session, message: KeepAlive, now: float) -> KeptAlive:
+    """Let the idle time of these sequences, or of all of the context, begin anew. All or none: a
+    handle that is wrong is refused. One that has timed out stays so, and is named."""
+    context = find_context(session, cache.contexts, message.context)
+    if len(message.seq_ids) != len(message.generations):
+        raise BadMessage(
+            "there is one generation for each seq_id",
+            seq_ids=len(message.seq_ids),
+            generations=len(message.generations),
+        )
+    handles = zip(message.seq_ids, message.generations, strict=True)
+    named = [find_sequence(context, seq_id, generation) for seq_id, generation in handles]
+    sequences = named or list(context.open.values())
+    for sequence in sequences:
+        sequence.touched = now
+    return KeptAlive([each.seq_id for each in sequences if each.state is State.TIMED_OUT])
+
+
 def close_sequence(cache: Cache, sequence: Sequence, outcome: State, effects: list[Effect]) -> None:
     """End a sequence: its leases and its reservation go, its id is free."""
     leased = sequence.leased
@@ -92,11 +128,12 @@ def close_sequence(cache: Cache, sequence: Sequence, outcome: State, effects: li
     if leased.holds:
         # Others hold it still, perhaps until a crash: also then it is known to be in use.
         cache.budget.use(leased, effects)
-    for slot in sequence.reserved:
-        cache.budget.give_back(sequence.context.arena, slot)
-    sequence.reserved.clear()
+    if sequence.reserved:
+        _end_reservation(cache, sequence, sequence.reserved)
+        sequence.reserved.clear()
     sequence.state = outcome
     sequence.context.give_back(sequence)
+    sequence.context.session.open_sequences -= 1
     cache.open_sequences -= 1
 
 
@@ -106,7 +143,9 @@ def serve_waiters(cache: Cache, now: float, effects: list[Effect]) -> None:
         first_ones = [
             next(iter(context.waiting))
             for context in cache.contexts.values()
-            if context.waiting and context.free_ids
+            if context.waiting
+            and context.free_ids
+            and context.session.open_sequences < cache.limits.session_sequences
         ]
         if not first_ones:
             return
@@ -141,7 +180,7 @@ def expire(cache: Cache, now: float, effects: list[Effect]) -> None:
             cache.reply(owner.context.session, owner.correlation, error, effects)
         else:
             owner.state = State.TIMED_OUT
-            cache.counters.sequences_timed_out += 1
+            owner.context.session.counters.sequences_timed_out += 1
 
 
 def reserve_backed(cache: Cache, job: AllocBacking, event: Backed, effects: list[Effect]) -> None:
@@ -154,9 +193,8 @@ def reserve_backed(cache: Cache, job: AllocBacking, event: Backed, effects: list
         return
     unbacked = set() if event.error is None else set(job.to_back)
     cache.budget.unback(arena, unbacked)
-    for slot in job.slots:
-        if slot not in unbacked:
-            cache.budget.give_back(arena, slot)
+    session.reserved_bytes -= len(unbacked) * arena.stride
+    _end_reservation(cache, sequence, [slot for slot in job.slots if slot not in unbacked])
     if sequence.is_open:
         close_sequence(cache, sequence, State.FAILED, effects)
     error = event.error or StaleHandle("the sequence was closed before its room was there")
@@ -177,6 +215,7 @@ def _open(
     blocks = found.full if found.partial is None else [*found.full, found.partial]
     sequence = context.take_id(message.request, message.idle_timeout_ms / 1000, now)
     cache.open_sequences += 1
+    context.session.open_sequences += 1
     sequence.length = found.n_tokens
     if found.full:
         sequence.tip = found.full[-1]
@@ -199,7 +238,7 @@ def _open(
             raise
     if message.idle_timeout_ms:
         cache.deadlines.add(sequence)
-    counters = cache.counters
+    counters = context.session.counters
     counters.sequences_opened += 1
     counters.queried_tokens += len(message.tokens) // TOKEN_BYTES
     counters.hit_tokens += found.n_tokens
@@ -216,25 +255,73 @@ def _reserve(
 ) -> bool:
     """Set slots aside after the sequence's last full block. Returns whether they need memory
     first."""
-    arena = sequence.context.arena
+    arena, session = sequence.context.arena, sequence.context.session
     n_slots = -(-message.reserve_tokens // arena.block_tokens)
+    reserved = session.reserved_bytes + n_slots * arena.stride
+    if reserved > cache.limits.session_reserved:
+        cache.budget.check_room(arena, n_slots)  # whose answer says more, if it has none
+        raise TooMany(
+            "this session would have more room set aside than it may",
+            asked_bytes=n_slots * arena.stride,
+            reserved_bytes=session.reserved_bytes,
+            max_reserved=cache.limits.session_reserved,
+        )
     taken = cache.budget.take(arena, n_slots, effects)
+    session.reserved_bytes = reserved
     sequence.limit = sequence.tip.end + message.reserve_tokens
     if not taken.to_back:
         sequence.reserved = taken.slots
         return False
     job = AllocBacking(correlation, sequence, taken.slots, taken.to_back, reply)
-    effects.append(cache.budget.back_effect(cache.new_job(job), arena, taken.to_back))
+    owner = sequence.context.session.id
+    effects.append(cache.budget.back_effect(cache.new_job(job), arena, owner, taken.to_back))
     return True
 
 
+def refuse_beyond_limit(cache: Cache, session: Session, n_more: int) -> None:
+    """Raise SequenceLimit if the session may not open so many sequences more."""
+    if session.open_sequences + n_more > cache.limits.session_sequences:
+        raise SequenceLimit(
+            "this session has as many sequences open as it may",
+            max_session_sequences=cache.limits.session_sequences,
+        )
+
+
+def _end_reservation(cache: Cache, sequence: Sequence, slots: list[int]) -> None:
+    """Slots that were set aside for the sequence, and were not used, are free."""
+    arena = sequence.context.arena
+    for slot in slots:
+        cache.budget.give_back(arena, slot)
+    sequence.context.session.reserved_bytes -= len(slots) * arena.stride
+
+
+def _check_waiting(cache: Cache, session: Session, message: Alloc) -> None:
+    """Whether one more alloc of this session may wait: the daemon keeps its tokens meanwhile."""
+    limits = cache.limits
+    n_bytes = session.waiting_bytes + len(message.tokens)
+    if session.waiting >= limits.session_waiting or n_bytes > limits.session_waiting_bytes:
+        raise TooMany(
+            "this session has as many allocs waiting as it may",
+            waiting=session.waiting,
+            max_waiting=limits.session_waiting,
+            tokens_bytes=n_bytes,
+            max_tokens_bytes=limits.session_waiting_bytes,
+        )
+
+
 def _wait(cache: Cache, waiter: Waiter) -> None:
+    session = waiter.context.session
+    session.waiting += 1
+    session.waiting_bytes += len(waiter.message.tokens)
     cache.next_ticket += 1
     cache.waiting[waiter] = waiter.context.waiting[waiter] = None
     cache.deadlines.add(waiter)
 
 
 def _stop_waiting(cache: Cache, waiter: Waiter) -> None:
+    session = waiter.context.session
+    session.waiting -= 1
+    session.waiting_bytes -= len(waiter.message.tokens)
     del cache.waiting[waiter]
     del waiter.context.waiting[waiter]
 
@@ -244,6 +331,11 @@ def _no_id(cache: Cache, context: Context) -> ResourceError:
         return SequenceLimit(
             "too many sequences are open in the daemon",
             max_sequences=cache.limits.max_sequences,
+        )
+    if context.session.open_sequences >= cache.limits.session_sequences:
+        return SequenceLimit(
+            "this session has as many sequences open as it may",
+            max_session_sequences=cache.limits.session_sequences,
         )
     return NoSequenceFree(
         "every sequence id of the context is in use",

@@ -14,20 +14,26 @@ Every slot of an arena is in one of these places:
 What an earlier daemon has left counts as active or cached like the rest, though it is not sealed
 before it has been checked.
 
-`unassigned` is what remains of the budget after directories, staging and all backed slots. The LRU
-is one for all arenas, so memory moves to where it is used. It is ordered by last use, and because a
-release appends a block before its parent, a child always comes before its parent: the head never
-has resident children, and tail-first eviction takes one step.
+`unassigned` is what remains of the budget after directories, staging and all backed slots. There is
+an LRU for each tenant, for all of its arenas, so memory moves to where it is used. It is ordered by
+last use, and because a release appends a block before its parent, a child always comes before its
+parent: the head never has resident children, and tail-first eviction takes one step. A tenant at
+its quota gives way itself, from its own LRU. If it is the budget that has no room, the oldest head
+of all LRUs goes, whosever it is: a comparison for each tenant.
 
 The records tell this order: a block's place is that of the latest `last_use` of itself and all
 below it. So a use is recorded for the deepest block alone, and a block that is dropped leaves its
 own to its parent.
 """
 
-from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from heapq import merge
+from itertools import islice
+from operator import attrgetter, itemgetter
 from typing import NamedTuple
 
-from kvd.core.events import Back, DropRecord, Effect, Punch, UseRecord
+from kvd.core.events import Back, DropRecord, Effect, Punch, SessionId, UseRecord
+from kvd.core.tenants import Tenant, TenantRule
 from kvd.core.tree import FILLING, GONE, NO_SLOT, SEALED, Block
 from kvd_proto.errors import AllLeased, BudgetTooSmall, Detail
 from kvd_proto.geometry import Geometry, round_up
@@ -44,7 +50,7 @@ class Arena:
     def __init__(
         self,
         number: int,
-        tenant: str,
+        tenant: Tenant,
         name: str,
         fingerprint: bytes,
         geometry: Geometry,
@@ -55,6 +61,7 @@ class Arena:
     ) -> None:
         self.number = number
         self.tenant = tenant
+        self.lru = tenant.lru
         self.name = name
         self.fingerprint = fingerprint
         self.geometry = geometry
@@ -83,6 +90,11 @@ class Arena:
         return len(self.free) + self.filling + self.active + self.cached
 
     @property
+    def reclaimable(self) -> int:
+        """Bytes of slots that may go: free and cached ones."""
+        return (len(self.free) + self.cached) * self.stride
+
+    @property
     def directory_limit(self) -> int:
         """The directory's length when every slot has been used."""
         return directory_bytes_for(self.slots, self.block_tokens)
@@ -107,6 +119,15 @@ def directory_bytes_for(slots: int, block_tokens: int) -> int:
     return round_up(DIRECTORY_HEADER_BYTES + slots * record_bytes(block_tokens))
 
 
+def places_in(lru: Iterable[Block]) -> dict[Block, int]:
+    """When each block of an LRU was used last, by the records of itself and all below it. A walk of
+    the whole LRU."""
+    places: dict[Block, int] = {}
+    for block in sorted(lru, key=lambda block: -block.start):
+        places[block] = max([block.last_use, *(places[child] for child in block.children)])
+    return places
+
+
 class SlotsTaken(NamedTuple):
     """Slots set aside as filling; `to_back` of them need memory first (an empty list: none)."""
 
@@ -117,13 +138,11 @@ class SlotsTaken(NamedTuple):
 class Budget:
     """The bytes of the daemon: makes room, and keeps every running total."""
 
-    def __init__(self, n_bytes: int) -> None:
+    def __init__(self, n_bytes: int, rules: Iterable[TenantRule] = ()) -> None:
         self.n_bytes = n_bytes
         self.unassigned = n_bytes
-        self.staging = 0
         self.arenas: dict[int, Arena] = {}
-        self.lru: OrderedDict[Block, None] = OrderedDict()
-        self.evicted_blocks = 0
+        self.tenants = {rule.name: Tenant(rule, n_bytes) for rule in rules}
         self.clock = 0
         """Counts uses of blocks. A sealed block's generation is its first use."""
 
@@ -131,6 +150,32 @@ class Budget:
         """The clock's next moment."""
         self.clock += 1
         return self.clock
+
+    def tenant(self, name: str) -> Tenant:
+        """The tenant of this name. One that there are no rules for has no quota and no salt."""
+        if name not in self.tenants:
+            self.tenants[name] = Tenant(TenantRule(name), self.n_bytes)
+        return self.tenants[name]
+
+    @property
+    def staging(self) -> int:
+        """Bytes of all stagings."""
+        return sum(tenant.staging for tenant in self.tenants.values())
+
+    @property
+    def evicted_blocks(self) -> int:
+        """Blocks dropped for room, or by `evict`, since the start."""
+        return sum(tenant.evicted_blocks for tenant in self.tenants.values())
+
+    def oldest_first(self) -> Iterator[Block]:
+        """All that is cached; nothing may change meanwhile."""
+        uses = merge(*(each.lru.items() for each in self.tenants.values()), key=itemgetter(1))
+        return (block for block, _ in uses)
+
+    @property
+    def n_cached(self) -> int:
+        """How many blocks are cached."""
+        return sum(len(each.lru) for each in self.tenants.values())
 
     @property
     def directories(self) -> int:
@@ -142,24 +187,24 @@ class Budget:
     def hold(self, block: Block) -> None:
         """Keep `block` and all its ancestors. Stops at the first that is held already."""
         node: Block | None = block
+        arena = block.arena
         while node is not None and node.parent is not None:
             node.holds += 1
             if node.holds > 1:
                 return
             if node.state is not FILLING:
-                del self.lru[node]
-                node.arena.cached -= 1
-                node.arena.active += 1
+                del arena.lru[node]
+                arena.cached -= 1
+                arena.active += 1
             node = node.parent
 
     def unhold(self, block: Block, effects: list[Effect]) -> None:
         """Undo one `hold`. What nobody holds any more becomes the youngest of the LRU, tail first;
         but not an open tail that a longer block has replaced meanwhile: that goes."""
+        if block.holds == 1 or block in block.arena.former:
+            self.use(block, effects)
         self._let_go(block)
-        if block.parent is None or (block.holds and block not in block.arena.former):
-            return
-        self.use(block, effects)
-        if not block.holds and block.is_superseded:
+        if block.parent is not None and not block.holds and block.is_superseded:
             self.drop(block, effects)
 
     def use(self, block: Block, effects: list[Effect]) -> None:
@@ -174,15 +219,16 @@ class Budget:
         effects.append(UseRecord(block.arena.number, block.slot, last_use))
 
     def _let_go(self, block: Block) -> None:
-        """Count one `hold` less. What nobody holds any more is cached."""
+        """Count one `hold` less. What nobody holds any more is cached, and was used now."""
         node: Block | None = block
+        arena = block.arena
         while node is not None and node.parent is not None:
             node.holds -= 1
             if node.holds:
                 break
-            node.arena.active -= 1
-            node.arena.cached += 1
-            self.lru[node] = None
+            arena.active -= 1
+            arena.cached += 1
+            arena.lru[node] = self.clock
             node = node.parent
 
     # --- what an earlier daemon left
@@ -200,8 +246,9 @@ class Budget:
         arena.former = dict.fromkeys(blocks)
         for block in blocks:
             block.holds = 1 + len(block.children)
-        self.unassigned -= arena.directory_bytes + arena.backed * arena.stride
+        self.spend(arena.tenant, arena.directory_bytes + arena.backed * arena.stride)
         self.arenas[arena.number] = arena
+        arena.tenant.arenas.append(arena)
 
     def readers_gone(self, arena: Arena, effects: list[Effect]) -> None:
         """End the leases of those who could read the arena before this daemon was there. What
@@ -209,24 +256,15 @@ class Budget:
         former, arena.former = arena.former, {}
         for block in former:
             self._let_go(block)
-        places = self.places()
-        self.lru = OrderedDict.fromkeys(
-            sorted(self.lru, key=lambda block: (places[block], -block.start))
-        )
+        places = places_in(arena.lru)
+        arena.lru.clear()
+        arena.lru.update(sorted(places.items(), key=lambda each: (each[1], -each[0].start)))
         for block in former:
             if not block.holds and block.is_superseded:
                 self.drop(block, effects)
         arena.filling -= len(arena.retired)
         arena.free.extend(arena.retired)
         arena.retired.clear()
-
-    def places(self) -> dict[Block, int]:
-        """When each block of the LRU was used last, by the records of itself and all below it. A
-        walk of the whole LRU."""
-        places: dict[Block, int] = {}
-        for block in sorted(self.lru, key=lambda block: -block.start):
-            places[block] = max([block.last_use, *(places[child] for child in block.children)])
-        return places
 
     def drop_unleased(self, block: Block, effects: list[Effect]) -> None:
         """Forget a block that has no children and that no sequence leases. If a client of an
@@ -243,38 +281,60 @@ class Budget:
 
     # --- room
 
-    def charge_staging(self, n_bytes: int, effects: list[Effect]) -> None:
+    def charge_staging(self, tenant: Tenant, n_bytes: int, effects: list[Effect]) -> None:
         """Take bytes for a session's staging, evicting if it must; raises ResourceError."""
-        self._make_unassigned(n_bytes, effects)
-        self.unassigned -= n_bytes
-        self.staging += n_bytes
+        self._make_room(tenant, n_bytes, effects)
+        self.spend(tenant, n_bytes)
+        tenant.staging += n_bytes
 
-    def return_staging(self, n_bytes: int) -> None:
-        self.staging -= n_bytes
-        self.unassigned += n_bytes
+    def return_staging(self, tenant: Tenant, n_bytes: int) -> None:
+        tenant.staging -= n_bytes
+        self.spend(tenant, -n_bytes)
 
     def charge_directory(self, arena: Arena, effects: list[Effect]) -> None:
         """Take the bytes of a new arena's directory, and make the arena known."""
-        self._make_unassigned(arena.directory_bytes, effects)
-        self.unassigned -= arena.directory_bytes
+        self._make_room(arena.tenant, arena.directory_bytes, effects)
+        self.spend(arena.tenant, arena.directory_bytes)
         self.arenas[arena.number] = arena
+        arena.tenant.arenas.append(arena)
+
+    def forget_arena(self, number: int) -> Arena:
+        """Undo `charge_directory`; nobody has used the arena."""
+        arena = self.arenas.pop(number)
+        arena.tenant.arenas.remove(arena)
+        self.spend(arena.tenant, -arena.directory_bytes)
+        return arena
+
+    def spend(self, tenant: Tenant, n_bytes: int) -> None:
+        """Bytes that are the tenant's now (negative: given back). Whoever spends has looked whether
+        there are so many."""
+        self.unassigned -= n_bytes
+        tenant.held += n_bytes
 
     def take(self, arena: Arena, n_slots: int, effects: list[Effect]) -> SlotsTaken:
-        """Set `n_slots` aside as filling. All or none: raises BudgetTooSmall or AllLeased."""
-        self._check_room(arena, n_slots)
+        """Set `n_slots` aside as filling. All or none: raises OverQuota, BudgetTooSmall or
+        AllLeased."""
+        self.check_room(arena, n_slots)
+        tenant = arena.tenant
         to_back: list[int] = []
         slots: list[int] = []
         while len(slots) < n_slots:
             if arena.free:
                 slots.append(arena.free.pop())
                 arena.filling += 1
-            elif self._back_one(arena):
+                continue
+            # A slot is left: the arena has as many as the whole budget has strides.
+            cost = arena.cost_of_fresh(1)
+            if cost > tenant.headroom:
+                self._give_way(arena, tenant, effects)
+            elif cost > self.unassigned:
+                self._give_way(arena, None, effects)
+            else:
+                self.spend(tenant, cost)
                 slot = arena.punched.pop() if arena.punched else self._raise_high_water(arena)
                 slots.append(slot)
                 to_back.append(slot)
                 arena.filling += 1
-            else:
-                self._give_way(arena, effects)
         return SlotsTaken(slots, to_back)
 
     def give_back(self, arena: Arena, slot: int) -> None:
@@ -286,13 +346,13 @@ class Budget:
         """Slots that were set aside, but the operating system had no memory for them."""
         arena.filling -= len(slots)
         arena.punched.extend(sorted(slots))
-        self.unassigned += len(slots) * arena.stride
+        self.spend(arena.tenant, -len(slots) * arena.stride)
 
     def drop(self, block: Block, effects: list[Effect]) -> None:
         """Forget a cached block, which has no children: its slot is free."""
         assert block.parent is not None
         assert not block.children, "a parent goes after its children"
-        del self.lru[block]
+        del block.arena.lru[block]
         parent = block.parent
         parent.remove(block)
         has_record = parent.parent is not None and parent.state is not FILLING
@@ -303,42 +363,51 @@ class Budget:
         block.arena.free.append(block.slot)
         effects.append(DropRecord(block.arena.number, block.slot))
 
-    def pop_oldest(self, effects: list[Effect]) -> Block:
-        """Evict the least recently used block that has no resident children: the LRU's head."""
-        block = next(iter(self.lru))  # there is one: _check_room counted it
+    def pop_oldest(self, effects: list[Effect], tenant: Tenant | None = None) -> Block:
+        """Evict the least recently used block that has no resident children: the head of the
+        tenant's LRU, or the oldest of all heads."""
+        if tenant is None:
+            tenant = min(
+                (each for each in self.tenants.values() if each.lru), key=attrgetter("oldest_use")
+            )
+        block = next(iter(tenant.lru))  # there is one: check_room counted it
         self.drop(block, effects)
-        self.evicted_blocks += 1
+        tenant.evicted_blocks += 1
         return block
 
-    def evict(self, name: str, n_blocks: int, effects: list[Effect]) -> int:
-        """Drop up to `n_blocks` cached blocks (0: all) of the models called `name` ("": any).
+    def evict(
+        self, name: str, n_blocks: int, effects: list[Effect], tenant: Tenant | None = None
+    ) -> int:
+        """Drop up to `n_blocks` cached blocks of the models called `name` ("": any), of one tenant
+        or (None) of all.
 
-        Oldest first; a walk of the whole LRU, for the administrator. What is free in these models'
-        arenas then goes back to the operating system. Returns how many were dropped.
+        Oldest first; a walk of the LRU, for the administrator. What is free in these models' arenas
+        then goes back to the operating system. Returns how many were dropped.
         """
-        chosen = [block for block in self.lru if not name or block.arena.name == name]
-        chosen = chosen[: n_blocks or None]
+        arenas = self.arenas.values() if tenant is None else tenant.arenas
+        wanted = {arena for arena in arenas if not name or arena.name == name}
+        lru = self.oldest_first() if tenant is None else tenant.lru
+        chosen = list(islice((block for block in lru if block.arena in wanted), n_blocks))
         for block in chosen:
             self.drop(block, effects)
-        self.evicted_blocks += len(chosen)
-        for arena in self.arenas.values():
-            if not name or arena.name == name:
+            block.arena.tenant.evicted_blocks += 1
+        for arena in arenas:
+            if arena in wanted:
                 self._punch(arena, len(arena.free), effects)
         return len(chosen)
 
-    def back_effect(self, job: int, arena: Arena, to_back: list[int]) -> Back:
-        """The effect that gives `to_back` memory."""
-        return Back(job, arena.number, to_back, arena.directory_bytes)
+    def back_effect(self, job: int, arena: Arena, session: SessionId, to_back: list[int]) -> Back:
+        """The effect that gives `to_back` memory, for `session`."""
+        return Back(job, arena.number, session, to_back, arena.directory_bytes)
 
-    def _check_room(self, arena: Arena, n_slots: int) -> None:
+    def check_room(self, arena: Arena, n_slots: int) -> None:
         """Whether `n_slots` can be had at all, if everything that may go does. Mutates nothing."""
-        others = sum(
-            (len(other.free) + other.cached) * other.stride
-            for other in self.arenas.values()
-            if other is not arena
-        )
         fresh = n_slots - len(arena.free) - arena.cached
-        if fresh <= 0 or arena.cost_of_fresh(fresh) <= self.unassigned + others:
+        if fresh <= 0:
+            return
+        cost = arena.cost_of_fresh(fresh)
+        arena.tenant.check_quota(cost, but=arena)
+        if cost <= self.unassigned + self._reclaimable(but=arena):
             return
         directories = self.directories - arena.directory_bytes + arena.directory_for(n_slots)
         evidence: dict[str, Detail] = {
@@ -354,11 +423,11 @@ class Budget:
             raise BudgetTooSmall("so many blocks can never fit the budget", **evidence)
         raise AllLeased("the budget is full and every block in it is in use", **evidence)
 
-    def _make_unassigned(self, n_bytes: int, effects: list[Effect]) -> None:
-        """Give memory of free and cached slots back until `n_bytes` are unassigned."""
-        could = self.unassigned + sum(
-            (len(arena.free) + arena.cached) * arena.stride for arena in self.arenas.values()
-        )
+    def _make_room(self, tenant: Tenant, n_bytes: int, effects: list[Effect]) -> None:
+        """Give memory of free and cached slots back until `tenant` may take `n_bytes`, and they are
+        unassigned."""
+        tenant.check_quota(n_bytes)
+        could = self.unassigned + self._reclaimable()
         if n_bytes > could:
             kind = BudgetTooSmall if n_bytes + self.directories > self.n_bytes else AllLeased
             raise kind(
@@ -368,16 +437,23 @@ class Budget:
                 directory_bytes=self.directories,
                 available_bytes=could,
             )
-        while self.unassigned < n_bytes:
-            self._give_way(None, effects)
+        while n_bytes > tenant.headroom:
+            self._give_way(None, tenant, effects)
+        while n_bytes > self.unassigned:
+            self._give_way(None, None, effects)
 
-    def _give_way(self, arena: Arena | None, effects: list[Effect]) -> None:
-        """One step towards room for `arena`: another's free slots, else the oldest cached block."""
-        for other in self.arenas.values():
+    def _reclaimable(self, but: Arena | None = None) -> int:
+        """Bytes of slots that may go, whosever they are, those of the arena `but` left out."""
+        return sum(arena.reclaimable for arena in self.arenas.values() if arena is not but)
+
+    def _give_way(self, arena: Arena | None, tenant: Tenant | None, effects: list[Effect]) -> None:
+        """One step towards room for `arena`, by `tenant` or (None) by all: another arena's free
+        slots, else the oldest cached block."""
+        for other in self.arenas.values() if tenant is None else tenant.arenas:
             if other is not arena and other.free:
                 self._punch(other, 1, effects)
                 return
-        self.pop_oldest(effects)
+        self.pop_oldest(effects, tenant)
 
     def _punch(self, arena: Arena, n_slots: int, effects: list[Effect]) -> None:
         """Give `n_slots` free slots back to the operating system."""
@@ -385,17 +461,8 @@ class Budget:
             return
         slots = [arena.free.pop() for _ in range(n_slots)]
         arena.punched.extend(slots)
-        self.unassigned += n_slots * arena.stride
+        self.spend(arena.tenant, -n_slots * arena.stride)
         effects.append(Punch(arena.number, slots))
-
-    def _back_one(self, arena: Arena) -> bool:
-        """Charge one more backed slot, if the budget has it unassigned."""
-        # A slot is left then: the arena has as many as the whole budget has strides.
-        cost = arena.cost_of_fresh(1)
-        if cost > self.unassigned:
-            return False
-        self.unassigned -= cost
-        return True
 
     @staticmethod
     def _raise_high_water(arena: Arena) -> int:

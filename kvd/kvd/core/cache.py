@@ -2,7 +2,9 @@
 allocating.py, storing.py; the dispatch: machine.py.
 """
 
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 from kvd.core.budget import Arena, Budget
@@ -10,9 +12,12 @@ from kvd.core.commits import Commit
 from kvd.core.deadlines import Deadlines
 from kvd.core.events import Effect, Reply, SessionId
 from kvd.core.sequences import Context, Sequence, Session, Waiter
+from kvd.core.tenants import TenantRule
 from kvd.core.tree import Block
 from kvd_proto.errors import KvdError
 from kvd_proto.messages import Alloc
+
+NO_LIMIT = 1 << 62
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +31,22 @@ class Limits:
     first_context: int = 1
     """Contexts are numbered from here: the shell gives each start of the daemon another range, so
     that a handle from before a restart cannot name a context of today."""
+    tenants: tuple[TenantRule, ...] = ()
+    """Those that have a quota or a salt."""
+    max_models: int = NO_LIMIT
+    """Of one tenant, since a directory that is there stays."""
+    # What one session may have, so that it leaves something to others.
+    session_models: int = NO_LIMIT
+    session_contexts: int = NO_LIMIT
+    session_sequences: int = NO_LIMIT
+    session_waiting: int = NO_LIMIT
+    """Allocs that wait for an id."""
+    session_waiting_bytes: int = NO_LIMIT
+    """Of their tokens, which the daemon keeps meanwhile."""
+    session_commits: int = NO_LIMIT
+    """That are not finished; and flushes that wait for them."""
+    session_reserved: int = NO_LIMIT
+    """Bytes set aside for appends to come."""
 
 
 @dataclass(slots=True)
@@ -51,6 +72,16 @@ class Counters:
     """That an earlier daemon had left."""
     damaged_blocks: int = 0
     """Adopted ones whose bytes did not have their checksum."""
+
+
+def sum_of(counters: Iterable[Counters]) -> Counters:
+    """Their totals."""
+    total = Counters()
+    for each in counters:
+        for field_ in fields(Counters):
+            name = field_.name
+            setattr(total, name, getattr(total, name) + getattr(each, name))
+    return total
 
 
 class AllocBacking(NamedTuple):
@@ -99,6 +130,18 @@ class Checking(NamedTuple):
     allocs: list[WaitingAlloc]
 
 
+@dataclass(slots=True, eq=False)
+class Eviction:
+    """An evict that is under way: `left` blocks to go, at most."""
+
+    session: Session
+    correlation: int
+    name: str
+    left: int
+    blocks: int = 0
+    freed_bytes: int = 0
+
+
 Job = AllocBacking | AppendBacking | Copying | Checking
 
 
@@ -113,14 +156,19 @@ class Cache:
     """Dead sessions whose staging is still read by a copy."""
     contexts: dict[int, Context] = field(default_factory=dict)
     models: dict[tuple[str, bytes], Arena] = field(default_factory=dict)
-    """By tenant and arena fingerprint."""
+    """By the tenant's name and arena fingerprint."""
     waiting: dict[Waiter, None] = field(default_factory=dict)
     """All who wait for an id, in the order of their coming."""
     deadlines: Deadlines = field(default_factory=Deadlines)
     jobs: dict[int, Job] = field(default_factory=dict)
     unchecked: dict[Block, int | None] = field(default_factory=dict)
     """Adopted blocks, parents first, and the job that checks each, if one does already."""
+    evictions: deque[Eviction] = field(default_factory=deque)
+    """First come, first served."""
     counters: Counters = field(default_factory=Counters)
+    """Of requests without a session. What sessions do is counted for their tenants."""
+    counters_of: dict[str, Counters] = field(default_factory=dict)
+    """By the tenant's name."""
     open_sequences: int = 0
     next_context: int = 0
     next_arena: int = 1
@@ -137,7 +185,7 @@ class Cache:
     def reply(self, session: Session, correlation: int, body: Any, effects: list[Effect]) -> None:
         """Answer a request with a message or a KvdError; a session that has ended hears nothing."""
         if session.alive:
-            self.counters.errors += isinstance(body, KvdError)
+            session.counters.errors += isinstance(body, KvdError)
             effects.append(Reply(session.id, correlation, body))
 
     def lease(self, sequence: Sequence, block: Block, effects: list[Effect]) -> None:

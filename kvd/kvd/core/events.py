@@ -1,8 +1,10 @@
 """What can happen to the core, and what it asks of the shell. Plain data, both ways.
 
 An effect is carried out by the shell in the order given. Jobs (`Back`, `Copy`, `Check`) come back
-as an event with the same job number; the shell runs jobs and `Punch` in one queue, first in, first
-out, so that a slot is never punched or filled out of order.
+as an event with the same job number. The shell carries out a `Punch` before any `Back` that comes
+later, which counts with what that gives back, and behind every `Check` before it; jobs of several
+sessions take turns. The core leaves a slot alone while a job has it, so no order of jobs can hurt
+it; but what is being checked may go, and then the check's result means nothing.
 """
 
 from typing import Any, NamedTuple
@@ -16,8 +18,8 @@ SessionId = bytes
 
 
 class Connected(NamedTuple):
-    """A client said hello. The budget is charged with its staging, or `ConnectRefused` is
-    answered."""
+    """A client said hello. The budget is charged with its staging, or `RefuseSession` is
+    answered. An `administrator` may see and evict what is other tenants'."""
 
     session: SessionId
     client: str
@@ -25,6 +27,7 @@ class Connected(NamedTuple):
     uid: int
     tenant: str
     staging_bytes: int
+    administrator: bool = True
 
 
 class Disconnected(NamedTuple):
@@ -194,10 +197,11 @@ class ShareArena(NamedTuple):
 
 
 class Back(NamedTuple):
-    """Give slots memory, all or none, and the directory up to `directory_bytes`."""
+    """Give slots memory, all or none, and the directory up to `directory_bytes`; for `session`."""
 
     job: int
     arena: int
+    session: SessionId
     slots: list[int]
     directory_bytes: int
 

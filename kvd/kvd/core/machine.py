@@ -4,11 +4,21 @@ Nothing raises out of `handle` for what a client did: it becomes an error reply.
 is a fault of ours and does come out.
 """
 
+import math
 from typing import Any
 
 from kvd.core import adopting, allocating, checking, models, storing
 from kvd.core.budget import Budget
-from kvd.core.cache import AllocBacking, AppendBacking, Cache, Checking, Copying, Limits
+from kvd.core.cache import (
+    AllocBacking,
+    AppendBacking,
+    Cache,
+    Checking,
+    Copying,
+    Counters,
+    Eviction,
+    Limits,
+)
 from kvd.core.commits import withdraw
 from kvd.core.events import (
     ArenaFailed,
@@ -38,17 +48,25 @@ from kvd_proto.messages import (
     Evicted,
     Flush,
     Get,
+    KeepAlive,
     OpenContext,
     RegisterModel,
     Release,
 )
+
+EVICT_BLOCKS = 128
+"""Dropped at once, in about a millisecond, before others get their turn."""
 
 
 class Core:
     """The cache's rules over one `Cache`."""
 
     def __init__(self, limits: Limits) -> None:
-        self.cache = Cache(limits, Budget(limits.max_memory), next_context=limits.first_context)
+        self.cache = Cache(
+            limits,
+            Budget(limits.max_memory, limits.tenants),
+            next_context=limits.first_context,
+        )
 
     def handle(self, event: Event, now: float) -> list[Effect]:
         """Let `event` happen at time `now` (seconds, never going back). Mutates the cache."""
@@ -84,6 +102,7 @@ class Core:
                 models.forget_arena(cache, number)
             case Ticked():
                 allocating.expire(cache, now, effects)
+                self._evict_some(effects)
         # A block that is sealed or fails can finish commits of several sessions.
         for session in cache.sessions.values():
             if session.commits:
@@ -92,18 +111,38 @@ class Core:
         return effects
 
     def next_deadline(self) -> float | None:
-        """When a `Ticked` is due; None while nothing has a deadline."""
-        return self.cache.deadlines.next()
+        """When a `Ticked` is due; None while nothing has a deadline, -inf: at once."""
+        return -math.inf if self.cache.evictions else self.cache.deadlines.next()
+
+    def _evict_some(self, effects: list[Effect]) -> None:
+        """Go on with the first eviction, for EVICT_BLOCKS blocks."""
+        cache = self.cache
+        if not cache.evictions:
+            return
+        eviction = cache.evictions[0]
+        some = min(eviction.left, EVICT_BLOCKS)
+        before = cache.budget.unassigned
+        whose = None if eviction.session.administrator else eviction.session.tenant
+        dropped = cache.budget.evict(eviction.name, some, effects, whose)
+        eviction.left -= dropped
+        eviction.blocks += dropped
+        eviction.freed_bytes += cache.budget.unassigned - before
+        if dropped < some or not eviction.left or not eviction.session.alive:
+            cache.evictions.popleft()
+            reply = Evicted(eviction.blocks, eviction.freed_bytes)
+            cache.reply(eviction.session, eviction.correlation, reply, effects)
 
     def _request(self, event: Requested, now: float, effects: list[Effect]) -> None:
         cache = self.cache
-        cache.counters.requests += 1
         session = cache.sessions.get(event.session)
         if session is None:
+            cache.counters.requests += 1
             cache.counters.errors += 1
             error = UnknownSession("the daemon does not know this session")
             effects.append(Reply(event.session, event.correlation, error))
             return
+        session.heard = now
+        session.counters.requests += 1
         body: Any
         try:
             body = self._answer(session, event, now, effects)
@@ -130,6 +169,8 @@ class Core:
                 return allocating.release(cache, session, message, now, effects)
             case Get():
                 return allocating.get(cache, session, message, now)
+            case KeepAlive():
+                return allocating.keep_alive(cache, session, message, now)
             case Flush():
                 return storing.flush(cache, session, correlation, message)
             case RegisterModel():
@@ -139,9 +180,11 @@ class Core:
             case CloseContext():
                 return models.close_context(cache, session, message, now, effects)
             case Evict(name, n_blocks):
-                before = cache.budget.unassigned
-                dropped = cache.budget.evict(name, n_blocks, effects)
-                return Evicted(dropped, cache.budget.unassigned - before)
+                # "All" are those that are cached now, so that it comes to an end.
+                left = n_blocks or cache.budget.n_cached
+                cache.evictions.append(Eviction(session, correlation, name, left))
+                self._evict_some(effects)
+                return None
         raise AssertionError(f"the shell answers {type(message).__name__}, not the core")
 
     def _checked(self, event: Checked, now: float, effects: list[Effect]) -> None:
@@ -164,25 +207,30 @@ class Core:
         cache = self.cache
         assert event.session not in cache.sessions, "the shell gave a session's id twice"
         assert event.session not in cache.leaving, "the shell gave a session's id twice"
+        tenant = cache.budget.tenant(event.tenant)
         try:
             if len(cache.sessions) >= cache.limits.max_sessions:
                 raise TooManySessions(
                     "too many clients are connected", max_sessions=cache.limits.max_sessions
                 )
-            cache.budget.charge_staging(event.staging_bytes, effects)
+            cache.budget.charge_staging(tenant, event.staging_bytes, effects)
         except KvdError as error:
             effects.append(RefuseSession(event.session, error))
             return
+        counters = cache.counters_of.setdefault(tenant.name, Counters())
         cache.sessions[event.session] = Session(
             event.session,
             event.client,
             event.pid,
             event.uid,
-            event.tenant,
+            tenant,
+            event.administrator,
+            counters,
             event.staging_bytes,
             connected=now,
+            heard=now,
         )
-        cache.counters.sessions_opened += 1
+        counters.sessions_opened += 1
         effects.append(OpenStaging(event.session, event.staging_bytes))
 
     def _disconnect(self, event: Disconnected, now: float, effects: list[Effect]) -> None:
@@ -205,5 +253,5 @@ class Core:
         for session in list(self.cache.leaving.values()):
             if session.in_flight == 0:
                 del self.cache.leaving[session.id]
-                self.cache.budget.return_staging(session.staging_bytes)
+                self.cache.budget.return_staging(session.tenant, session.staging_bytes)
                 effects.append(CloseStaging(session.id))

@@ -2,16 +2,18 @@
 
 from collections import deque
 
-from kvd.core.allocating import close_sequence, refuse_waiters, serve_waiters
+from kvd.core.allocating import close_sequence, refuse_beyond_limit, refuse_waiters, serve_waiters
 from kvd.core.budget import Arena
 from kvd.core.cache import Cache
 from kvd.core.events import CreateArena, Effect, ShareArena
 from kvd.core.sequences import Context, Session, State, find_context
+from kvd.core.tenants import Tenant
 from kvd_proto.errors import (
     BadMessage,
     GeometryMismatch,
     ModelTooLarge,
     SequenceLimit,
+    TooMany,
     UnknownModel,
 )
 from kvd_proto.geometry import Geometry, round_up
@@ -35,7 +37,13 @@ def register_model(
     fingerprint = arena_fingerprint(
         message.fingerprint, message.payload_format, message.block_tokens
     )
-    arena = cache.models.get((session.tenant, fingerprint))
+    arena = cache.models.get((session.tenant.name, fingerprint))
+    known = arena is not None and arena.number in session.shared
+    if not known and len(session.shared) >= cache.limits.session_models:
+        raise TooMany(
+            "this session has registered as many models as it may",
+            max_session_models=cache.limits.session_models,
+        )
     if arena is None:
         arena = _create_arena(cache, session, message, geometry, fingerprint, effects)
     elif arena.geometry != geometry:
@@ -47,7 +55,7 @@ def register_model(
             registered_layers=len(arena.geometry.layers),
             asked_layers=len(geometry.layers),
         )
-    if arena.number not in session.shared:
+    if not known:
         session.shared.add(arena.number)
         effects.append(ShareArena(session.id, arena.number))
     return ModelRegistered(
@@ -69,12 +77,19 @@ def open_context(cache: Cache, session: Session, message: OpenContext, now: floa
         raise BadMessage("busy ids are different ids of the context", n_seq_max=message.n_seq_max)
     if cache.open_sequences + len(busy) > cache.limits.max_sequences:
         raise SequenceLimit("too many sequences are open", max_sequences=cache.limits.max_sequences)
+    refuse_beyond_limit(cache, session, len(busy))
+    if len(session.contexts) >= cache.limits.session_contexts:
+        raise TooMany(
+            "this session has as many contexts open as it may",
+            max_contexts=cache.limits.session_contexts,
+        )
     number = cache.next_context
     cache.next_context += 1
     free_ids = deque(seq_id for seq_id in range(message.n_seq_max) if seq_id not in busy)
     context = Context(number, session, arena, free_ids)
     cache.contexts[number] = session.contexts[number] = context
     cache.open_sequences += len(busy)
+    session.open_sequences += len(busy)
     taken = [context.open_id(seq_id, "", 0.0, now) for seq_id in message.busy]
     return ContextOpened(number, [sequence.generation for sequence in taken])
 
@@ -100,9 +115,8 @@ def drop_context(cache: Cache, context: Context, outcome: State, effects: list[E
 
 def forget_arena(cache: Cache, number: int) -> None:
     """Undo the registration of an arena that could not be made; nobody has used it yet."""
-    arena = cache.budget.arenas.pop(number)
-    cache.budget.unassigned += arena.directory_bytes
-    del cache.models[(arena.tenant, arena.fingerprint)]
+    arena = cache.budget.forget_arena(number)
+    del cache.models[(arena.tenant.name, arena.fingerprint)]
     for session in cache.sessions.values():
         session.shared.discard(number)
 
@@ -110,7 +124,7 @@ def forget_arena(cache: Cache, number: int) -> None:
 def make_arena(
     cache: Cache,
     number: int,
-    tenant: str,
+    tenant: Tenant,
     name: str,
     fingerprint: bytes,
     geometry: Geometry,
@@ -118,7 +132,13 @@ def make_arena(
     block_tokens: int,
 ) -> Arena:
     """An arena as this configuration makes it, as long as the budget, not yet known to anyone.
-    Raises ModelTooLarge if not even one block fits the budget."""
+    Raises TooMany, or ModelTooLarge if not even one block fits the budget."""
+    if len(tenant.arenas) >= cache.limits.max_models:
+        raise TooMany(
+            "as many models are registered as a tenant may have",
+            tenant=tenant.name,
+            max_models=cache.limits.max_models,
+        )
     form = make_format(payload_format, geometry, block_tokens)
     arena = Arena(
         number=number,
@@ -129,14 +149,15 @@ def make_arena(
         payload_format=form,
         block_tokens=block_tokens,
         slots=cache.limits.max_memory // round_up(form.max_bytes),
-        root_key=root_key(fingerprint),
+        root_key=root_key(fingerprint, tenant.salt),
     )
-    if not arena.slots or arena.stride + arena.directory_for(1) > cache.limits.max_memory:
+    if not arena.slots or arena.stride + arena.directory_for(1) > tenant.quota:
         raise ModelTooLarge(
-            "not even one block of this model fits the budget",
+            "not even one block of this model fits the budget or the tenant's quota",
             stride_bytes=arena.stride,
             directory_bytes=arena.directory_for(1),
             budget_bytes=cache.limits.max_memory,
+            quota_bytes=tenant.quota,
             bytes_per_token=geometry.bytes_per_token,
         )
     return arena
@@ -162,11 +183,11 @@ def _create_arena(
     )
     cache.budget.charge_directory(arena, effects)
     cache.next_arena += 1
-    cache.models[(session.tenant, fingerprint)] = arena
+    cache.models[(arena.tenant.name, fingerprint)] = arena
     effects.append(
         CreateArena(
             arena.number,
-            arena.tenant,
+            arena.tenant.name,
             arena.name,
             fingerprint,
             message.payload_format,

@@ -18,11 +18,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from kvd.core.budget import Arena
 from kvd.core.events import SessionId
+from kvd.core.tenants import Tenant
 from kvd.core.tree import Block
 from kvd_proto.errors import ForeignHandle, StaleHandle, UnknownContext
 from kvd_proto.messages import MAX_FAILURES, Alloc
 
 if TYPE_CHECKING:
+    from kvd.core.cache import Counters
     from kvd.core.commits import Commit
 
 
@@ -148,9 +150,15 @@ class Session:
     client: str
     pid: int
     uid: int
-    tenant: str
+    tenant: Tenant
+    administrator: bool
+    """Whether it may see and evict what is other tenants'."""
+    counters: "Counters"
+    """Its tenant's."""
     staging_bytes: int
     connected: float
+    heard: float
+    """When its last request came, or its hello."""
     contexts: dict[int, Context] = field(default_factory=dict)
     shared: set[int] = field(default_factory=set)
     """Arenas whose descriptor it has been sent."""
@@ -161,6 +169,13 @@ class Session:
     failures: deque[Failure] = field(default_factory=lambda: deque(maxlen=MAX_FAILURES))
     """Until a flush tells of them; the latest ones."""
     flushes: list[WaitingFlush] = field(default_factory=list)
+    open_sequences: int = 0
+    waiting: int = 0
+    """Its allocs that wait for an id."""
+    waiting_bytes: int = 0
+    """Of their tokens."""
+    reserved_bytes: int = 0
+    """Set aside for its appends to come, in bytes of stride."""
     alive: bool = True
     in_flight: int = 0
     """Copies that may still read its staging."""
@@ -171,7 +186,8 @@ def find_context(session: Session, contexts: dict[int, Context], number: int) ->
     context = session.contexts.get(number)
     if context is not None:
         return context
-    if number in contexts:
+    other = contexts.get(number)
+    if other is not None and other.session.tenant is session.tenant:
         raise ForeignHandle("this context belongs to another session", context=number)
     raise UnknownContext("no such context is open", context=number)
 

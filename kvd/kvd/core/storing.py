@@ -31,11 +31,15 @@ from kvd_proto.errors import (
     KvdError,
     ReservationExceeded,
     SequenceEnded,
+    TooMany,
     UnknownSession,
 )
 from kvd_proto.geometry import PAGE_BYTES
 from kvd_proto.keys import TOKEN_BYTES
 from kvd_proto.messages import MAX_TOKENS, Append, Appended, Flush, Flushed
+
+COPY_BLOCKS = 64
+"""Of one job: so many are sealed at once, in a millisecond, and others get a turn."""
 
 
 def append(
@@ -56,6 +60,11 @@ def append(
     context = find_context(session, cache.contexts, message.context)
     sequence = find_sequence(context, message.seq_id, message.generation)
     sequence.touched = now
+    if len(session.commits) >= cache.limits.session_commits:
+        raise TooMany(
+            "this session has as many commits in flight as it may",
+            max_commits=cache.limits.session_commits,
+        )
     offsets = _check(session, sequence, message, staging)
     arena = context.arena
     plan = plan_append(sequence.tip, message.tokens, arena.block_tokens * TOKEN_BYTES)
@@ -69,21 +78,23 @@ def append(
         cache.budget.unhold(anchor, effects)
         raise
     slots = [sequence.reserved.pop() for _ in range(own)] + taken.slots
+    session.reserved_bytes -= own * arena.stride
     session.last_commit += 1
     commit = Commit(session, session.last_commit)
     session.commits[commit.number] = commit
     begun = begin(plan, sequence, slots, offsets, commit, cache.budget)
     _advance(cache, sequence, message, begun.new[-1] if begun.new else anchor, effects)
     cache.budget.unhold(anchor, effects)
-    cache.counters.present_blocks += begun.present
-    cache.counters.joined_blocks += begun.joined
+    session.counters.present_blocks += begun.present
+    session.counters.joined_blocks += begun.joined
     reply = Appended(commit.number, len(begun.new), begun.present, begun.joined)
     if taken.to_back:
         for block in begun.new:
             block.in_flight = True
         first = plan.existing[0] if plan.existing else begun.new[0]
         job = AppendBacking(correlation, sequence, commit, first, begun.new, taken.to_back, reply)
-        effects.append(cache.budget.back_effect(cache.new_job(job), arena, taken.to_back))
+        number = cache.new_job(job)
+        effects.append(cache.budget.back_effect(number, arena, session.id, taken.to_back))
         return
     _accept(cache, commit, correlation, reply, effects)
     advance_completed(cache, session, effects)
@@ -112,17 +123,18 @@ def append_backed(cache: Cache, job: AppendBacking, event: Backed, effects: list
 
 def copied(cache: Cache, job: Copying, event: Copied, effects: list[Effect]) -> None:
     """Copies have ended: each of their blocks is sealed, or its next source takes over."""
+    counters = job.session.counters
     for block, result in zip(job.blocks, event.results, strict=True):
         job.session.in_flight -= 1
         block.in_flight = False
         if block.state is GONE:
             cache.budget.give_back(block.arena, block.slot)
         elif result.error is not None:
-            cache.counters.failed_blocks += 1
+            counters.failed_blocks += 1
             _lose_source(cache, block, block.first_source.commit, result.error, effects)
         else:
-            cache.counters.stored_blocks += 1
-            cache.counters.stored_bytes += block.arena.format.size(block.n_tokens)
+            counters.stored_blocks += 1
+            counters.stored_bytes += block.arena.format.size(block.n_tokens)
             seal(block, result.checksum, cache.budget.tick(), cache.budget, effects)
 
 
@@ -133,6 +145,11 @@ def flush(cache: Cache, session: Session, correlation: int, message: Flush) -> F
             "no such commit was made", commit=message.commit, last_commit=session.last_commit
         )
     if session.completed < message.commit:
+        if len(session.flushes) >= cache.limits.session_commits:
+            raise TooMany(
+                "this session has as many flushes waiting as it may",
+                max_commits=cache.limits.session_commits,
+            )
         session.flushes.append(WaitingFlush(message.commit, correlation))
         return None
     return _flushed(session)
@@ -253,10 +270,11 @@ def _refuse(cache: Cache, job: AppendBacking, error: KvdError, effects: list[Eff
 
 def _start_copy(cache: Cache, session: Session, blocks: list[Block], effects: list[Effect]) -> None:
     """Copy the blocks' first sources, which are all in this session's staging."""
-    if blocks:
-        job = cache.new_job(Copying(session, blocks))
-        items = [copy_item(block) for block in blocks]
-        effects.append(Copy(job, blocks[0].arena.number, session.id, items))
+    for start in range(0, len(blocks), COPY_BLOCKS):
+        some = blocks[start : start + COPY_BLOCKS]
+        job = cache.new_job(Copying(session, some))
+        items = [copy_item(block) for block in some]
+        effects.append(Copy(job, some[0].arena.number, session.id, items))
 
 
 def _lose_source(

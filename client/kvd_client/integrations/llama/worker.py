@@ -100,7 +100,7 @@ class LlamaWorker:
         """Blocks of one append: two of them fit the staging, so that one is filled while the daemon
         copies the other. At least 1."""
         payload = self.context.payload.max_bytes
-        return max(1, min(self.client.staging_bytes // 2 // payload, MAX_BLOCKS_AT_ONCE))
+        return max(1, min(self.client.staging_room // 2 // payload, MAX_BLOCKS_AT_ONCE))
 
     def open(
         self, tokens: npt.ArrayLike, *, request: str = "", wait: float = 0.0
@@ -267,6 +267,8 @@ class LlamaSequence:
                 if batch < block_tokens:
                     return
         except StagingFull as error:
+            if self.worker.context.payload.max_bytes > self.worker.client.staging_room:
+                self._give_up_storing(error)
             logger.debug("stored later, if at all: %s", error)
         except (KvdError, NotExportable) as error:
             self._give_up_storing(error)
@@ -300,7 +302,8 @@ class LlamaSequence:
         except BaseException:
             leased.unstage(staged)
             raise
-        self._commit = leased.post_append(self._buffer[start : start + n_tokens], staged)
+        tokens = self._buffer[start : start + n_tokens]
+        self._commit = leased.post_append(tokens, staged, start=start)
 
     def __enter__(self) -> Self:
         return self

@@ -1,0 +1,72 @@
+"""Tenants: what each may take of the budget, what it holds, and in which order it would go.
+
+Does not cover who is of which tenant (kvd.tenants), nor making room (budget.py).
+"""
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from kvd_proto.errors import OverQuota
+
+if TYPE_CHECKING:
+    from kvd.core.budget import Arena
+    from kvd.core.tree import Block
+
+
+@dataclass(frozen=True, slots=True)
+class TenantRule:
+    """What the configuration says of a tenant. `quota` in bytes; None: the whole budget."""
+
+    name: str
+    salt: bytes = field(default=b"", repr=False)
+    """Roots its block keys. A secret: it is in no report, log, error or directory."""
+    quota: int | None = None
+
+
+class Tenant:
+    """One tenant's part of the budget.
+
+    `held` is the running total of its directories, its backed slots and its sessions' stagings, and
+    never more than `quota`, which is the budget if none was set. `lru` maps what it has cached to
+    the moment of its last use, oldest first.
+    """
+
+    def __init__(self, rule: TenantRule, budget: int) -> None:
+        self.name = rule.name
+        self.salt = rule.salt
+        self.has_quota = rule.quota is not None and rule.quota < budget
+        self.quota = rule.quota if rule.quota is not None and rule.quota < budget else budget
+        self.held = 0
+        self.staging = 0
+        self.arenas: list[Arena] = []
+        self.lru: OrderedDict[Block, int] = OrderedDict()
+        self.evicted_blocks = 0
+
+    @property
+    def headroom(self) -> int:
+        """Bytes that it may still take without giving any back."""
+        return self.quota - self.held
+
+    @property
+    def oldest_use(self) -> int:
+        """When its oldest cached block was used last; there is one."""
+        return next(iter(self.lru.values()))
+
+    def reclaimable(self, but: "Arena | None" = None) -> int:
+        """Bytes of slots that may go, those of the arena `but` left out."""
+        return sum(arena.reclaimable for arena in self.arenas if arena is not but)
+
+    def check_quota(self, n_bytes: int, but: "Arena | None" = None) -> None:
+        """Raise OverQuota unless it may take `n_bytes` more, if all that may go of its own does.
+        Without a quota the budget decides, and its errors say more. Mutates nothing."""
+        could = self.headroom + self.reclaimable(but)
+        if n_bytes > could and self.has_quota:
+            raise OverQuota(
+                "the tenant's quota has no room for this",
+                tenant=self.name,
+                quota_bytes=self.quota,
+                held_bytes=self.held,
+                asked_bytes=n_bytes,
+                available_bytes=could,
+            )

@@ -1,0 +1,58 @@
+"""Clients whose process is stopped: by SIGSTOP, a terminal, a debugger or a frozen cgroup.
+
+Such a client lives, and what it holds stays its own; but it holds it for nobody, perhaps for ever.
+So reports say so, and the log does once. Nothing is freed here, and there are no heartbeats: the
+kernel knows. Where /proc hides other processes (ProtectProc=invisible, another pid namespace) we do
+not.
+"""
+
+import os
+from collections.abc import Iterable
+
+from kvd import log
+from kvd.core.events import SessionId
+from kvd.core.sequences import Session
+
+
+class StoppedClients:
+    """Looks when a report is taken, and remembers what the log has been told."""
+
+    def __init__(self) -> None:
+        self._told: set[SessionId] = set()
+
+    def look(self, sessions: Iterable[Session]) -> dict[SessionId, bool | None]:
+        """For each session whether its process is stopped; None: /proc does not say. Costs some
+        10 us each."""
+        found = {}
+        for session in sessions:
+            stopped = found[session.id] = is_stopped(session.pid)
+            if bool(stopped) != (session.id in self._told):
+                self._tell(session, bool(stopped))
+        self._told &= found.keys()
+        return found
+
+    def _tell(self, session: Session, stopped: bool) -> None:
+        name = session.id.hex()[:8]
+        if stopped:
+            self._told.add(session.id)
+            log.warning("client is stopped", session=name, pid=session.pid, client=session.client)
+        else:
+            self._told.remove(session.id)
+            log.info("client goes on", session=name, pid=session.pid, client=session.client)
+
+
+def is_stopped(pid: int) -> bool | None:
+    """Whether the process is stopped; None if /proc does not show it."""
+    try:
+        fd = os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        line = os.read(fd, 512)
+    except OSError:  # it has just ended
+        return None
+    finally:
+        os.close(fd)
+    # The name before the state is its owner's choice, brackets and spaces included.
+    state = line[line.rfind(b")") + 2 :][:1]
+    return state in (b"T", b"t")  # by a signal, by a tracer: see proc_pid_stat(5)

@@ -1,0 +1,172 @@
+"""The daemon dies at each point of commit, seal, back, evict, punch, adoption and stop; the next
+one finds all that was stored, bit for bit, and accounts that agree to the byte.
+
+KVD_CRASH_AT says at which times of coming to a point it dies: "1" here, more in `make soak`.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from kvd_proto import codec
+from kvd_proto.messages import Evict, Flush
+from tests.shell.crashing_daemon import ADOPTION, POINTS, STOP
+from tests.shell.raw import (
+    BLOCK_TOKENS,
+    SECONDS,
+    Raw,
+    expected_blocks,
+    make_append,
+    many_tokens,
+    raw_client,
+)
+from tests.support import Daemon, running_daemon, start_daemon
+
+TIMES = [int(each) for each in os.environ.get("KVD_CRASH_AT", "1").split(",")]
+BUDGET = "1MiB"
+CHAIN = 3
+"""Blocks of a chain; a chain's bytes are those of its number."""
+
+
+class DiedError(Exception):
+    """The daemon is dead, as it should be."""
+
+
+class Patient(Raw):
+    """Notices that the daemon has died."""
+
+    process: "subprocess.Popen[bytes]"
+
+    def receive(self, seconds: float = SECONDS) -> codec.Reply:
+        while not self.dealer.poll(20):
+            if self.process.poll() is not None:
+                raise DiedError
+        return codec.decode_reply(self.dealer.recv(), self._asked)
+
+
+def chain(number: int) -> bytes:
+    return many_tokens(number * 1000, CHAIN * BLOCK_TOKENS)
+
+
+def store_until_it_dies(daemon: Daemon) -> list[int]:
+    """Store chain after chain, evict now and then; the chains that are stored for certain."""
+    stored: list[int] = []
+    try:
+        client = Patient(daemon)
+    except Exception:
+        daemon.process.wait(SECONDS)  # it died in the handshake
+        return stored
+    client.process = daemon.process
+    try:
+        context = client.open()
+        for number in range(1, 200):
+            sequence = client.alloc(context, chain(number))
+            if not sequence.matched_tokens:
+                staged = client.stage(chain(number), 0, fill=number)
+                appended = client.call(make_append(context, sequence, 0, chain(number), staged))
+                assert client.call(Flush(appended.commit)).failures == []
+                stored.append(number)
+            client.release(context, sequence)
+            if number % 20 == 0:
+                client.call(Evict("", 5))
+                client.call(Evict("", 0)) if number % 60 == 0 else None
+    except (DiedError, AssertionError, ConnectionError, OSError):
+        if daemon.process.poll() is None:
+            daemon.process.wait(SECONDS)
+    finally:
+        client.close()
+    return stored
+
+
+def check(daemon: Daemon, stored: list[int], *, all_of_them: bool) -> None:
+    with raw_client(daemon) as client:
+        context = client.open()
+        found = 0
+        for number in range(1, 200):
+            sequence = client.alloc(context, chain(number))
+            n_blocks = sequence.matched_tokens // BLOCK_TOKENS
+            assert client.read(context, sequence) == expected_blocks(n_blocks, fill=number)
+            found += n_blocks == CHAIN
+            if all_of_them and number in stored:
+                assert n_blocks == CHAIN, f"chain {number} was stored, and is not there"
+            client.release(context, sequence)
+        assert found or not stored
+        assert client.verify()["differences"] == []
+        counters = client.status()["counters"]
+        assert counters["damaged_blocks"] == 0
+        # And it goes on.
+        sequence = client.store(context, many_tokens(900_000, CHAIN * BLOCK_TOKENS), fill=9)
+        assert client.read(context, sequence) == expected_blocks(CHAIN, fill=9)
+        assert client.verify()["differences"] == []
+
+
+def crashing(point: str, nth: int, runtime_dir: Path, instance: str) -> "subprocess.Popen[bytes]":
+    command = [sys.executable, "-m", "tests.shell.crashing_daemon", point, str(nth)]
+    command += ["serve", "--instance", instance, "--runtime-dir", str(runtime_dir)]
+    with (runtime_dir.parent / "crashing.log").open("ab") as log:
+        return subprocess.Popen([*command, "--max-memory", BUDGET], stderr=log)
+
+
+def start_crashing(point: str, nth: int, runtime_dir: Path, instance: str) -> Daemon:
+    """A daemon that will die when it comes to a point; it has its sockets, or is dead already."""
+    process = crashing(point, nth, runtime_dir, instance)
+    deadline = time.monotonic() + SECONDS
+    while process.poll() is None and not (runtime_dir / "lifeline.sock").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    return Daemon(process, runtime_dir, instance, runtime_dir.parent / "crashing.log")
+
+
+@pytest.mark.parametrize("nth", TIMES)
+@pytest.mark.parametrize("point", [point for point in POINTS if point not in ADOPTION + STOP])
+def test_it_dies_at_work(tmp_path: Path, point: str, nth: int) -> None:
+    runtime_dir, instance = tmp_path / "rt", f"test-crash-{os.getpid()}"
+    daemon = start_crashing(point, nth, runtime_dir, instance)
+    stored = store_until_it_dies(daemon)
+    assert daemon.process.wait(SECONDS) == -signal.SIGKILL, "it never came to that point"
+    may_evict = len(stored) > 10
+    with running_daemon(
+        "--max-memory", BUDGET, runtime_dir=runtime_dir, instance=instance
+    ) as next_one:
+        check(next_one, stored, all_of_them=not may_evict)
+
+
+@pytest.mark.parametrize("nth", TIMES[:1])
+@pytest.mark.parametrize("point", ADOPTION)
+def test_it_dies_while_it_adopts(tmp_path: Path, point: str, nth: int) -> None:
+    """Twice in a row."""
+    runtime_dir, instance = tmp_path / "rt", f"test-crash-{os.getpid()}"
+    first = start_daemon("--max-memory", BUDGET, runtime_dir=runtime_dir, instance=instance)
+    stored = []
+    with raw_client(first) as client:
+        context = client.open()
+        for number in range(1, 9):
+            client.release(context, client.store(context, chain(number), fill=number))
+            stored.append(number)
+        first.kill()
+    for _ in range(2):
+        process = crashing(point, nth, runtime_dir, instance)
+        assert process.wait(SECONDS) == -signal.SIGKILL, "it never came to that point"
+    with running_daemon("--max-memory", BUDGET, runtime_dir=runtime_dir, instance=instance) as last:
+        check(last, stored, all_of_them=True)
+
+
+@pytest.mark.parametrize("point", STOP)
+def test_it_dies_while_it_stops(tmp_path: Path, point: str) -> None:
+    runtime_dir, instance = tmp_path / "rt", f"test-crash-{os.getpid()}"
+    daemon = start_crashing(point, 1, runtime_dir, instance)
+    stored = []
+    with raw_client(daemon) as client:
+        context = client.open()
+        for number in range(1, 9):
+            client.release(context, client.store(context, chain(number), fill=number))
+            stored.append(number)
+        daemon.process.terminate()
+        assert daemon.process.wait(SECONDS) == -signal.SIGKILL, "it never came to that point"
+    with running_daemon("--max-memory", BUDGET, runtime_dir=runtime_dir, instance=instance) as last:
+        check(last, stored, all_of_them=True)

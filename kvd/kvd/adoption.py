@@ -1,9 +1,10 @@
 """What an earlier daemon of this instance left in shared memory, and whether it can be used.
 
 Covers finding arenas with their directories, checking that both are whole and of this machine's
-present boot, giving back all memory that no record speaks for, and removing the rest. Which records
-form a tree is the core's decision (core/adopting.py); that a block's bytes are right is checked
-later, before it is served (core/checking.py).
+present boot, giving back all memory that no record speaks for, unless somebody may still read what
+was there (a block that was found damaged, or what was below it), and removing the rest. Which
+records form a tree is the core's decision (core/adopting.py); that a block's bytes are right is
+checked later, before it is served (core/checking.py).
 
 Whatever does not fit together is removed with a line in the log that says why: then the start is a
 cold one.
@@ -33,13 +34,15 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 class Found(NamedTuple):
-    """An arena whose two segments are whole; the memory of its slots is that of its records."""
+    """An arena whose two segments are whole; the memory of its slots is that of its records, and of
+    `unrecorded` slots that a client of the daemon before may have a lease on."""
 
     segment: Segment
     directory: Directory
     arena: CreateArena
     """As it would be made; its number is not known yet."""
     records: list[FoundRecord]
+    unrecorded: list[int]
 
     @property
     def has_readers(self) -> bool:
@@ -61,6 +64,7 @@ class Found(NamedTuple):
             arena.stride_bytes,
             self.has_readers,
             self.records,
+            self.unrecorded,
         )
 
 
@@ -103,14 +107,16 @@ def _open(directory_name: str, arena_name: str, boot: bytes, tenants: Collection
         try:
             if segment.size != arena.slots * arena.stride_bytes:
                 raise ValueError(f"its arena has {segment.size} bytes, not {arena.slots} slots")
-            entries = _keep_recorded(segment, directory, arena.stride_bytes)
+            has_readers = segment.has_readers_before(directory.life + 1)
+            kept = _keep_slots(segment, directory, arena.stride_bytes, has_readers)
         except BaseException:
             segment.close(unlink=False)
             raise
     except BaseException:
         directory.close(unlink=False)
         raise
-    return Found(segment, directory, arena, [_record(entry) for entry in entries])
+    records = [_record(entry) for entry in kept.entries]
+    return Found(segment, directory, arena, records, kept.unrecorded)
 
 
 def _read_registration(directory: Directory, boot: bytes) -> CreateArena:
@@ -150,9 +156,16 @@ def _read_registration(directory: Directory, boot: bytes) -> CreateArena:
     )
 
 
-def _keep_recorded(segment: Segment, directory: Directory, stride: int) -> list[Entry]:
-    """The entries whose slots have all their memory. All other memory is given back, and other
-    records are dropped."""
+class _Kept(NamedTuple):
+    """Of slots that have all their memory: what their records say, and those that have none."""
+
+    entries: list[Entry]
+    unrecorded: list[int]
+
+
+def _keep_slots(segment: Segment, directory: Directory, stride: int, has_readers: bool) -> _Kept:
+    """Find the slots that have all their memory; without a record only if there are readers. All
+    other memory is given back, and other records are dropped."""
     ranges = segment.backed_ranges()
     starts = [span.offset for span in ranges]
 
@@ -160,18 +173,23 @@ def _keep_recorded(segment: Segment, directory: Directory, stride: int) -> list[
         index = bisect_right(starts, slot * stride) - 1
         return index >= 0 and (slot + 1) * stride <= ranges[index].offset + ranges[index].length
 
-    kept: list[Entry] = []
+    kept = _Kept([], [])
     for entry in directory.entries():
         if is_whole(entry.slot):
-            kept.append(entry)
+            kept.entries.append(entry)
         else:
             directory.drop(entry.slot)
+    recorded = {entry.slot for entry in kept.entries}
+    if has_readers:
+        slots = range(directory.backed_slots)
+        kept.unrecorded.extend(slot for slot in slots if slot not in recorded and is_whole(slot))
     # Not only what has been seen: memory that was given and never written looks like a hole.
-    for gap in _gaps(sorted(entry.slot for entry in kept), stride, segment.size):
+    for gap in _gaps(sorted(recorded.union(kept.unrecorded)), stride, segment.size):
         segment.punch(gap.offset, gap.length)
+    n_kept = len(recorded) + len(kept.unrecorded)
     backed = segment.backed_bytes()
-    if backed != len(kept) * stride:
-        raise ValueError(f"{len(kept)} slots of {stride} bytes have {backed} bytes of memory")
+    if backed != n_kept * stride:
+        raise ValueError(f"{n_kept} slots of {stride} bytes have {backed} bytes of memory")
     return kept
 
 

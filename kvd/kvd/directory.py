@@ -86,6 +86,12 @@ class Directory:
         """Which daemon serves it, counted from 1."""
         return layout.read_life(self.segment.buffer)
 
+    @property
+    def backed_slots(self) -> int:
+        """So many slots, from the first one, have room for their records in memory."""
+        size = layout.record_bytes(self._block_tokens)
+        return min(self._slots, max(0, self.backed - layout.DIRECTORY_HEADER_BYTES) // size)
+
     def begin_life(self) -> None:
         """From now on this daemon serves it."""
         layout.write_life(self.segment.buffer, self.life + 1)
@@ -132,9 +138,7 @@ class Directory:
         """All whole records, read from the backed part only."""
         found: list[Entry] = []
         buffer, block_tokens = self.segment.buffer, self._block_tokens
-        size = layout.record_bytes(block_tokens)
-        backed_slots = max(0, self.backed - layout.DIRECTORY_HEADER_BYTES) // size
-        for slot in range(min(self._slots, backed_slots)):
+        for slot in range(self.backed_slots):
             record = layout.read_record(buffer, slot, block_tokens)
             if record is not None:
                 last_use = layout.read_last_use(buffer, slot, block_tokens)

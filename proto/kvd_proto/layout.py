@@ -14,7 +14,7 @@ Record of slot i, at 16384 + i * record_bytes, little-endian:
     0    8  xxh3-64 of bytes 16 .. record_bytes, or 1 where that is 0; zeroed before, and written
             after everything else
     8    8  last use: a clock that counts uses, not seconds. Not covered by the checksum, since it
-            changes alone, in one aligned store; a wrong one would cost nothing but the order of
+            changes alone, in one store; a wrong one would cost nothing but the order of
             eviction
     16   4  number of tokens        20   4  position of the first token
     24  16  key                     40  16  parent's key
@@ -91,18 +91,18 @@ def write_record(
     body += record.tokens.ljust(TOKEN_BYTES * block_tokens, b"\0")
     drop_record(directory, slot, block_tokens)
     directory[offset + _USED_OFFSET : end] = _SUM.pack(last_use) + body
-    directory[offset : offset + _SUM.size] = _SUM.pack(xxhash.xxh3_64_intdigest(body) or 1)
+    _store(directory, offset, xxhash.xxh3_64_intdigest(body) or 1)
 
 
 def drop_record(directory: memoryview, slot: int, block_tokens: int) -> None:
     """Make the slot's record absent."""
     offset = record_offset(slot, block_tokens)
-    directory[offset : offset + _SUM.size] = _SUM.pack(0)
+    _store(directory, offset, 0)
 
 
 def write_last_use(directory: memoryview, slot: int, block_tokens: int, last_use: int) -> None:
     """Say that the slot's block was used; its record stays as it is."""
-    _SUM.pack_into(directory, record_offset(slot, block_tokens) + _USED_OFFSET, last_use)
+    _store(directory, record_offset(slot, block_tokens) + _USED_OFFSET, last_use)
 
 
 def read_last_use(directory: memoryview, slot: int, block_tokens: int) -> int:
@@ -113,7 +113,7 @@ def read_last_use(directory: memoryview, slot: int, block_tokens: int) -> int:
 
 def write_life(directory: memoryview, life: int) -> None:
     """Say which daemon, counted from 1, serves this directory now."""
-    _SUM.pack_into(directory, _LIFE_OFFSET, life)
+    _store(directory, _LIFE_OFFSET, life)
 
 
 def read_life(directory: memoryview) -> int:
@@ -136,6 +136,12 @@ def read_record(directory: memoryview, slot: int, block_tokens: int) -> Record |
         return None
     tokens = body[_BODY.size : _BODY.size + TOKEN_BYTES * n_tokens]
     return Record(start, tokens, key, parent_key, generation, payload_sum)
+
+
+def _store(directory: memoryview, offset: int, number: int) -> None:
+    """Write 8 bytes at once: pack_into() would write them one by one, and a crash could come
+    between."""
+    directory[offset : offset + _SUM.size] = _SUM.pack(number)
 
 
 def write_header(directory: memoryview, header: Header) -> None:

@@ -10,18 +10,27 @@ from typing import Any
 from kvd.core import accounting
 from kvd.core.cache import Counters, Limits, sum_of
 from kvd.core.events import (
+    ArenaFound,
     Back,
     Backed,
+    Check,
+    Checked,
     Connected,
     Copied,
     Copy,
     CopyResult,
+    CreateArena,
     Disconnected,
+    DropRecord,
     Effect,
     Event,
+    FoundRecord,
+    ReadersGone,
     Reply,
     Requested,
     Ticked,
+    UseRecord,
+    WriteRecord,
 )
 from kvd.core.machine import Core
 from kvd_proto.errors import BadPayload, KvdError, NoSpace
@@ -72,15 +81,19 @@ class Driver:
     """Whether everything is recounted after each event."""
 
     def __init__(self, budget: int = BUDGET, **limits: int) -> None:
-        self.core = Core(Limits(budget, first_context=1, **limits))
+        self.limits = Limits(budget, first_context=1, **limits)
+        self.core = Core(self.limits)
         self.now = 0.0
         self.effects: list[Effect] = []
-        self.jobs: list[Back | Copy] = []
+        self.jobs: list[Back | Check | Copy] = []
         """Not ended yet, in order."""
         self.replies: dict[int, Any] = {}
         """By correlation."""
         self.asked = 0
         self.staged = PAGE
+        self.made: dict[int, CreateArena] = {}
+        self.records: dict[int, dict[int, FoundRecord]] = {}
+        """By arena and slot: what the directory would hold."""
 
     @property
     def cache(self):
@@ -94,8 +107,23 @@ class Driver:
             if isinstance(effect, Reply):
                 assert effect.correlation not in self.replies, "answered twice"
                 self.replies[effect.correlation] = effect.body
-            elif isinstance(effect, Back | Copy):
+            elif isinstance(effect, Back | Check | Copy):
                 self.jobs.append(effect)
+            else:
+                self._record(effect)
+
+    def _record(self, effect: Effect) -> None:
+        match effect:
+            case CreateArena(number):
+                self.made[number] = effect
+                self.records[number] = {}
+            case WriteRecord(number, slot):
+                self.records[number][slot] = FoundRecord(*effect[1:], effect.generation)
+            case UseRecord(number, slot, last_use):
+                record = self.records[number][slot]
+                self.records[number][slot] = record._replace(last_use=last_use)
+            case DropRecord(number, slot):
+                del self.records[number][slot]
 
     def of_kind(self, kind: type) -> list[Any]:
         """The last event's effects of one kind."""
@@ -150,6 +178,45 @@ class Driver:
     def flush(self, session: bytes, commit: int) -> Flushed | None:
         return self.ask(session, Flush(commit))
 
+    # --- a crash, and the next daemon
+
+    def found(self, number: int = 1, **other: Any) -> ArenaFound:
+        """What the next daemon finds of an arena, if it were started now; with other fields."""
+        made = self.made[number]
+        event = ArenaFound(
+            number,
+            made.tenant,
+            made.name,
+            made.fingerprint,
+            made.payload_format,
+            made.block_tokens,
+            made.layers,
+            made.slots,
+            made.stride_bytes,
+            has_readers=False,
+            records=[self.records[number][slot] for slot in sorted(self.records[number])],
+            unrecorded=[],
+        )
+        return event._replace(**other)
+
+    def restart(self, *found: ArenaFound) -> None:
+        """Another daemon, which finds these arenas, or all of them. Nothing is checked yet."""
+        found = found or tuple(self.found(number) for number in self.made)
+        self.core = Core(self.limits)
+        self.jobs.clear()
+        for event in found:
+            self.handle(event)
+
+    def readers_gone(self, arena: int = 1) -> None:
+        self.handle(ReadersGone(arena))
+
+    def check(self, *bad: int) -> None:
+        """End the first job, which is to check; the items `bad` are damaged."""
+        job = self.jobs.pop(0)
+        assert isinstance(job, Check)
+        results = [index not in bad for index in range(len(job.items))]
+        self.handle(Checked(job.job, results))
+
     # --- time and jobs
 
     def pass_time(self, seconds: float) -> None:
@@ -177,6 +244,8 @@ class Driver:
         while self.jobs:
             if isinstance(self.jobs[0], Back):
                 self.back()
+            elif isinstance(self.jobs[0], Check):
+                self.check()
             else:
                 self.copy(*bad)
 
@@ -193,6 +262,10 @@ class Driver:
             path_of(block): block.slot
             for block in accounting.sealed_blocks(self.cache.budget.arenas[arena])
         }
+
+    def lru(self) -> list[tuple[int, tuple[int, ...]]]:
+        """What would be evicted, in this order: arena and path of each block."""
+        return [(block.arena.number, path_of(block)) for block in self.cache.budget.oldest_first()]
 
     def counts(self, arena: int = 1) -> dict[str, int]:
         """Slots by state, those that are 0 left out."""

@@ -1,16 +1,20 @@
 """A shell without memory: what lies in each slot is the path of the block that was copied there.
 
-Carries out effects like the real one: records at once, `Back`, `Copy` and `Punch` later, in
-any order in which they may come. It asserts what must never happen to memory, and knows nothing of
-the cache's rules.
+Carries out effects like the real one: records at once, `Back`, `Copy`, `Check` and `Punch` later,
+in any order in which they may come. It asserts what must never happen to memory, and knows nothing
+of the cache's rules. What outlives a crash: restarts.py.
 """
 
 from collections import deque
 from dataclasses import dataclass, field
 
+import xxhash
+
 from kvd.core.events import (
     Back,
     Backed,
+    Check,
+    Checked,
     CloseStaging,
     Copied,
     Copy,
@@ -25,6 +29,9 @@ from kvd_proto.errors import BadPayload, NoSpace
 from tests.core.reference import Path
 
 EMPTY = "nothing"
+HOLED = "memory in part"
+
+Job = Back | Check | Copy | Punch
 
 
 @dataclass
@@ -42,7 +49,10 @@ class FakeShell:
         """By session: what its client has staged where."""
         self.headers: dict[bytes, int] = {}
         """By session: the completed number."""
-        self.queue: deque[Back | Copy | Punch] = deque()
+        self.queue: deque[Job] = deque()
+
+    def moment(self) -> None:
+        """A crash may come here."""
 
     def create_arena(self, effect: CreateArena) -> None:
         assert effect.arena not in self.arenas
@@ -72,27 +82,35 @@ class FakeShell:
     def drop_record(self, effect: DropRecord) -> None:
         del self.arenas[effect.arena].records[effect.slot]
 
-    def submit(self, job: Back | Copy | Punch) -> None:
+    def submit(self, job: Job) -> None:
         self.queue.append(job)
 
-    def work(self, fails: int, which: int = 0) -> Backed | Copied | None:
+    def work(self, fails: int, which: int = 0) -> Backed | Checked | Copied | None:
         """Do a job of the queue, that of number `which` of those whose turn it can be; bit i of
         `fails` spoils its item i (or all of a Back)."""
-        may = self._runnable()
-        job = may[which % len(may)]
+        job = self.next_job(which)
         self.queue.remove(job)
         slots = self.arenas[job.arena]
         if isinstance(job, Punch):
             for slot in job.slots:
                 assert slot not in slots.records, "punched under a record"
+                slots.memory[slot] = HOLED
+                self.moment()
                 del slots.memory[slot]
             return None
         if isinstance(job, Back):
             assert not slots.memory.keys() & set(job.slots), "backed twice"
             if fails:
                 return Backed(job.job, NoSpace("no memory"))
-            slots.memory.update(dict.fromkeys(job.slots, EMPTY))
+            for slot in job.slots:
+                slots.memory[slot] = HOLED
+                self.moment()
+                slots.memory[slot] = EMPTY
             return Backed(job.job, None)
+        if isinstance(job, Check):
+            return Checked(
+                job.job, [checksum(slots.memory[item.slot]) == item.checksum for item in job.items]
+            )
         results = []
         for index, item in enumerate(job.items):
             assert item.slot in slots.memory, "copied into a hole"
@@ -100,19 +118,26 @@ class FakeShell:
             bad = bool(fails >> index & 1)
             # The client may have written over it, if the block is not wanted any more.
             staged = self.stagings[job.session].get(item.offset, EMPTY)
-            slots.memory[item.slot] = EMPTY if bad else staged
-            results.append(CopyResult(item.slot, BadPayload("spoilt") if bad else None))
+            slots.memory[item.slot] = EMPTY
+            self.moment()
+            content = slots.memory[item.slot] = EMPTY if bad else staged
+            error = BadPayload("spoilt") if bad else None
+            results.append(CopyResult(checksum(content), error))
         return Copied(job.job, results)
 
-    def _runnable(self) -> list[Back | Copy | Punch]:
-        """What may be next (kvd.turns): all copies, and the first punch, or any Back if none
-        waits."""
-        punches = [job for job in self.queue if isinstance(job, Punch)]
-        return [
-            job
-            for job in self.queue
-            if isinstance(job, Copy) or (job is punches[0] if punches else isinstance(job, Back))
-        ]
+    def next_job(self, which: int = 0) -> Job:
+        """Of the queue that of number `which` of those whose turn it can be (kvd.turns): all
+        copies; and of what comes before the first check the first punch, or any Back if none waits,
+        or else that check."""
+        copies = [job for job in self.queue if isinstance(job, Copy)]
+        memory = [job for job in self.queue if not isinstance(job, Copy)]
+        checks = [job for job in memory if isinstance(job, Check)]
+        before = memory[: memory.index(checks[0])] if checks else memory
+        punches = [job for job in before if isinstance(job, Punch)]
+        may = copies + (punches or before or checks)[: 1 if punches or not before else None]
+        return may[which % len(may)]
 
-    def backed_slots(self, arena: int) -> int:
-        return len(self.arenas[arena].memory)
+
+def checksum(content: Path | str) -> int:
+    """Of what lies in a slot."""
+    return xxhash.xxh3_64_intdigest(repr(content).encode())

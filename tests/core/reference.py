@@ -146,6 +146,10 @@ class Arena:
     filling: dict[Path, Filling] = field(default_factory=dict)
     births: dict[Path, int] = field(default_factory=dict)
     """How often a block of this path has been begun: one that comes back is another block."""
+    unchecked: set[Path] = field(default_factory=set)
+    """Of the sealed ones: what an earlier daemon left and nobody has checked yet."""
+    former: set[Path] = field(default_factory=set)
+    """Of the sealed ones: what clients of an earlier daemon may still read."""
 
     def parent(self, path: Path) -> Path:
         return path[: (len(path) - 1) // self.block_tokens * self.block_tokens]
@@ -156,8 +160,9 @@ class Arena:
         return [path[:end] for end in ends] if path else []
 
     def visible(self) -> list[Path]:
-        """Sealed blocks all of whose ancestors are sealed."""
-        return [path for path in self.sealed if all(up in self.sealed for up in self.chain(path))]
+        """Sealed blocks all of whose ancestors are sealed, and all are checked."""
+        served = self.sealed.keys() - self.unchecked
+        return [path for path in served if all(up in served for up in self.chain(path))]
 
     def matched(self, tokens: Path) -> int:
         """How many tokens of a prompt are cached: by looking at every block."""
@@ -179,7 +184,7 @@ class Arena:
         """The first sealed sibling of an open tail that begins with it and goes on."""
         found = [
             other
-            for other in self.sealed
+            for other in self.sealed.keys() - self.unchecked
             if len(other) > len(path)
             and other[: len(path)] == path
             and self.parent(other) == self.parent(path)
@@ -213,8 +218,8 @@ class Arena:
                 source.commit.failed = True
                 source.commit.pending = {each for each in source.commit.pending if not each.gone}
 
-    def held(self, sequences: list[Sequence]) -> set[Path]:
-        """What must not be evicted: leased blocks, ancestors of filling ones."""
+    def leased(self, sequences: list[Sequence]) -> set[Path]:
+        """What sequences lease, and ancestors of filling blocks."""
         paths = [sequence.leased for sequence in sequences if sequence.context.arena is self]
         paths += self.filling
         return {up for path in paths for up in self.chain(path)}

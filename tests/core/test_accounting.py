@@ -124,8 +124,9 @@ def swap(cache: Cache) -> None:
     lru.update({parent: first_use, child: last_use})
 
 
-def forget_the_order(cache: Cache) -> None:
-    of_tenant(cache).lru.move_to_end(block_of(first(cache), CACHED))
+def forget_a_use(cache: Cache) -> None:
+    """After a restart it would have another place."""
+    block_of(first(cache), CACHED).last_use -= 1
 
 
 def lose_from_the_lru(cache: Cache) -> None:
@@ -133,7 +134,7 @@ def lose_from_the_lru(cache: Cache) -> None:
 
 
 def put_into_the_lru(cache: Cache) -> None:
-    of_tenant(cache).lru[block_of(first(cache), HELD)] = cache.budget.uses + 1
+    of_tenant(cache).lru[block_of(first(cache), HELD)] = cache.budget.clock
 
 
 def lose_an_arena(cache: Cache) -> None:
@@ -225,7 +226,7 @@ def forget_a_waiter(cache: Cache) -> None:
         (add("holds", block(COPYING), -1), "holds of slot"),
         (add("high_water", first, 1), "each slot below 13 should be in one of"),
         (swap, "would be evicted before its child"),
-        (forget_the_order, "was used before what precedes it"),
+        (forget_a_use, r"by its records, and at \d+ by its place"),
         (lose_from_the_lru, "which is not in the LRU"),
         (put_into_the_lru, "blocks in the LRU of t: running total 3, recounted 2"),
         (count_one_twice, "each slot below 12 should be in one of .*'free'"),
@@ -297,3 +298,18 @@ def test_the_error_prints_every_term() -> None:
 def test_sealed_blocks_are_those_with_a_record(cache: Cache) -> None:
     paths = {path_of(each) for each in sealed_blocks(first(cache))}
     assert paths == {(1, 2), CACHED, ABOVE, HELD}
+
+
+def test_an_lru_whose_oldest_block_is_not_the_first_is_found() -> None:
+    driver = Driver()
+    driver.connect("s")
+    driver.register(b"s")
+    context = driver.context(b"s")
+    for tokens in ((1, 2), (3, 4)):
+        handle = driver.alloc(b"s", context)
+        driver.store(handle, 0, *tokens)
+        driver.ask(b"s", Release(*handle.fields, COMPLETED))
+    check(driver.cache)
+    of_tenant(driver.cache).lru.move_to_end(block_of(first(driver.cache), (1, 2)))
+    with pytest.raises(AccountingError, match=r"slot 0 was used at 1 .*, which comes after 2"):
+        check(driver.cache)

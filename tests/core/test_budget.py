@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvd.core.budget import DIRECTORY_CHUNK, Arena, Budget, directory_bytes_for
-from kvd.core.events import DropRecord, Effect, Punch
+from kvd.core.events import DropRecord, Effect, Punch, UseRecord
 from kvd.core.tree import FILLING, SEALED, Block
 from kvd_proto.errors import AllLeased, BudgetTooSmall
 from kvd_proto.geometry import Geometry
@@ -56,6 +56,7 @@ class Bench:
         block.state = SEALED
         arena.filling -= 1
         arena.active += 1
+        block.last_use = self.budget.tick()
         self.budget.unhold(block, self.effects)
         return block
 
@@ -377,8 +378,7 @@ def test_room_that_was_promised_is_found(moves: list[tuple[int, int, bool]], pag
             block.state = SEALED
             held.root.add(block)
             held.cached += 1
-            bench.budget.uses += 1
-            held.lru[block] = bench.budget.uses
+            block.last_use = held.lru[block] = bench.budget.tick()
         assert bench.sum == bench.budget.n_bytes
         assert bench.budget.unassigned >= 0
 
@@ -395,7 +395,9 @@ def test_evict_takes_the_oldest_of_one_model_and_gives_their_memory_back() -> No
     bench.budget.give_back(one, free)
     bench.effects.clear()
     assert bench.budget.evict("m1", 1, bench.effects) == 1
-    assert bench.effects == [DropRecord(1, b.slot), Punch(1, [b.slot, free])]
+    assert bench.effects == [
+        UseRecord(1, a.slot, b.last_use), DropRecord(1, b.slot), Punch(1, [b.slot, free]),
+    ]  # fmt: skip
     assert list(bench.budget.oldest_first()) == [a, c]
     bench.effects.clear()
     assert bench.budget.evict("", 99, bench.effects) == 2

@@ -28,7 +28,7 @@ class Life:
 
     def __init__(self, random: Random) -> None:
         self.random = random
-        self.world = World(
+        self.world = self._make_world(
             random.choice((1, 2, 4, 8, 40)), random.choice((3, 5)), random.choice(TENANTS)
         )
         self.failures = random.choice(((0,), (0, 0, 0, 1), (0, 1, 2, 3)))
@@ -52,6 +52,11 @@ class Life:
             self.append_wrongly: clumsy,
             self.misuse: clumsy,
         }
+
+    def _make_world(
+        self, spare_pages: int, max_sequences: int, spare_of_tenants: tuple[int | None, ...]
+    ) -> World:
+        return World(spare_pages, max_sequences, spare_of_tenants)
 
     def live(self) -> None:
         steps, weights = list(self.weights), list(self.weights.values())

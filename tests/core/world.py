@@ -63,7 +63,7 @@ from kvd_proto.messages import (
     RegisterModel,
     Release,
 )
-from tests.core.fake_shell import FakeShell
+from tests.core.fake_shell import FakeShell, checksum
 from tests.core.reference import (
     Arena,
     Commit,
@@ -163,16 +163,9 @@ class World:
             quota = None if spare is None else len(KINDS) * DIRECTORY + STAGING + spare * PAGE
             rules.append(TenantRule(name, b"salt of " + name.encode(), quota))
         self.tenants = [rule.name for rule in rules]
-        self.core = Core(
-            Limits(
-                self.n_bytes,
-                max_sequences,
-                MAX_SESSIONS,
-                N_SEQ_MAX,
-                FIRST_CONTEXT,
-                tuple(rules),
-            )
-        )
+        self.rules = tuple(rules)
+        self.n_contexts = 0
+        self.core = self._new_core()
         self.shell = FakeShell()
         self.now = 0.0
         self.steps = 0
@@ -180,7 +173,6 @@ class World:
         self.contexts: dict[int, Context] = {}
         self.arenas: dict[int, Arena] = {}
         self.n_connected = 0
-        self.n_contexts = 0
         self.n_asked = 0
         self.answers: dict[int, Answered] = {}
         """By correlation: what to make of the reply, of each request that has none yet."""
@@ -197,11 +189,24 @@ class World:
         self.staged: dict[Commit, list[int]] = {}
         """Offsets that are not to be written until the commit has finished."""
         self.unheld: dict[tuple[int, Path], int] = {}
-        """Since which step nobody holds a sealed block."""
+        """Since which step no sequence leases a sealed block."""
         self.evicting = False
         """Whether it is by command, and not for want of room."""
         self.paths: dict[bytes, Path] = {}
         """By the block's key."""
+
+    def _new_core(self) -> Core:
+        first_context = FIRST_CONTEXT + self.n_contexts
+        return Core(
+            Limits(
+                self.n_bytes,
+                self.max_sequences,
+                MAX_SESSIONS,
+                N_SEQ_MAX,
+                first_context,
+                self.rules,
+            )
+        )
 
     # --- sessions and models
 
@@ -437,7 +442,7 @@ class World:
         sequence.touched = self.now
         sealed: list[Path] = []
         for path in arena.chain(sequence.leased):
-            if path not in arena.sealed:
+            if path not in arena.sealed or path in arena.unchecked:
                 break
             sealed.append(path)
         end = len(sealed[-1]) if sealed else 0
@@ -570,6 +575,12 @@ class World:
         if not self.shell.queue:
             return False
         event = self.shell.work(fails, which)
+        if event is not None:
+            self._job_ended(event)
+            self._settle(self._handle(event))
+        return True
+
+    def _job_ended(self, event: Event) -> None:
         if isinstance(event, Copied):
             self._copied(event)
         elif isinstance(event, Backed) and event.job in self.reserving:
@@ -578,9 +589,6 @@ class World:
                 self._close(sequence)
         elif isinstance(event, Backed):
             self._append_backed(event)
-        if event is not None:
-            self._settle(self._handle(event))
-        return True
 
     def _append_backed(self, event: Backed) -> None:
         sequence, commit, first, birth, new = self.backing.pop(event.job)
@@ -665,7 +673,8 @@ class World:
         return self.core.cache.contexts[sequence.context.number].open[sequence.seq_id]
 
     def _held(self, arena: Arena) -> set[Path]:
-        return arena.held(self.sequences())
+        """What must not be evicted."""
+        return arena.leased(self.sequences()) | arena.former
 
     def _stage(self, session: Session, paths: list[Path]) -> list[int]:
         """Write payloads where no commit's may still be read."""
@@ -797,7 +806,7 @@ class World:
         parent = arena.parent(path)
         assert self.paths.get(effect.parent_key, ()) == parent
         assert (effect.start, effect.tokens) == (len(parent), packed(path[len(parent) :]))
-        assert effect.checksum == effect.slot, "the checksum of another copy"
+        assert effect.checksum == checksum(path), "the checksum of another copy"
         assert self.shell.arenas[effect.arena].memory[effect.slot] == path
         arena.sealed[path] = effect.slot
 
@@ -916,13 +925,16 @@ class World:
     def _check_eviction(self, evicted: list[tuple[int, Path]], arenas: list[Arena]) -> None:
         """Nothing of its tenant stayed that had been unused for longer than what went; and nothing
         of anybody, unless its tenant is at its quota."""
-        cached = {
+        unleased = {
             (arena.number, path)
             for arena in self.arenas.values()
-            for path in arena.sealed.keys() - self._held(arena)
+            for path in arena.sealed.keys() - arena.leased(self.sequences())
         }
+        former = {(each.number, path) for each in self.arenas.values() for path in each.former}
         numbers = {arena.number for arena in arenas}
-        stayed = [place for place in cached if place in self.unheld and place[0] in numbers]
+        stayed = [
+            place for place in unleased - former if place in self.unheld and place[0] in numbers
+        ]
         for place in evicted:
             assert place[0] in numbers
             tenant = self.arenas[place[0]].tenant
@@ -934,7 +946,7 @@ class World:
                 # No more than was needed for one block that is larger than what went last.
                 budget = self.core.cache.budget
                 assert budget.unassigned < (1 + len(evicted)) * LARGEST_STRIDE or self.evicting
-        self.unheld = {place: self.unheld.get(place, self.steps) for place in cached}
+        self.unheld = {place: self.unheld.get(place, self.steps) for place in unleased}
 
     def _gave_way_itself(self, tenant: str, n_evicted: int) -> bool:
         """Whether it has no more left of its quota than what its own evictions may have made."""

@@ -376,6 +376,31 @@ def test_what_a_client_of_before_may_still_read_is_not_given_to_anybody(tmp_path
                 assert client.verify()["ok"]
 
 
+def test_what_lost_its_record_stays_for_a_client_of_before_also_after_one_more_crash(
+    tmp_path: Path,
+) -> None:
+    """The first block is found damaged, so all below it is dropped; but a client has leased it."""
+    flags = ("--max-memory", "1MiB")
+    first = start_daemon(*flags, runtime_dir=tmp_path / "rt")
+    with raw_client(first) as old:
+        old.store(old.open(), PROMPT)
+        first.kill()
+        damage_payload(first, slot_of(first, 0, BLOCK_TOKENS))
+        leased = read_slots(old)
+        second = start_daemon(*flags, runtime_dir=tmp_path / "rt", instance=first.instance)
+        with raw_client(second) as client:
+            assert matched(client, client.open(), PROMPT) == 0
+            assert client.status()["models"][0]["blocks"]["filling"] == 4
+            second.kill()
+        with next_daemon(first, *flags) as third, raw_client(third) as client:
+            fill(client, client.open())
+            assert read_slots(old) == leased
+            assert client.verify()["differences"] == []
+            old.close()
+            until(lambda: client.status()["models"][0]["blocks"]["filling"] == 0)
+            assert client.verify()["differences"] == []
+
+
 def fill(client: Raw, context: int) -> None:
     """Store a sequence that grows, and stays leased, until no more fits."""
     sequence = client.alloc(context, b"")

@@ -12,7 +12,7 @@ Nothing can be pinned yet, so the pinned term that reports carry is always 0.
 from dataclasses import dataclass
 from typing import Any
 
-from kvd.core.budget import Arena
+from kvd.core.budget import Arena, places_in
 from kvd.core.cache import AllocBacking, Cache, Checking, Copying
 from kvd.core.sequences import Session, State
 from kvd.core.tenants import Tenant
@@ -188,15 +188,21 @@ def _check_arena(cache: Cache, arena: Arena, leases: dict[Block, int]) -> None:
 
 
 def _check_order(tenant: Tenant) -> None:
-    """No block is evicted before its children, and the oldest is first."""
+    """No block is evicted before its children, and the oldest is first; the records say so too."""
+    places = places_in(tenant.lru)
+    seen: set[Block] = set()
     before = 0
-    for block, use in tenant.lru.items():
-        if use <= before:
-            raise AccountingError(f"slot {block.slot} was used before what precedes it in the LRU")
-        before = use
+    for block, place in tenant.lru.items():
         for child in block.children:
-            if tenant.lru.get(child, use) >= use:
+            if child not in seen:
                 raise AccountingError(f"slot {block.slot} would be evicted before its child")
+        seen.add(block)
+        if place != places[block] or place < before:
+            raise AccountingError(
+                f"slot {block.slot} was used at {places[block]} by its records, and at {place} by "
+                f"its place in the LRU, which comes after {before}"
+            )
+        before = place
 
 
 def _slots_set_aside(cache: Cache, arena: Arena) -> list[int]:

@@ -4,14 +4,12 @@ A record is taken if its parent is, its key follows from its tokens, and it fits
 is below a lost record goes too. What is taken enters the tree as ADOPTED, and is matched only when
 its bytes have been checked (checking.py).
 
-The order of last use comes back exactly: a release writes the deepest block's last use alone. So
-each block is leased once to the time before, and when these leases end in the order of last use,
-the LRU is what it was, tail first. As long as clients of the earlier daemon can still read the
-arena, they do not end.
+The order of last use comes back exactly, over all arenas: the records have it (budget.py). Each
+block is leased once to the time before, until no client of the earlier daemon can read the arena
+any more; then it takes its old place in the LRU, unless it has been used since.
 """
 
 from collections.abc import Iterable
-from operator import attrgetter
 
 from kvd.core.budget import Arena
 from kvd.core.cache import Cache
@@ -30,8 +28,11 @@ from kvd_proto.errors import KvdError
 from kvd_proto.geometry import Geometry
 from kvd_proto.keys import TOKEN_BYTES, block_key
 
-_FUTURE = 1 << 63
+_LATEST_USE = 1 << 62
 """No clock comes so far: what is beyond was not written by one."""
+_LATEST_GENERATION = 1 << 63
+"""Beyond: a last use is not covered by a checksum, and whatever was taken for one, the clock that
+goes on from it must not make records that the next daemon would not take."""
 
 
 def adopt(cache: Cache, found: ArenaFound, effects: list[Effect]) -> None:
@@ -42,27 +43,31 @@ def adopt(cache: Cache, found: ArenaFound, effects: list[Effect]) -> None:
     except (KvdError, ValueError) as error:
         effects.append(ArenaRefused(found.arena, str(error)))
         return
-    used = {record.slot: _last_use(record) for record in found.records}
     blocks = _plant(arena, found.records)
-    n_bytes = arena.directory_for(_high_water(blocks)) + len(blocks) * arena.stride
-    if n_bytes > arena.tenant.headroom:
-        effects.append(ArenaRefused(found.arena, "it does not fit its tenant's quota"))
-        return
+    lost = sorted({record.slot for record in found.records} - {block.slot for block in blocks})
+    unused = [*lost, *found.unrecorded]
+    retired = unused if found.has_readers else []
+    slots = [block.slot for block in blocks] + retired
+    n_bytes = arena.directory_for(max(slots, default=-1) + 1) + len(slots) * arena.stride
     if n_bytes > cache.budget.unassigned:
         effects.append(ArenaRefused(found.arena, "it does not fit the budget beside the others"))
         return
-    lost = sorted(used.keys() - {block.slot for block in blocks})
+    if n_bytes > arena.tenant.headroom:
+        effects.append(ArenaRefused(found.arena, "it does not fit its tenant's quota"))
+        return
     effects.extend(DropRecord(arena.number, slot) for slot in lost)
-    if lost:
-        effects.append(Punch(arena.number, lost))
+    if unused and not retired:
+        effects.append(Punch(arena.number, unused))
     cache.models[(arena.tenant.name, arena.fingerprint)] = arena
-    cache.budget.adopt(arena, sorted(blocks, key=lambda block: (used[block.slot], -block.start)))
+    budget = cache.budget
+    budget.adopt(arena, blocks, retired)
     cache.unchecked.update(dict.fromkeys(blocks))
-    cache.clock = max([cache.clock, *used.values(), *(block.generation for block in blocks)])
+    uses = [max(block.last_use, block.generation) for block in blocks]
+    budget.clock = max(budget.clock, *uses, 0)
     cache.counters.adopted_blocks += len(blocks)
     effects.append(ArenaAdopted(arena.number, len(blocks), arena.directory_bytes))
     if not found.has_readers:
-        cache.budget.readers_gone(arena, effects)
+        budget.readers_gone(arena, effects)
 
 
 def _make(cache: Cache, found: ArenaFound) -> Arena:
@@ -101,6 +106,7 @@ def _plant(arena: Arena, records: Iterable[FoundRecord]) -> list[Block]:
         block.state = ADOPTED
         block.generation = record.generation
         block.checksum = record.checksum
+        block.last_use = _last_use(record)
         parent.add(block)
         by_key[block.key] = block
         planted.append(block)
@@ -112,7 +118,7 @@ def _fits(record: FoundRecord, parent: Block, arena: Arena) -> bool:
         record.start == parent.end
         and 0 < len(record.tokens) <= arena.block_tokens * TOKEN_BYTES
         and (parent.parent is None or parent.n_tokens == arena.block_tokens)
-        and 0 < record.generation < _FUTURE
+        and 0 < record.generation < _LATEST_GENERATION
         and record.slot < arena.slots
         and record.key == block_key(parent.key, record.tokens)
         and parent.child(record.tokens) is None
@@ -120,8 +126,4 @@ def _fits(record: FoundRecord, parent: Block, arena: Arena) -> bool:
 
 
 def _last_use(record: FoundRecord) -> int:
-    return record.last_use if record.last_use < _FUTURE else 0
-
-
-def _high_water(blocks: list[Block]) -> int:
-    return max(map(attrgetter("slot"), blocks), default=-1) + 1
+    return record.last_use if record.last_use < _LATEST_USE else 0

@@ -5,7 +5,7 @@ from struct import pack
 
 from kvd.core.cache import AllocBacking, Cache
 from kvd.core.checking import check_first
-from kvd.core.events import Backed, Effect, UseRecord
+from kvd.core.events import Backed, Effect
 from kvd.core.sequences import (
     Context,
     Sequence,
@@ -125,9 +125,9 @@ def close_sequence(cache: Cache, sequence: Sequence, outcome: State, effects: li
     """End a sequence: its leases and its reservation go, its id is free."""
     leased = sequence.leased
     cache.budget.unhold(leased, effects)
-    if leased.state is SEALED and leased.parent is not None:
-        # Of this block alone: what is above it was used no earlier, and a restart knows that.
-        effects.append(UseRecord(leased.arena.number, leased.slot, cache.tick()))
+    if leased.holds:
+        # Others hold it still, perhaps until a crash: also then it is known to be in use.
+        cache.budget.use(leased, effects)
     if sequence.reserved:
         _end_reservation(cache, sequence, sequence.reserved)
         sequence.reserved.clear()

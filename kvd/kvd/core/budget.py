@@ -8,8 +8,8 @@ Every slot of an arena is in one of these places:
     filling    set aside or being written
     active     sealed, and held by a lease on it or on a block below it
     cached     sealed and not held: in the LRU
-    retired    held damaged bytes that a client of an earlier daemon may still read; counts as
-               filling
+    retired    holds nothing that is served, but a client of an earlier daemon may still read it;
+               counts as filling
 
 What an earlier daemon has left counts as active or cached like the rest, though it is not sealed
 before it has been checked.
@@ -20,6 +20,10 @@ last use, and because a release appends a block before its parent, a child alway
 parent: the head never has resident children, and tail-first eviction takes one step. A tenant at
 its quota gives way itself, from its own LRU. If it is the budget that has no room, the oldest head
 of all LRUs goes, whosever it is: a comparison for each tenant.
+
+The records tell this order: a block's place is that of the latest `last_use` of itself and all
+below it. So a use is recorded for the deepest block alone, and a block that is dropped leaves its
+own to its parent.
 """
 
 from collections.abc import Iterable, Iterator
@@ -28,7 +32,7 @@ from itertools import islice
 from operator import attrgetter, itemgetter
 from typing import NamedTuple
 
-from kvd.core.events import Back, DropRecord, Effect, Punch, SessionId
+from kvd.core.events import Back, DropRecord, Effect, Punch, SessionId, UseRecord
 from kvd.core.tenants import Tenant, TenantRule
 from kvd.core.tree import FILLING, GONE, NO_SLOT, SEALED, Block
 from kvd_proto.errors import AllLeased, BudgetTooSmall, Detail
@@ -73,8 +77,8 @@ class Arena:
         self.free: list[int] = []
         self.retired: list[int] = []
         self.former: dict[Block, None] = {}
-        """What clients of an earlier daemon may still read: it is leased to them, by the order of
-        its last use, until they are gone."""
+        """What clients of an earlier daemon may still read: it is leased to them until they are
+        gone."""
         self.filling = 0
         self.active = 0
         self.cached = 0
@@ -115,6 +119,15 @@ def directory_bytes_for(slots: int, block_tokens: int) -> int:
     return round_up(DIRECTORY_HEADER_BYTES + slots * record_bytes(block_tokens))
 
 
+def places_in(lru: Iterable[Block]) -> dict[Block, int]:
+    """When each block of an LRU was used last, by the records of itself and all below it. A walk of
+    the whole LRU."""
+    places: dict[Block, int] = {}
+    for block in sorted(lru, key=lambda block: -block.start):
+        places[block] = max([block.last_use, *(places[child] for child in block.children)])
+    return places
+
+
 class SlotsTaken(NamedTuple):
     """Slots set aside as filling; `to_back` of them need memory first (an empty list: none)."""
 
@@ -130,8 +143,13 @@ class Budget:
         self.unassigned = n_bytes
         self.arenas: dict[int, Arena] = {}
         self.tenants = {rule.name: Tenant(rule, n_bytes) for rule in rules}
-        self.uses = 0
-        """A clock for the LRUs: counts blocks that were let go."""
+        self.clock = 0
+        """Counts uses of blocks. A sealed block's generation is its first use."""
+
+    def tick(self) -> int:
+        """The clock's next moment."""
+        self.clock += 1
+        return self.clock
 
     def tenant(self, name: str) -> Tenant:
         """The tenant of this name. One that there are no rules for has no quota and no salt."""
@@ -183,45 +201,67 @@ class Budget:
     def unhold(self, block: Block, effects: list[Effect]) -> None:
         """Undo one `hold`. What nobody holds any more becomes the youngest of the LRU, tail first;
         but not an open tail that a longer block has replaced meanwhile: that goes."""
+        if block.holds == 1 or block in block.arena.former:
+            self.use(block, effects)
+        self._let_go(block)
+        if block.parent is not None and not block.holds and block.is_superseded:
+            self.drop(block, effects)
+
+    def use(self, block: Block, effects: list[Effect]) -> None:
+        """A lease on this very block has ended: that enters its record, if it has one, and does not
+        say so already (it was sealed just now)."""
+        has_record = block.parent is not None and block.state not in (FILLING, GONE)
+        if has_record and block.last_use < self.clock:
+            self._record_use(block, self.tick(), effects)
+
+    def _record_use(self, block: Block, last_use: int, effects: list[Effect]) -> None:
+        block.last_use = last_use
+        effects.append(UseRecord(block.arena.number, block.slot, last_use))
+
+    def _let_go(self, block: Block) -> None:
+        """Count one `hold` less. What nobody holds any more is cached, and was used now."""
         node: Block | None = block
         arena = block.arena
-        lru, uses = arena.lru, self.uses
         while node is not None and node.parent is not None:
             node.holds -= 1
             if node.holds:
                 break
             arena.active -= 1
             arena.cached += 1
-            uses += 1
-            lru[node] = uses
+            arena.lru[node] = self.clock
             node = node.parent
-        self.uses = uses
-        if block.parent is not None and not block.holds and block.is_superseded:
-            self.drop(block, effects)
 
     # --- what an earlier daemon left
 
-    def adopt(self, arena: Arena, blocks: list[Block]) -> None:
-        """Take over an arena with `blocks`, each leased once to whoever may still read it. Their
-        order is that of their last use."""
-        used = {block.slot for block in blocks}
+    def adopt(self, arena: Arena, blocks: list[Block], retired: list[int]) -> None:
+        """Take over an arena with `blocks`, each leased once to whoever may still read it, and with
+        `retired` slots."""
+        used = {block.slot for block in blocks}.union(retired)
         arena.high_water = max(used, default=-1) + 1
         arena.directory_bytes = arena.directory_for(arena.high_water)
         arena.punched = [slot for slot in range(arena.high_water) if slot not in used]
         arena.active = len(blocks)
+        arena.filling = len(retired)
+        arena.retired = retired
         arena.former = dict.fromkeys(blocks)
         for block in blocks:
             block.holds = 1 + len(block.children)
-        self.spend(arena.tenant, arena.directory_bytes + len(blocks) * arena.stride)
+        self.spend(arena.tenant, arena.directory_bytes + arena.backed * arena.stride)
         self.arenas[arena.number] = arena
         arena.tenant.arenas.append(arena)
 
     def readers_gone(self, arena: Arena, effects: list[Effect]) -> None:
         """End the leases of those who could read the arena before this daemon was there. What
-        nobody else leases enters the LRU in the order of its last use."""
+        nobody else leases takes the place in the LRU that its last use gives it: a walk of all."""
         former, arena.former = arena.former, {}
         for block in former:
-            self.unhold(block, effects)
+            self._let_go(block)
+        places = places_in(arena.lru)
+        arena.lru.clear()
+        arena.lru.update(sorted(places.items(), key=lambda each: (each[1], -each[0].start)))
+        for block in former:
+            if not block.holds and block.is_superseded:
+                self.drop(block, effects)
         arena.filling -= len(arena.retired)
         arena.free.extend(arena.retired)
         arena.retired.clear()
@@ -233,9 +273,8 @@ class Budget:
         is_read = block in arena.former
         if is_read:
             del arena.former[block]
-            self.unhold(block, effects)
-        if block.state is not GONE:  # but that may have dropped it: a longer one replaced it
-            self.drop(block, effects)
+            self._let_go(block)
+        self.drop(block, effects)
         if is_read:
             arena.retired.append(arena.free.pop())
             arena.filling += 1
@@ -314,7 +353,11 @@ class Budget:
         assert block.parent is not None
         assert not block.children, "a parent goes after its children"
         del block.arena.lru[block]
-        block.parent.remove(block)
+        parent = block.parent
+        parent.remove(block)
+        has_record = parent.parent is not None and parent.state is not FILLING
+        if has_record and parent.last_use < block.last_use:
+            self._record_use(parent, block.last_use, effects)
         block.state = GONE
         block.arena.cached -= 1
         block.arena.free.append(block.slot)

@@ -173,14 +173,7 @@ class Cache:
     next_context: int = 0
     next_arena: int = 1
     next_job: int = 1
-    clock: int = 0
-    """Counts uses of blocks. A sealed block's generation is its first use."""
     next_ticket: int = 1
-
-    def tick(self) -> int:
-        """The clock's next moment."""
-        self.clock += 1
-        return self.clock
 
     def new_job(self, job: Job) -> int:
         """File a job under a new number."""

@@ -131,7 +131,7 @@ def seal(
     assert block.parent is not None
     block.state = SEALED
     block.checksum = checksum
-    block.generation = generation
+    block.generation = block.last_use = generation
     block.arena.filling -= 1
     block.arena.active += 1
     effects.append(

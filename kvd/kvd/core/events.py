@@ -82,7 +82,8 @@ class FoundRecord(NamedTuple):
 
 class ArenaFound(NamedTuple):
     """An arena that an earlier daemon left, before any session is there. `arena` is the number that
-    it gets. `has_readers`: clients of that daemon can still read it, until `ReadersGone`."""
+    it gets. `has_readers`: clients of that daemon can still read it, until `ReadersGone`.
+    `unrecorded` are slots that have memory and no record: what was there may be read still."""
 
     arena: int
     tenant: str
@@ -95,6 +96,7 @@ class ArenaFound(NamedTuple):
     stride_bytes: int
     has_readers: bool
     records: list[FoundRecord]
+    unrecorded: list[int]
 
 
 class ReadersGone(NamedTuple):

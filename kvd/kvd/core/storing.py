@@ -135,7 +135,7 @@ def copied(cache: Cache, job: Copying, event: Copied, effects: list[Effect]) -> 
         else:
             counters.stored_blocks += 1
             counters.stored_bytes += block.arena.format.size(block.n_tokens)
-            seal(block, result.checksum, cache.tick(), cache.budget, effects)
+            seal(block, result.checksum, cache.budget.tick(), cache.budget, effects)
 
 
 def flush(cache: Cache, session: Session, correlation: int, message: Flush) -> Flushed | None:

@@ -46,6 +46,7 @@ class Block:
         "holds",
         "in_flight",
         "key",
+        "last_use",
         "parent",
         "slot",
         "sources",
@@ -68,6 +69,9 @@ class Block:
         self.holds = 0
         self.generation = 0
         self.checksum = 0
+        self.last_use = 0
+        """As its record says: the moment when a lease on this very block ended last, or it was
+        sealed. What is above it was used no earlier."""
         self.in_flight = False
         """A job of the shell backs or writes the slot: it is not free before that has ended."""
         self.sources: list[Source] | None = None

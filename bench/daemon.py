@@ -18,6 +18,7 @@ def running_daemon(max_memory: str) -> Iterator[str]:
             ready.bind(address)
             ready.settimeout(20)
             command = [sys.executable, "-m", "kvd", "serve", "--runtime-dir", directory]
+            command += ["--no-keep-on-stop"]
             command += ["--instance", f"bench-{os.getpid()}", "--max-memory", max_memory]
             command += ["--log-level", "warning"]
             process = subprocess.Popen(command, env={**os.environ, "NOTIFY_SOCKET": address})

@@ -111,6 +111,7 @@ def start_daemon(runtime_dir: str) -> subprocess.Popen[bytes]:
         ready.bind(address)
         ready.settimeout(20)
         command = [sys.executable, "-m", "kvd", "serve", "--runtime-dir", runtime_dir]
+        command += ["--no-keep-on-stop"]
         command += ["--instance", f"demo-{os.getpid()}", "--max-memory", "512MiB"]
         command += ["--log-level", "warning"]
         daemon = subprocess.Popen(command, env={**os.environ, "NOTIFY_SOCKET": address})

@@ -265,7 +265,7 @@ def _status(
         },
         "recovery": {
             "unchecked_blocks": count_unchecked(cache),
-            "read_from_before": sum(bool(arena.former) for arena in arenas),
+            "read_from_before": sum(bool(arena.former or arena.retired) for arena in arenas),
         },
         "accounting": {
             "budget_bytes": now.budget,

@@ -214,6 +214,7 @@ class RestartingWorld(World):
             self.checks, self.deferred, self.retrying, self.condemned, self.from_before,
         ):  # fmt: skip
             each.clear()
+        self.evicting = False
         self.n_contexts += 1000
         self.core = self._new_core()
         disks = [disk for disk in disks if not disk.is_removed]
@@ -515,7 +516,9 @@ class RestartingWorld(World):
             effects = effects[: effects.index(made[0])]
             del self.answers[self.n_asked], self.askers[self.n_asked]
             effects += self._handle(ArenaFailed(made[0].arena))
+        self.evicting = True  # more than was needed in the end
         self._settle(effects)
+        self.evicting = False
 
     # --- what world.py does, and more
 

@@ -395,9 +395,11 @@ def test_what_lost_its_record_stays_for_a_client_of_before_also_after_one_more_c
         with next_daemon(first, *flags) as third, raw_client(third) as client:
             fill(client, client.open())
             assert read_slots(old) == leased
+            assert client.status()["recovery"]["read_from_before"] == 1
             assert client.verify()["differences"] == []
             old.close()
             until(lambda: client.status()["models"][0]["blocks"]["filling"] == 0)
+            assert client.status()["recovery"]["read_from_before"] == 0
             assert client.verify()["differences"] == []
 
 

@@ -226,6 +226,8 @@ class Server:
                     store.punch(effect)
                 case events.Check():
                     store.check(effect)
+                case events.BlocksDamaged(arena, blocks):
+                    log.error("damaged blocks", model=store.arenas[arena].arena.name, blocks=blocks)
                 case events.ArenaAdopted():
                     store.adopt_arena(effect)
                 case events.ArenaRefused(arena, reason):

@@ -266,10 +266,7 @@ class Store:
 
         def then(result: JobResult) -> None:
             _succeeded(result)
-            results = cast(list[bool], result.value)
-            if not all(results):
-                log.error("damaged blocks", model=stored.arena.name, blocks=results.count(False))
-            self._handle(Checked(effect.job, results))
+            self._handle(Checked(effect.job, cast(list[bool], result.value)))
 
         # Ahead of what gives these slots' memory back, should they be evicted meanwhile: a read of
         # a hole would fill it.

@@ -10,7 +10,7 @@ tried again then. How blocks are adopted: adopting.py.
 
 from kvd.core.cache import Cache, Checking, WaitingAlloc
 from kvd.core.commits import supersede
-from kvd.core.events import Check, Checked, CheckItem, Effect
+from kvd.core.events import BlocksDamaged, Check, Checked, CheckItem, Effect
 from kvd.core.sequences import Session
 from kvd.core.storing import remove
 from kvd.core.tree import ADOPTED, SEALED, Block, unchecked
@@ -63,6 +63,7 @@ def check_next(cache: Cache, effects: list[Effect]) -> None:
 
 def checked(cache: Cache, job: Checking, event: Checked, effects: list[Effect]) -> None:
     """Seal what has the right checksum; drop what has not, with all below it."""
+    damaged = 0
     for block, is_right in zip(job.blocks, event.results, strict=True):
         cache.unchecked.pop(block, None)
         if block.state is not ADOPTED:
@@ -70,9 +71,12 @@ def checked(cache: Cache, job: Checking, event: Checked, effects: list[Effect]) 
         if is_right:
             _seal(cache, block, effects)
         else:
-            cache.counters.damaged_blocks += 1
+            damaged += 1
             error = InternalError("a block that was left by an earlier daemon is damaged")
             remove(cache, block, error, effects)
+    if damaged:
+        cache.counters.damaged_blocks += damaged
+        effects.append(BlocksDamaged(job.blocks[0].arena.number, damaged))
 
 
 def _start(cache: Cache, blocks: list[Block], effects: list[Effect]) -> None:

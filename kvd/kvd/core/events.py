@@ -248,6 +248,13 @@ class Check(NamedTuple):
     items: list[CheckItem]
 
 
+class BlocksDamaged(NamedTuple):
+    """So many adopted blocks did not have their checksum, and are gone with all below them."""
+
+    arena: int
+    blocks: int
+
+
 class ArenaAdopted(NamedTuple):
     """What was found is used on: so many blocks, and of the directory the first
     `directory_bytes`."""
@@ -307,6 +314,7 @@ Effect = (
     | WriteRecord
     | UseRecord
     | DropRecord
+    | BlocksDamaged
     | ArenaAdopted
     | ArenaRefused
 )

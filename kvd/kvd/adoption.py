@@ -43,11 +43,9 @@ class Found(NamedTuple):
     """As it would be made; its number is not known yet."""
     records: list[FoundRecord]
     unrecorded: list[int]
-
-    @property
-    def has_readers(self) -> bool:
-        """Whether clients of the daemon before can still read it."""
-        return self.segment.has_readers_before(self.directory.life + 1)
+    has_readers: bool
+    """Whether clients of a daemon before could still read it when it was found. Asked once, so that
+    everybody goes by the same answer."""
 
     def event(self, number: int) -> ArenaFound:
         """To tell the core; `number` is the arena's from now on."""
@@ -116,7 +114,7 @@ def _open(directory_name: str, arena_name: str, boot: bytes, tenants: Collection
         directory.close(unlink=False)
         raise
     records = [_record(entry) for entry in kept.entries]
-    return Found(segment, directory, arena, records, kept.unrecorded)
+    return Found(segment, directory, arena, records, kept.unrecorded, has_readers)
 
 
 def _read_registration(directory: Directory, boot: bytes) -> CreateArena:

@@ -40,7 +40,7 @@ class Limits:
     session_contexts: int = NO_LIMIT
     session_sequences: int = NO_LIMIT
     session_waiting: int = NO_LIMIT
-    """Allocs that wait for an id."""
+    """Allocs that wait for an id, or for what an earlier daemon left to be checked."""
     session_waiting_bytes: int = NO_LIMIT
     """Of their tokens, which the daemon keeps meanwhile."""
     session_commits: int = NO_LIMIT

@@ -268,6 +268,11 @@ class Segment:
             self._unlink()
         os.close(self._fd)
 
+    def unlink(self) -> None:
+        """Remove the name, if it still means this segment. All who have it open go on as before."""
+        self._check_open()
+        self._unlink()
+
     def _unlink(self) -> None:
         path = f"{SHM_DIR}/{self.name}"
         try:

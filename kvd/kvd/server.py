@@ -234,6 +234,8 @@ class Server:
                 case events.CreateArena():
                     if not self._create_arena(effect, effects[-1]):
                         return
+                case events.RemoveArena(arena):
+                    store.remove_arena(arena)
                 case events.ShareArena(session, arena):
                     self.sessions.share(session, arena)
                 case events.OpenStaging(session, n_bytes):

@@ -87,8 +87,14 @@ class StoredArena:
         """A read-only descriptor for one client of this daemon; the caller closes it."""
         return self.segment.open_reader(self.directory.life)
 
+    def unlink(self) -> None:
+        """Remove both names; all goes on as before for who has it open. The arena's first: a
+        directory without its arena is removed by the next daemon."""
+        self.segment.unlink()
+        self.directory.segment.unlink()
+
     def close(self, *, unlink: bool) -> None:
-        # The arena first: a directory without its arena is removed by the next daemon.
+        # The arena first, as in `unlink`.
         self.segment.close(unlink=unlink)
         self.directory.close(unlink=unlink)
 
@@ -192,6 +198,15 @@ class Store:
     def has_former_readers(self) -> bool:
         """Whether clients of an earlier daemon may still read anything."""
         return any(stored.has_former_readers for stored in self.arenas.values())
+
+    def remove_arena(self, number: int) -> None:
+        """Remove what nobody uses. Its names at once, since one like it may be made at any time;
+        its memory behind the jobs that it has still."""
+        stored = self.arenas.pop(number)
+        stored.unlink()
+        log.info("model given up", model=stored.arena.name, tenant=stored.arena.tenant)
+        job = StepsJob(self._new_job(_succeeded), partial(_removing, stored), Order.FREE)
+        self._copier.submit(job)
 
     def write_record(self, effect: WriteRecord) -> None:
         self.arenas[effect.arena].directory.write(effect)
@@ -388,6 +403,13 @@ def _format(arena: CreateArena) -> PayloadFormat:
 def _closing(room: StagingRoom) -> Steps:
     if room.staging is not None:
         yield from room.staging.closing()
+    return None
+
+
+def _removing(stored: StoredArena) -> Steps:
+    # A client that has gone from here may have it mapped still, and would keep the memory.
+    yield from copier.punching(stored.segment, stored.segment.backed_ranges())
+    stored.close(unlink=False)
     return None
 
 

@@ -188,6 +188,8 @@ def _check_arena(cache: Cache, arena: Arena, leases: dict[Block, int]) -> None:
             f"arena {arena.number}: each slot below {arena.high_water} should be in one of {places}"
         )
     _equal("directory", arena.directory_bytes, arena.directory_for(arena.high_water))
+    registered = sum(arena.number in session.shared for session in cache.sessions.values())
+    _equal("sessions that have registered it", arena.sessions, registered)
 
 
 def _check_order(tenant: Tenant) -> None:

@@ -237,6 +237,7 @@ class Core:
             allocating.forget_allocs(cache, session)
         for context in list(session.contexts.values()):
             models.drop_context(cache, context, State.FAILED, effects)
+        models.leave_models(cache, session)
         for commit in session.commits.values():
             withdraw(commit)
         cache.leaving[session.id] = session

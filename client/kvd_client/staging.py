@@ -21,7 +21,7 @@ class Staged:
     `offsets` and `sizes` are one for each block, in bytes. Write through `block`, or into `buffer`
     (the whole staging) at an offset; the memory is the owner's until it is committed or given
     back, and its content is arbitrary at first. After the session's end it can be written as
-    before, and is nobody's.
+    before, and is nobody's; what was in it may be lost.
     """
 
     offsets: list[int]

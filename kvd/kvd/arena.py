@@ -195,8 +195,7 @@ class Segment:
         nobody may read them, since that would fill the hole again. Punching a hole does nothing.
         Costs about 0.2 ms per MiB; the GIL is released."""
         self._check_range(offset, length)
-        mode = _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE
-        _call(_libc.fallocate, self._fd, mode, offset, length)
+        punch_hole(self._fd, offset, length)
 
     def backed_bytes(self) -> int:
         """The bytes that the operating system has backed, foreign fills included (st_blocks)."""
@@ -268,6 +267,11 @@ class Segment:
             self._unlink()
         os.close(self._fd)
 
+    def unlink(self) -> None:
+        """Remove the name, if it still means this segment. All who have it open go on as before."""
+        self._check_open()
+        self._unlink()
+
     def _unlink(self) -> None:
         path = f"{SHM_DIR}/{self.name}"
         try:
@@ -295,6 +299,12 @@ class Segment:
         file_system = os.fstatvfs(self._fd)
         free = file_system.f_bavail * file_system.f_frsize
         raise NoSpace(self.name, offset, length, self.backed_bytes(), free) from error
+
+
+def punch_hole(fd: int, offset: int, length: int) -> None:
+    """Give the memory of a range of a file back, whoever has it mapped. The GIL is released."""
+    mode = _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE
+    _call(_libc.fallocate, fd, mode, offset, length)
 
 
 def drop_pages(view: memoryview) -> None:

@@ -296,7 +296,7 @@ def _steps_of(job: Job, promised: int) -> Steps:
         case StepsJob():
             return job.work()
         case PunchJob():
-            return _punch(job)
+            return punching(job.segment, job.ranges)
         case _:
             return _call(job)
 
@@ -332,11 +332,12 @@ def _copy_all(job: CopyJob) -> Steps:
     return tuple(results)
 
 
-def _punch(job: PunchJob) -> Steps:
+def punching(segment: Segment, ranges: Sequence[ByteRange]) -> Steps:
+    """The steps of punching ranges out."""
     cost = 0
-    for span in job.ranges:
+    for span in ranges:
         for part in _parts(span, PUNCH_STEP_BYTES):
-            job.segment.punch(part.offset, part.length)
+            segment.punch(part.offset, part.length)
             cost += part.length + PART_COST_BYTES
             if cost >= PUNCH_STEP_BYTES:
                 yield 0

@@ -236,6 +236,8 @@ class Server:
                 case events.CreateArena():
                     if not self._create_arena(effect, effects[-1]):
                         return
+                case events.RemoveArena(arena):
+                    store.remove_arena(arena)
                 case events.ShareArena(session, arena):
                     self.sessions.share(session, arena)
                 case events.OpenStaging(session, n_bytes):
@@ -299,11 +301,14 @@ class Server:
         """Do what is due; returns for how many seconds the loop may wait, -1 for ever."""
         now = time.monotonic()
         deadline = self.core.next_deadline()
-        if deadline is not None and deadline <= now:
+        if deadline is None:
+            deadline = math.inf
+        elif deadline <= now:
             self.handle(events.Ticked())
-            return 0.0  # it may have used the request socket
+            # It may have used the request socket, so there is no waiting. But the rest has its
+            # turn: there are clients of whose requests one is due each time.
         due = min(
-            math.inf if deadline is None else deadline,
+            deadline,
             self.sessions.expire_handshakes(now),
             self._give_signs(now),
             self._linger(now),

@@ -22,7 +22,7 @@ from typing import cast
 
 import numpy as np
 
-from kvd.arena import PAGE, MappingInUse, drop_pages
+from kvd.arena import PAGE, MappingInUse, drop_pages, punch_hole
 
 STEP_BYTES = 4 << 20
 """A millisecond of taking memory."""
@@ -109,8 +109,12 @@ class Staging:
         self._check_open()
         return os.fstat(self.fd).st_blocks * 512
 
-    def closing(self) -> Generator[int, None, None]:
-        """As `close`, in steps."""
+    def ending(self) -> Generator[int, None, None]:
+        """The session has ended: take the memory back, also from a client that has it open still,
+        and close; in steps. What such a client writes from now on is memory of its own."""
+        for start in range(0, self.size, STEP_BYTES):
+            punch_hole(self.fd, start, min(STEP_BYTES, self.size - start))
+            yield 0
         # The pages are taken out of the mapping before that is removed: mmap.close() does both with
         # the GIL held, 5 ms for a GiB.
         for start in range(0, self.size, UNMAP_STEP_BYTES):
@@ -119,8 +123,9 @@ class Staging:
         self.close()
 
     def close(self) -> None:
-        """Unmap and close; the memory is free when the client has let go of it, too. Closing again
-        does nothing. Raises MappingInUse, and changes nothing, while views are alive."""
+        """Unmap and close; the memory is free when the client has let go of it, too: for the end of
+        the daemon, whose clients go on. Closing again does nothing. Raises MappingInUse, and
+        changes nothing, while views are alive."""
         if self._closed:
             return
         try:

@@ -14,7 +14,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -87,18 +87,46 @@ class StoredArena:
         """A read-only descriptor for one client of this daemon; the caller closes it."""
         return self.segment.open_reader(self.directory.life)
 
+    def unlink(self) -> None:
+        """Remove both names; all goes on as before for who has it open. The arena's first: a
+        directory without its arena is removed by the next daemon."""
+        self.segment.unlink()
+        self.directory.segment.unlink()
+
     def close(self, *, unlink: bool) -> None:
-        # The arena first: a directory without its arena is removed by the next daemon.
+        # The arena first, as in `unlink`.
         self.segment.close(unlink=unlink)
         self.directory.close(unlink=unlink)
 
 
 @dataclass(slots=True, eq=False)
 class StagingRoom:
-    """A session's staging: `staging` is None until the copier's thread has made it."""
+    """A session's staging: `staging` is None until the copier's thread has made it. The rest is
+    that thread's."""
 
     n_bytes: int
     staging: Staging | None = None
+    making: Generator[int, None, Staging] | None = None
+    is_given_up: bool = False
+
+    def make(self, promised: int) -> Steps:
+        """Make it, unless it is given up before or meanwhile."""
+        if self.is_given_up:
+            return None
+        descriptors.check()
+        check_room(self.n_bytes + promised, in_shm=False)
+        self.making = Staging.making(self.n_bytes)
+        self.staging = yield from self.making  # None if it was closed in between
+        return None
+
+    def end(self) -> Steps:
+        """Take all memory back, of which it may not have all yet."""
+        self.is_given_up = True
+        if self.making is not None:
+            self.making.close()
+        if self.staging is not None:
+            yield from self.staging.ending()
+        return None
 
 
 class Store:
@@ -193,6 +221,15 @@ class Store:
         """Whether clients of an earlier daemon may still read anything."""
         return any(stored.has_former_readers for stored in self.arenas.values())
 
+    def remove_arena(self, number: int) -> None:
+        """Remove what nobody uses. Its names at once, since one like it may be made at any time;
+        its memory behind the jobs that it has still."""
+        stored = self.arenas.pop(number)
+        stored.unlink()
+        log.info("model given up", model=stored.arena.name, tenant=stored.arena.tenant)
+        job = StepsJob(self._new_job(_succeeded), partial(_removing, stored), Order.FREE)
+        self._copier.submit(job)
+
     def write_record(self, effect: WriteRecord) -> None:
         self.arenas[effect.arena].directory.write(effect)
 
@@ -279,15 +316,8 @@ class Store:
     ) -> None:
         """Start to make a session's staging; `then` is told when it is there, or why it is not."""
         room = self.stagings[session] = StagingRoom(n_bytes)
-
-        def make(promised: int) -> Steps:
-            descriptors.check()
-            check_room(n_bytes + promised, in_shm=False)
-            room.staging = yield from Staging.making(n_bytes)
-            return None
-
         job = self._new_job(lambda result: then(self._refusal(result.error)))
-        self._copier.submit(TakeJob(job, n_bytes, make), session)
+        self._copier.submit(TakeJob(job, n_bytes, room.make), session)
 
     def set_completed(self, session: SessionId, commit: int) -> None:
         """Tell a session through its staging that its commits up to `commit` are finished."""
@@ -299,13 +329,11 @@ class Store:
         return None if room is None or room.staging is None else room.staging.buffer
 
     def close_staging(self, session: SessionId) -> None:
-        """Unmap it, once the jobs before have ended. Nothing happens if it has none."""
+        """Take its memory back, before anybody takes any that the core has not given yet. Nothing
+        happens if it has none."""
         room = self.stagings.pop(session, None)
         if room is not None:
-            # One that is still being made is closed behind that, in the same lane.
-            order = Order.TAKE if room.staging is None else Order.FREE
-            job = StepsJob(self._new_job(_succeeded), partial(_closing, room), order)
-            self._copier.submit(job, session)
+            self._copier.submit(StepsJob(self._new_job(_succeeded), room.end, Order.FREE))
 
     def _open_staging(self, session: SessionId) -> Staging:
         staging = self.stagings[session].staging
@@ -382,9 +410,10 @@ def _format(arena: CreateArena) -> PayloadFormat:
     return make_format(arena.payload_format, Geometry(arena.layers), arena.block_tokens)
 
 
-def _closing(room: StagingRoom) -> Steps:
-    if room.staging is not None:
-        yield from room.staging.closing()
+def _removing(stored: StoredArena) -> Steps:
+    # A client that has gone from here may have it mapped still, and would keep the memory.
+    yield from copier.punching(stored.segment, stored.segment.backed_ranges())
+    stored.close(unlink=False)
     return None
 
 

@@ -23,6 +23,7 @@ from kvd.core.events import (
     DropRecord,
     OpenStaging,
     Punch,
+    RemoveArena,
     WriteRecord,
 )
 from kvd_proto.errors import BadPayload, NoSpace
@@ -31,7 +32,7 @@ from tests.core.reference import Path
 EMPTY = "nothing"
 HOLED = "memory in part"
 
-Job = Back | Check | Copy | Punch
+Job = Back | Check | Copy | Punch | RemoveArena
 
 
 @dataclass
@@ -57,6 +58,12 @@ class FakeShell:
     def create_arena(self, effect: CreateArena) -> None:
         assert effect.arena not in self.arenas
         self.arenas[effect.arena] = Slots()
+
+    def remove_arena(self, effect: RemoveArena) -> None:
+        """Its names go now; its memory behind the jobs that it has still."""
+        jobs = [job for job in self.queue if isinstance(job, Back | Copy)]
+        assert all(job.arena != effect.arena for job in jobs), "somebody uses it"
+        self.submit(effect)
 
     def open_staging(self, effect: OpenStaging) -> None:
         assert effect.session not in self.stagings
@@ -91,6 +98,9 @@ class FakeShell:
         job = self.next_job(which)
         self.queue.remove(job)
         slots = self.arenas[job.arena]
+        if isinstance(job, RemoveArena):
+            del self.arenas[job.arena]
+            return None
         if isinstance(job, Punch):
             for slot in job.slots:
                 assert slot not in slots.records, "punched under a record"
@@ -127,14 +137,14 @@ class FakeShell:
 
     def next_job(self, which: int = 0) -> Job:
         """Of the queue that of number `which` of those whose turn it can be (kvd.turns): all
-        copies; and of what comes before the first check the first punch, or any Back if none waits,
-        or else that check."""
+        copies; and of what comes before the first check the first that gives memory back, or any
+        Back if none waits, or else that check."""
         copies = [job for job in self.queue if isinstance(job, Copy)]
         memory = [job for job in self.queue if not isinstance(job, Copy)]
         checks = [job for job in memory if isinstance(job, Check)]
         before = memory[: memory.index(checks[0])] if checks else memory
-        punches = [job for job in before if isinstance(job, Punch)]
-        may = copies + (punches or before or checks)[: 1 if punches or not before else None]
+        frees = [job for job in before if isinstance(job, Punch | RemoveArena)]
+        may = copies + (frees or before or checks)[: 1 if frees or not before else None]
         return may[which % len(may)]
 
 

@@ -29,6 +29,7 @@ from kvd.core.events import (
     Event,
     FoundRecord,
     ReadersGone,
+    RemoveArena,
     UseRecord,
     WriteRecord,
 )
@@ -113,6 +114,12 @@ class DurableShell(FakeShell):
         disk = Disk(effect, bytearray(size), self.arenas[effect.arena], effect.directory_bytes)
         self.disks[effect.arena] = disk
 
+    def remove_arena(self, effect: RemoveArena) -> None:
+        # The arena's name first: a directory without its arena is not adopted.
+        self.disks.pop(effect.arena).is_removed = True
+        self.moment()
+        super().remove_arena(effect)
+
     def write_record(self, effect: WriteRecord) -> None:
         super().write_record(effect)
         disk = self.disks[effect.arena]
@@ -162,8 +169,9 @@ class RestartingWorld(World):
         spare_pages: int = 6,
         max_sequences: int = 5,
         spare_of_tenants: tuple[int | None, ...] = (None,),
+        max_models: int = len(KINDS),
     ) -> None:
-        super().__init__(spare_pages, max_sequences, spare_of_tenants)
+        super().__init__(spare_pages, max_sequences, spare_of_tenants, max_models)
         self.random = random
         self.shell = DurableShell()
         self.shell.paths = self.paths

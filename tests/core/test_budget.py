@@ -40,6 +40,7 @@ class Bench:
             b"",
         )
         self.budget.charge_directory(arena, self.effects)
+        arena.sessions = 1  # somebody has registered it
         return arena
 
     def take(self, arena: Arena, n_slots: int) -> list[int]:

@@ -3,6 +3,7 @@
 What is adopted: test_adopting.py.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from kvd.core import checking
 from kvd.core.events import Back, Check, CheckItem, DropRecord
 from kvd.core.tree import ADOPTED, SEALED
-from kvd_proto.errors import AllLeased, BadPosition, NoSequenceFree, UnknownContext
+from kvd_proto.errors import AllLeased, BadPosition, NoSequenceFree, TooMany, UnknownContext
 from kvd_proto.messages import (
     COMPLETED,
     Allocated,
@@ -221,6 +222,48 @@ def test_a_session_that_dies_while_it_waits_hears_nothing(driver: Driver) -> Non
     assert driver.replies[alive].matched_tokens == 6
     assert driver.cache.open_sequences == 1
     assert driver.cache.counters.errors == 0
+
+
+def test_of_a_session_that_dies_while_it_waits_nothing_is_kept(driver: Driver) -> None:
+    """Who connects, asks and hangs up again and again fills no memory with its tokens."""
+    session = driver.cache.sessions[b"a"]
+    for _ in range(3):
+        deferred(driver, b"a", 1, *C)
+    stays = deferred(driver, b"b", 2, *C)
+    driver.disconnect(b"a")
+    kept = [each for job in driver.cache.jobs.values() for each in job.allocs]
+    assert [each.correlation for each in kept] == [stays]
+    assert (session.waiting, session.waiting_bytes) == (0, 0)
+
+
+def test_it_counts_against_the_limit_of_those_that_wait(first: Driver) -> None:
+    first.limits = replace(first.limits, session_waiting=2, session_waiting_bytes=8 * len(C))
+    first.restart()
+    enter(first, "a")
+    enter(first, "b")
+    waiting = [deferred(first, b"a", 1, *C), deferred(first, b"a", 1, *A)]
+    assert first.refusal(b"a", alloc(1, *A)) is TooMany
+    assert first.alloc(b"a", 1, 9).matched == 0, "one that need not wait"
+    waiting.append(deferred(first, b"b", 2, *C))
+    assert first.refusal(b"b", alloc(2, *C, 9)) is TooMany, "its tokens are too many"
+    first.work()
+    assert [first.replies[key].matched_tokens for key in waiting] == [6, 2, 6]
+    session = first.cache.sessions[b"a"]
+    assert (session.waiting, session.waiting_bytes) == (0, 0)
+
+
+def test_it_counts_once_while_it_waits_for_a_check_and_then_for_an_id(first: Driver) -> None:
+    first.limits = replace(first.limits, session_waiting=1)
+    first.restart()
+    enter(first, "a")
+    context = first.context(b"a", n_ids=1)
+    holder = first.alloc(b"a", context, 9)
+    waiting = deferred(first, b"a", context, *C, wait_ms=500)
+    first.work()
+    assert waiting not in first.replies
+    assert first.refusal(b"a", alloc(context, 9, wait_ms=500)) is TooMany
+    first.ask(b"a", Release(*holder.fields, COMPLETED))
+    assert first.replies[waiting].matched_tokens == 6
 
 
 def test_a_context_that_closes_while_an_alloc_waits(driver: Driver) -> None:

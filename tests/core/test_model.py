@@ -40,10 +40,17 @@ class CoreMachine(RuleBasedStateMachine):
         spare_pages=st.sampled_from((1, 2, 4, 8)),
         max_sequences=st.sampled_from((3, 5)),
         tenants=st.sampled_from(TENANTS),
+        max_models=st.sampled_from((1, 2)),
     )
-    def begin(self, spare_pages: int, max_sequences: int, tenants: tuple[int | None, ...]) -> None:
+    def begin(
+        self,
+        spare_pages: int,
+        max_sequences: int,
+        tenants: tuple[int | None, ...],
+        max_models: int,
+    ) -> None:
         """Two workers have come up, of the first two tenants."""
-        self.world = World(spare_pages, max_sequences, tenants)
+        self.world = World(spare_pages, max_sequences, tenants, max_models)
         for which in range(2):
             session = self.world.connect(which)
             assert session is not None

@@ -134,6 +134,7 @@ def test_no_room_for_another_directory() -> None:
     assert driver.refusal(b"s", model("second")) is AllLeased
     driver.disconnect(b"s")
     driver.connect("s", staging=0)
+    driver.register(b"s")
     for number in range(4):
         assert driver.register(b"s", f"more {number}") == 2 + number
     assert driver.refusal(b"s", model("last")) is BudgetTooSmall

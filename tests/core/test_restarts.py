@@ -57,9 +57,15 @@ class Story(Life):
         }
 
     def _make_world(
-        self, spare_pages: int, max_sequences: int, spare_of_tenants: tuple[int | None, ...]
+        self,
+        spare_pages: int,
+        max_sequences: int,
+        spare_of_tenants: tuple[int | None, ...],
+        max_models: int,
     ) -> World:
-        return RestartingWorld(self.random, spare_pages, max_sequences, spare_of_tenants)
+        return RestartingWorld(
+            self.random, spare_pages, max_sequences, spare_of_tenants, max_models
+        )
 
     def live(self) -> None:
         steps, weights = list(self.weights), list(self.weights.values())

@@ -101,7 +101,6 @@ def test_models_of_a_session_and_of_a_tenant() -> None:
     assert driver.refusal(b"s", model("third")) is errors.TooMany
     assert driver.register(b"s") == 1, "it has this one"
     driver.register(b"other", "third")
-    driver.disconnect(b"s")
     driver.connect("again")
     error = driver.ask(b"again", model("fourth"))
     assert type(error) is errors.TooMany

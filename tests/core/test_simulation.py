@@ -29,7 +29,10 @@ class Life:
     def __init__(self, random: Random) -> None:
         self.random = random
         self.world = self._make_world(
-            random.choice((1, 2, 4, 8, 40)), random.choice((3, 5)), random.choice(TENANTS)
+            random.choice((1, 2, 4, 8, 40)),
+            random.choice((3, 5)),
+            random.choice(TENANTS),
+            random.choice((1, 2)),
         )
         self.failures = random.choice(((0,), (0, 0, 0, 1), (0, 1, 2, 3)))
         self.likeness = random.choice((1, 5, 25))
@@ -54,9 +57,13 @@ class Life:
         }
 
     def _make_world(
-        self, spare_pages: int, max_sequences: int, spare_of_tenants: tuple[int | None, ...]
+        self,
+        spare_pages: int,
+        max_sequences: int,
+        spare_of_tenants: tuple[int | None, ...],
+        max_models: int,
     ) -> World:
-        return World(spare_pages, max_sequences, spare_of_tenants)
+        return World(spare_pages, max_sequences, spare_of_tenants, max_models)
 
     def live(self) -> None:
         steps, weights = list(self.weights), list(self.weights.values())

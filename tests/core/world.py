@@ -27,6 +27,7 @@ from kvd.core.events import (
     OpenStaging,
     Punch,
     RefuseSession,
+    RemoveArena,
     Reply,
     Requested,
     ShareArena,
@@ -151,13 +152,15 @@ class World:
         spare_pages: int = 6,
         max_sequences: int = 5,
         spare_of_tenants: tuple[int | None, ...] = (None,),
+        max_models: int = len(KINDS),
     ) -> None:
         """The budget has room for all directories and stagings, and `spare_pages` beside. There is
         a tenant for each of `spare_of_tenants`, whose quota has room for its directories and one
-        staging, and so many pages beside; None: it has no quota."""
+        staging, and so many pages beside; None: it has no quota. Each has at most `max_models`."""
         directories = len(spare_of_tenants) * len(KINDS) * DIRECTORY
         self.n_bytes = directories + MAX_SESSIONS * STAGING + spare_pages * PAGE
         self.max_sequences = max_sequences
+        self.max_models = max_models
         rules = []
         for name, spare in zip("tuv", spare_of_tenants, strict=False):
             quota = None if spare is None else len(KINDS) * DIRECTORY + STAGING + spare * PAGE
@@ -192,6 +195,8 @@ class World:
         """Since which step no sequence leases a sealed block."""
         self.evicting = False
         """Whether it is by command, and not for want of room."""
+        self.given_up = 0
+        """Bytes of arenas that nobody used, and that went in this step."""
         self.paths: dict[bytes, Path] = {}
         """By the block's key."""
 
@@ -205,6 +210,7 @@ class World:
                 N_SEQ_MAX,
                 first_context,
                 self.rules,
+                self.max_models,
             )
         )
 
@@ -254,6 +260,12 @@ class World:
         )
 
         def answered(body: Any) -> None:
+            if isinstance(body, errors.TooMany):
+                assert known is None
+                own = [each for each in self.arenas.values() if each.tenant == session.tenant]
+                assert len(own) == self.max_models
+                assert not any(self._is_unused(arena) for arena in own)
+                return
             if isinstance(body, KvdError):
                 assert known is None
                 self._check_no_room(body, session.tenant, FIRST_DIRECTORY)
@@ -646,6 +658,7 @@ class World:
         cache = self.core.cache
         totals = accounting.totals(cache)
         assert totals.unassigned == totals.budget - totals.directory
+        assert self.shell.arenas.keys() == self.arenas.keys()
         assert not any(slots.memory or slots.records for slots in self.shell.arenas.values())
         assert not self.shell.stagings
         for left in (cache.jobs, cache.sessions, cache.leaving, cache.contexts, cache.waiting):
@@ -721,9 +734,12 @@ class World:
     def _settle(self, effects: list[Effect], evicting: list[Arena] | None = None) -> None:
         """Carry out the effects, in order, and compare everything."""
         evicted: list[tuple[int, Path]] = []
+        self.given_up = 0
+        all_arenas = dict(self.arenas)
         for effect in effects:
             self._apply(effect, evicted)
-        self._check_eviction(evicted, list(self.arenas.values()) if evicting is None else evicting)
+        all_arenas |= self.arenas
+        self._check_eviction(evicted, all_arenas, evicting)
         self._compare()
 
     def _apply(self, effect: Effect, evicted: list[tuple[int, Path]]) -> None:
@@ -743,6 +759,9 @@ class World:
                 self._free_staging(self.sessions[session])
             case CreateArena():
                 shell.create_arena(effect)
+            case RemoveArena(number):
+                self._give_up(self.arenas.pop(number))
+                shell.remove_arena(effect)
             case ShareArena(session, arena):
                 assert arena in shell.arenas
                 owner = self.core.cache.budget.arenas[arena].tenant
@@ -762,6 +781,34 @@ class World:
             case DropRecord(arena, slot):
                 self._drop_block(arena, slot, evicted)
                 shell.drop_record(effect)
+
+    def _is_unused(self, arena: Arena) -> bool:
+        """Whether no session has registered it, and nothing in it is held."""
+        real = self.core.cache.budget.arenas.get(arena.number)
+        set_aside = real is not None and (real.filling or real.retired)
+        registered = any(arena.number in each.models for each in self.sessions.values())
+        return not registered and not set_aside and not self._held(arena)
+
+    def _give_up(self, arena: Arena) -> None:
+        """For want of room an empty one goes; if there are too many models, that of which nothing
+        was used for longest."""
+        assert self._is_unused(arena)
+        assert not arena.filling
+        if arena.sealed:
+            own = [each for each in self.arenas.values() if each.tenant == arena.tenant]
+            assert len(own) == self.max_models - 1
+            for other in own:
+                assert not self._is_unused(other) or self._latest(arena) <= self._latest(other)
+        size = FIRST_DIRECTORY if not arena.births else DIRECTORY
+        self.given_up += size + len(self.shell.arenas[arena.number].memory) * arena.stride
+        for path in arena.sealed:
+            self.unheld.pop((arena.number, path), None)
+        arena.sealed.clear()
+        arena.unchecked.clear()
+
+    def _latest(self, arena: Arena) -> int:
+        """Since which step nothing of it is leased."""
+        return max((self.unheld.get((arena.number, path), 0) for path in arena.sealed), default=0)
 
     def _free_staging(self, session: Session) -> None:
         for commit in session.commits.values():
@@ -891,7 +938,14 @@ class World:
         if arena is not None:
             cached = arena.sealed.keys() - self._held(arena)
             kept = arena.stride * len(cached.intersection(arena.chain(named)))
-        return totals.unassigned + totals.free + totals.cached - kept
+        directories = sum(
+            real.directory_bytes
+            for number, real in budget.arenas.items()
+            if number in self.arenas
+            and tenant in (None, real.tenant.name)
+            and self._is_unused(self.arenas[number])
+        )
+        return totals.unassigned + totals.free + totals.cached + directories - kept
 
     def _has_quota(self, tenant: str) -> bool:
         return self.core.cache.budget.tenants[tenant].quota < self.n_bytes
@@ -922,9 +976,15 @@ class World:
             if (arena.number, path) in self.unheld:
                 self.unheld[arena.number, path] = self.steps
 
-    def _check_eviction(self, evicted: list[tuple[int, Path]], arenas: list[Arena]) -> None:
+    def _check_eviction(
+        self,
+        evicted: list[tuple[int, Path]],
+        all_arenas: dict[int, Arena],
+        evicting: list[Arena] | None,
+    ) -> None:
         """Nothing of its tenant stayed that had been unused for longer than what went; and nothing
         of anybody, unless its tenant is at its quota."""
+        arenas = list(all_arenas.values()) if evicting is None else evicting
         unleased = {
             (arena.number, path)
             for arena in self.arenas.values()
@@ -937,21 +997,22 @@ class World:
         ]
         for place in evicted:
             assert place[0] in numbers
-            tenant = self.arenas[place[0]].tenant
+            tenant = all_arenas[place[0]].tenant
             unused = self.unheld.get(place, self.steps)
-            own = [each for each in stayed if self.arenas[each[0]].tenant == tenant]
+            own = [each for each in stayed if all_arenas[each[0]].tenant == tenant]
             assert unused <= min((self.unheld[each] for each in own), default=self.steps)
-            if len(arenas) == len(self.arenas) and not self._gave_way_itself(tenant, len(evicted)):
+            if len(arenas) == len(all_arenas) and not self._gave_way_itself(tenant, len(evicted)):
                 assert unused <= min((self.unheld[each] for each in stayed), default=self.steps)
                 # No more than was needed for one block that is larger than what went last.
                 budget = self.core.cache.budget
-                assert budget.unassigned < (1 + len(evicted)) * LARGEST_STRIDE or self.evicting
+                spare = self.given_up + (1 + len(evicted)) * LARGEST_STRIDE
+                assert budget.unassigned < spare or self.evicting
         self.unheld = {place: self.unheld.get(place, self.steps) for place in unleased}
 
     def _gave_way_itself(self, tenant: str, n_evicted: int) -> bool:
         """Whether it has no more left of its quota than what its own evictions may have made."""
         of = self.core.cache.budget.tenants[tenant]
-        return of.headroom < (1 + n_evicted) * LARGEST_STRIDE
+        return of.headroom < self.given_up + (1 + n_evicted) * LARGEST_STRIDE
 
     def _compare(self) -> None:
         cache = self.core.cache
@@ -966,6 +1027,7 @@ class World:
         reading = {job.session for job in self.shell.queue if isinstance(job, Copy)}
         assert self.shell.stagings.keys() == self.sessions.keys() | reading
         self._compare_sequences()
+        assert self.arenas.keys() == cache.budget.arenas.keys()
         if not self.shell.queue:
             self._compare_memory()
 

@@ -1,16 +1,20 @@
 """`kvd serve` as the system sees it: exit codes, readiness, signs of life, and its end."""
 
+import contextlib
 import os
+import select
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from struct import pack
 
 import pytest
 
-from tests.shell.raw import raw_client
+from kvd_proto.messages import Evict, OpenContext, RegisterModel
+from tests.shell.raw import make_append, many_tokens, raw_client
 from tests.support import Daemon, start_daemon
 
 
@@ -49,12 +53,13 @@ def test_version() -> None:
 class Manager:
     """What a service manager hears of a daemon."""
 
-    def __init__(self, path: Path, **environ: str) -> None:
+    def __init__(self, path: Path, *flags: str, **environ: str) -> None:
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.socket.bind(str(path / "notify"))
         self.socket.settimeout(20)
         command = [sys.executable, "-m", "kvd", "serve", "--instance", "test-cli-notify"]
         command += ["--runtime-dir", str(path / "rt"), "--log-level", "error"]
+        command += ["--no-keep-on-stop", *flags]
         environ = {**os.environ, "NOTIFY_SOCKET": str(path / "notify"), **environ}
         self.process = subprocess.Popen(command, env=environ)
 
@@ -63,9 +68,14 @@ class Manager:
             pass
         return heard
 
+    def drain(self) -> None:
+        """Forget what has been heard so far."""
+        while select.select([self.socket], [], [], 0)[0]:
+            self.socket.recv(4096)
+
     def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
+        self.process.terminate()
+        self.process.wait(20)
         self.socket.close()
 
 
@@ -84,6 +94,34 @@ def test_readiness_status_signs_of_life_and_the_end_are_told(manager: Manager) -
     manager.process.send_signal(signal.SIGTERM)
     manager.wait_for("STOPPING=1")
     assert manager.process.wait(20) == 0
+
+
+def test_it_gives_signs_of_life_while_it_evicts_everything(tmp_path: Path) -> None:
+    """Something is due at any time then. The service manager would end the daemon for it."""
+    manager = Manager(tmp_path, "--max-memory", "256MiB", WATCHDOG_USEC="10000")
+    with contextlib.closing(manager):
+        manager.wait_for("READY=1")
+        daemon = Daemon(manager.process, tmp_path / "rt", "test-cli-notify", tmp_path / "log")
+        with raw_client(daemon) as client:
+            layers = [["f16", 64, "f16", 64]]
+            model = client.call(RegisterModel("small", bytes(32), "array", 8, layers)).model
+            context = client.call(OpenContext(model, 1, [])).context
+            for number in range(40):
+                sequence = client.alloc(context, b"")
+                prompt = many_tokens(number << 16, 8 * 1024)
+                staged = pack("<1024Q", *[4096] * 1024)
+                client.call(make_append(context, sequence, 0, prompt, staged))
+                client.release(context, sequence)
+            while client.status()["models"][0]["blocks"]["cached"] < 40 * 1024:
+                pass
+            manager.drain()
+            client.post(Evict("", 0))
+            signs = 0
+            while not client.dealer.poll(0):
+                manager.wait_for("WATCHDOG=1")
+                signs += 1
+            assert client.receive().body.blocks == 40 * 1024
+            assert signs > 3
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -7,6 +7,7 @@ import os
 import random
 import resource
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -184,6 +185,16 @@ def stop(pid: int) -> None:
     """Stop a process, and wait until it is."""
     os.kill(pid, signal.SIGSTOP)
     until(lambda: psutil.Process(pid).status() == psutil.STATUS_STOPPED)
+
+
+def test_a_staging_is_given_back_whoever_has_it_open_still(daemon: Daemon) -> None:
+    """A client that connects and hangs up again and again may keep the descriptors, but no memory
+    of the daemon's: neither may a forked child that lives on."""
+    with raw_client(daemon) as client:
+        assert os.fstat(client.staging_fd).st_blocks > 0
+        client.lifeline.shutdown(socket.SHUT_RDWR)
+        until(lambda: os.fstat(client.staging_fd).st_blocks == 0)
+        client.staging[:4] = b"mine"  # it is a client's own memory now
 
 
 def test_stopped_client_is_flagged_and_not_robbed(daemon: Daemon, bystander: Bystander) -> None:

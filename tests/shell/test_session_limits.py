@@ -1,8 +1,11 @@
 """Each limit of a session in a real daemon: set, reached, told, and no burden for others."""
 
+import os
+import socket
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from operator import attrgetter
 
 import pytest
@@ -17,10 +20,19 @@ from kvd.store import Store
 from kvd.tenants import Tenants
 from kvd_proto import errors
 from kvd_proto.errors import KvdError
-from kvd_proto.messages import Appended, Flush, OpenContext, RegisterModel, Reported, Status
+from kvd_proto.messages import (
+    Appended,
+    Flush,
+    ModelRegistered,
+    OpenContext,
+    RegisterModel,
+    Reported,
+    Status,
+)
 from tests.shell import raw
 from tests.shell.raw import (
     BLOCK_TOKENS,
+    STRIDE,
     Raw,
     make_alloc,
     make_append,
@@ -123,12 +135,40 @@ def test_a_limit_is_told_and_concerns_nobody_else(
 
 
 def test_models_of_a_tenant(daemon: Daemon) -> None:
-    """They stay when their sessions have gone."""
-    for first in (11, 13, 15):
-        with raw_client(daemon) as each:
-            bodies = [each.ask(model(first + index)) for index in range(2)]
-    assert type(bodies[-1]) is errors.TooMany
-    assert bodies[-1].details == {"tenant": "default", "max_models": 4}
+    with ExitStack() as opened:
+        holders = [opened.enter_context(raw_client(daemon)) for _ in range(2)]
+        for first, holder in zip((11, 13), holders, strict=True):
+            for index in range(2):
+                assert isinstance(holder.ask(model(first + index)), ModelRegistered)
+        other = opened.enter_context(raw_client(daemon))
+        refused = other.ask(model(15))
+        assert type(refused) is errors.TooMany
+        assert refused.details == {"tenant": "default", "max_models": 4}
+        holders[0].lifeline.shutdown(socket.SHUT_RDWR)
+        until(lambda: isinstance(other.ask(model(15)), ModelRegistered))
+
+
+def test_a_model_that_nobody_uses_gives_way_and_its_memory_too(daemon: Daemon) -> None:
+    """Also while a client that the daemon has let go has it mapped still. Who stores a block in
+    each of many models locks nobody out."""
+    others = set(daemon.segments())
+    with raw_client(daemon) as before:
+        context = before.open(fingerprint=bytes([31]) * 32)
+        before.release(context, before.store(context, many_tokens(1, 40 * BLOCK_TOKENS)))
+        names = set(daemon.segments()) - others
+        assert os.fstat(before.arena_fd).st_blocks * 512 == 40 * STRIDE
+        before.lifeline.shutdown(socket.SHUT_RDWR)
+        for number in range(32, 38):
+            with raw_client(daemon) as visitor:
+                context = visitor.open(fingerprint=bytes([number]) * 32)
+                sequence = visitor.store(context, many_tokens(number, BLOCK_TOKENS))
+                visitor.release(context, sequence)
+        assert len(names) == 2
+        assert not names & set(daemon.segments())
+        with raw_client(daemon) as client:
+            assert client.verify()["differences"] == []
+            assert len(client.status()["models"]) == 4
+        assert os.fstat(before.arena_fd).st_blocks == 0
 
 
 def test_more_staging_than_one_may_have_is_not_granted(client: Raw) -> None:

@@ -139,9 +139,12 @@ def _check_session(cache: Cache, session: Session) -> None:
     name, contexts = session.client, session.contexts.values()
     sequences = [each for context in contexts for each in context.open.values()]
     _equal(f"open sequences of {name}", session.open_sequences, len(sequences))
-    waiting = [waiter for context in contexts for waiter in context.waiting]
+    waiting = [waiter.message for context in contexts for waiter in context.waiting]
+    for job in cache.jobs.values():
+        if isinstance(job, Checking):
+            waiting += [each.message for each in job.allocs if each.session is session]
     _equal(f"waiting allocs of {name}", session.waiting, len(waiting))
-    n_bytes = sum(len(waiter.message.tokens) for waiter in waiting)
+    n_bytes = sum(len(message.tokens) for message in waiting)
     _equal(f"tokens of waiting allocs of {name}", session.waiting_bytes, n_bytes)
     reserved = sum(len(each.reserved) * each.context.arena.stride for each in sequences)
     for job in cache.jobs.values():
@@ -185,6 +188,8 @@ def _check_arena(cache: Cache, arena: Arena, leases: dict[Block, int]) -> None:
             f"arena {arena.number}: each slot below {arena.high_water} should be in one of {places}"
         )
     _equal("directory", arena.directory_bytes, arena.directory_for(arena.high_water))
+    registered = sum(arena.number in session.shared for session in cache.sessions.values())
+    _equal("sessions that have registered it", arena.sessions, registered)
 
 
 def _check_order(tenant: Tenant) -> None:

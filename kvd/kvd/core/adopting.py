@@ -22,7 +22,7 @@ from kvd.core.events import (
     FoundRecord,
     Punch,
 )
-from kvd.core.models import make_arena
+from kvd.core.models import check_models, make_arena
 from kvd.core.tree import ADOPTED, Block
 from kvd_proto.errors import KvdError
 from kvd_proto.geometry import Geometry
@@ -58,7 +58,6 @@ def adopt(cache: Cache, found: ArenaFound, effects: list[Effect]) -> None:
     effects.extend(DropRecord(arena.number, slot) for slot in lost)
     if unused and not retired:
         effects.append(Punch(arena.number, unused))
-    cache.models[(arena.tenant.name, arena.fingerprint)] = arena
     budget = cache.budget
     budget.adopt(arena, blocks, retired)
     cache.unchecked.update(dict.fromkeys(blocks))
@@ -73,10 +72,12 @@ def adopt(cache: Cache, found: ArenaFound, effects: list[Effect]) -> None:
 def _make(cache: Cache, found: ArenaFound) -> Arena:
     """An empty arena of today's configuration. Raises KvdError or ValueError if the one that was
     found is not of that kind."""
+    tenant = cache.budget.tenant(found.tenant)
+    check_models(cache, tenant)
     arena = make_arena(
         cache,
         found.arena,
-        cache.budget.tenant(found.tenant),
+        tenant,
         found.name,
         found.fingerprint,
         Geometry(found.layers),
@@ -88,7 +89,7 @@ def _make(cache: Cache, found: ArenaFound) -> Arena:
             f"it has {found.slots} slots of {found.stride_bytes} bytes, and would now have "
             f"{arena.slots} of {arena.stride}: the budget was changed"
         )
-    if (arena.tenant.name, arena.fingerprint) in cache.models:
+    if tenant.arena_of(arena.fingerprint) is not None:
         raise ValueError("there is another arena of the same model and tenant")
     return arena
 

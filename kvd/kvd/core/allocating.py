@@ -3,7 +3,7 @@
 from operator import attrgetter
 from struct import pack
 
-from kvd.core.cache import AllocBacking, Cache
+from kvd.core.cache import AllocBacking, Cache, Checking, WaitingAlloc
 from kvd.core.checking import check_first
 from kvd.core.events import Backed, Effect
 from kvd.core.sequences import (
@@ -51,8 +51,12 @@ def alloc(
     """Answer now, or return None: the reply comes when an id is free, the reserve is backed, or
     what an earlier daemon left has been checked."""
     context = find_context(session, cache.contexts, message.context)
-    if cache.unchecked and check_first(cache, session, correlation, message, effects):
-        return None
+    if cache.unchecked:
+        check = check_first(cache, context.arena, message.tokens, effects)
+        if check is not None:
+            _count_waiting(cache, session, message)
+            check.allocs.append(WaitingAlloc(session, correlation, message))
+            return None
     limits = cache.limits
     if (
         context.free_ids
@@ -62,7 +66,7 @@ def alloc(
     ):
         return _open(cache, context, correlation, message, now, effects)
     if message.wait_ms:
-        _check_waiting(cache, session, message)
+        _count_waiting(cache, session, message)
         _wait(cache, Waiter(cache.next_ticket, correlation, context, message, now))
         return None
     raise _no_id(cache, context)
@@ -167,6 +171,28 @@ def refuse_waiters(cache: Cache, context: Context, effects: list[Effect]) -> Non
         _stop_waiting(cache, waiter)
         error = UnknownContext("the context was closed", context=context.number)
         cache.reply(context.session, waiter.correlation, error, effects)
+
+
+def alloc_again(cache: Cache, job: Checking, now: float, effects: list[Effect]) -> None:
+    """Try those again that have waited for this check."""
+    for session, correlation, message in job.allocs:
+        _waits_no_longer(session, message)
+        body: Allocated | KvdError | None
+        try:
+            body = alloc(cache, session, correlation, message, now, effects)
+        except KvdError as error:
+            body = error
+        if body is not None:
+            cache.reply(session, correlation, body, effects)
+
+
+def forget_allocs(cache: Cache, session: Session) -> None:
+    """The session has ended: nobody waits for the checks that its allocs have asked for."""
+    for job in cache.jobs.values():
+        if isinstance(job, Checking):
+            for waiting in [each for each in job.allocs if each.session is session]:
+                _waits_no_longer(session, waiting.message)
+                job.allocs.remove(waiting)
 
 
 def expire(cache: Cache, now: float, effects: list[Effect]) -> None:
@@ -295,8 +321,8 @@ def _end_reservation(cache: Cache, sequence: Sequence, slots: list[int]) -> None
     sequence.context.session.reserved_bytes -= len(slots) * arena.stride
 
 
-def _check_waiting(cache: Cache, session: Session, message: Alloc) -> None:
-    """Whether one more alloc of this session may wait: the daemon keeps its tokens meanwhile."""
+def _count_waiting(cache: Cache, session: Session, message: Alloc) -> None:
+    """One more alloc of this session waits, if it may: the daemon keeps its tokens meanwhile."""
     limits = cache.limits
     n_bytes = session.waiting_bytes + len(message.tokens)
     if session.waiting >= limits.session_waiting or n_bytes > limits.session_waiting_bytes:
@@ -307,21 +333,23 @@ def _check_waiting(cache: Cache, session: Session, message: Alloc) -> None:
             tokens_bytes=n_bytes,
             max_tokens_bytes=limits.session_waiting_bytes,
         )
+    session.waiting += 1
+    session.waiting_bytes = n_bytes
+
+
+def _waits_no_longer(session: Session, message: Alloc) -> None:
+    session.waiting -= 1
+    session.waiting_bytes -= len(message.tokens)
 
 
 def _wait(cache: Cache, waiter: Waiter) -> None:
-    session = waiter.context.session
-    session.waiting += 1
-    session.waiting_bytes += len(waiter.message.tokens)
     cache.next_ticket += 1
     cache.waiting[waiter] = waiter.context.waiting[waiter] = None
     cache.deadlines.add(waiter)
 
 
 def _stop_waiting(cache: Cache, waiter: Waiter) -> None:
-    session = waiter.context.session
-    session.waiting -= 1
-    session.waiting_bytes -= len(waiter.message.tokens)
+    _waits_no_longer(waiter.context.session, waiter.message)
     del cache.waiting[waiter]
     del waiter.context.waiting[waiter]
 

@@ -21,6 +21,10 @@ parent: the head never has resident children, and tail-first eviction takes one 
 its quota gives way itself, from its own LRU. If it is the budget that has no room, the oldest head
 of all LRUs goes, whosever it is: a comparison for each tenant.
 
+A directory never shrinks. It goes with its arena, when nobody uses that: no session has registered
+it, and nothing in it is held. An empty one goes before anything is evicted; one with blocks, when
+its tenant has as many models as it may, and registers another.
+
 The records tell this order: a block's place is that of the latest `last_use` of itself and all
 below it. So a use is recorded for the deepest block alone, and a block that is dropped leaves its
 own to its parent.
@@ -32,7 +36,15 @@ from itertools import islice
 from operator import attrgetter, itemgetter
 from typing import NamedTuple
 
-from kvd.core.events import Back, DropRecord, Effect, Punch, SessionId, UseRecord
+from kvd.core.events import (
+    Back,
+    DropRecord,
+    Effect,
+    Punch,
+    RemoveArena,
+    SessionId,
+    UseRecord,
+)
 from kvd.core.tenants import Tenant, TenantRule
 from kvd.core.tree import FILLING, GONE, NO_SLOT, SEALED, Block
 from kvd_proto.errors import AllLeased, BudgetTooSmall, Detail
@@ -76,6 +88,8 @@ class Arena:
         self.punched: list[int] = []
         self.free: list[int] = []
         self.retired: list[int] = []
+        self.sessions = 0
+        """So many have registered it."""
         self.former: dict[Block, None] = {}
         """What clients of an earlier daemon may still read: it is leased to them until they are
         gone."""
@@ -90,9 +104,15 @@ class Arena:
         return len(self.free) + self.filling + self.active + self.cached
 
     @property
+    def is_unused(self) -> bool:
+        """Whether no session has registered it, and none of its slots is held: all of it may go."""
+        return not self.sessions and self.backed == len(self.free) + self.cached
+
+    @property
     def reclaimable(self) -> int:
-        """Bytes of slots that may go: free and cached ones."""
-        return (len(self.free) + self.cached) * self.stride
+        """Bytes that may go: of free and cached slots; and if it is unused, of its directory."""
+        slots = (len(self.free) + self.cached) * self.stride
+        return slots + self.directory_bytes if self.is_unused else slots
 
     @property
     def directory_limit(self) -> int:
@@ -179,8 +199,9 @@ class Budget:
 
     @property
     def directories(self) -> int:
-        """Bytes of all directories, which are never given back."""
-        return sum(arena.directory_bytes for arena in self.arenas.values())
+        """Bytes of the directories that cannot go, since their arenas are used."""
+        used = (arena for arena in self.arenas.values() if not arena.is_unused)
+        return sum(arena.directory_bytes for arena in used)
 
     # --- holds: what a living sequence leases is never evicted
 
@@ -298,12 +319,28 @@ class Budget:
         self.arenas[arena.number] = arena
         arena.tenant.arenas.append(arena)
 
-    def forget_arena(self, number: int) -> Arena:
-        """Undo `charge_directory`; nobody has used the arena."""
-        arena = self.arenas.pop(number)
+    def forget_arena(self, arena: Arena) -> None:
+        """Take an arena out in which nothing is held, with all that is cached in it."""
+        del self.arenas[arena.number]
         arena.tenant.arenas.remove(arena)
-        self.spend(arena.tenant, -arena.directory_bytes)
-        return arena
+        for block in arena.root.below():
+            del arena.lru[block]
+            block.state = GONE
+        arena.tenant.evicted_blocks += arena.cached
+        self.spend(arena.tenant, -arena.directory_bytes - arena.backed * arena.stride)
+
+    def give_up(self, arena: Arena, effects: list[Effect]) -> None:
+        """Forget an arena that is unused, and give its memory back."""
+        self.forget_arena(arena)
+        effects.append(RemoveArena(arena.number))
+
+    def give_up_oldest(self, tenant: Tenant, effects: list[Effect]) -> None:
+        """Give up the tenant's unused arena, if it has one, of which nothing was used for longest;
+        first of all those that are empty. A walk of the LRU."""
+        unused = [arena for arena in tenant.arenas if arena.is_unused]
+        if unused:
+            latest = {block.arena: use for block, use in tenant.lru.items()}
+            self.give_up(min(unused, key=lambda each: latest.get(each, 0)), effects)
 
     def spend(self, tenant: Tenant, n_bytes: int) -> None:
         """Bytes that are the tenant's now (negative: given back). Whoever spends has looked whether
@@ -443,14 +480,19 @@ class Budget:
             self._give_way(None, None, effects)
 
     def _reclaimable(self, but: Arena | None = None) -> int:
-        """Bytes of slots that may go, whosever they are, those of the arena `but` left out."""
+        """Bytes that may go, whosever they are, those of the arena `but` left out."""
         return sum(arena.reclaimable for arena in self.arenas.values() if arena is not but)
 
     def _give_way(self, arena: Arena | None, tenant: Tenant | None, effects: list[Effect]) -> None:
-        """One step towards room for `arena`, by `tenant` or (None) by all: another arena's free
-        slots, else the oldest cached block."""
+        """One step towards room for `arena`, by `tenant` or (None) by all: another arena that is
+        empty and unused, or one of its free slots; else the oldest cached block."""
         for other in self.arenas.values() if tenant is None else tenant.arenas:
-            if other is not arena and other.free:
+            if other is arena:
+                continue
+            if not other.cached and other.is_unused:
+                self.give_up(other, effects)
+                return
+            if other.free:
                 self._punch(other, 1, effects)
                 return
         self.pop_oldest(effects, tenant)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
-from kvd.core.budget import Arena, Budget
+from kvd.core.budget import Budget
 from kvd.core.commits import Commit
 from kvd.core.deadlines import Deadlines
 from kvd.core.events import Effect, Reply, SessionId
@@ -34,13 +34,13 @@ class Limits:
     tenants: tuple[TenantRule, ...] = ()
     """Those that have a quota or a salt."""
     max_models: int = NO_LIMIT
-    """Of one tenant, since a directory that is there stays."""
+    """Of one tenant. One more takes the place of an arena that nobody uses."""
     # What one session may have, so that it leaves something to others.
     session_models: int = NO_LIMIT
     session_contexts: int = NO_LIMIT
     session_sequences: int = NO_LIMIT
     session_waiting: int = NO_LIMIT
-    """Allocs that wait for an id."""
+    """Allocs that wait for an id, or for what an earlier daemon left to be checked."""
     session_waiting_bytes: int = NO_LIMIT
     """Of their tokens, which the daemon keeps meanwhile."""
     session_commits: int = NO_LIMIT
@@ -155,8 +155,6 @@ class Cache:
     leaving: dict[SessionId, Session] = field(default_factory=dict)
     """Dead sessions whose staging is still read by a copy."""
     contexts: dict[int, Context] = field(default_factory=dict)
-    models: dict[tuple[str, bytes], Arena] = field(default_factory=dict)
-    """By the tenant's name and arena fingerprint."""
     waiting: dict[Waiter, None] = field(default_factory=dict)
     """All who wait for an id, in the order of their coming."""
     deadlines: Deadlines = field(default_factory=Deadlines)

@@ -8,36 +8,34 @@ queue, never wait long. An alloc whose path has unchecked blocks has them checke
 tried again then. How blocks are adopted: adopting.py.
 """
 
-from kvd.core.cache import Cache, Checking, WaitingAlloc
+from kvd.core.budget import Arena
+from kvd.core.cache import Cache, Checking
 from kvd.core.commits import supersede
 from kvd.core.events import BlocksDamaged, Check, Checked, CheckItem, Effect
-from kvd.core.sequences import Session
 from kvd.core.storing import remove
 from kvd.core.tree import ADOPTED, SEALED, Block, unchecked
 from kvd_proto.errors import InternalError
 from kvd_proto.keys import TOKEN_BYTES
-from kvd_proto.messages import Alloc
 
 BATCH_BYTES = 8 << 20
 """Of one check in the background: about 1 ms."""
 
 
 def check_first(
-    cache: Cache, session: Session, correlation: int, message: Alloc, effects: list[Effect]
-) -> bool:
-    """Let an alloc wait until all that it could match has been checked. False: it need not."""
-    arena = session.contexts[message.context].arena
-    blocks = unchecked(arena.root, message.tokens, arena.block_tokens * TOKEN_BYTES)
+    cache: Cache, arena: Arena, tokens: bytes, effects: list[Effect]
+) -> Checking | None:
+    """Have all checked that a match of these tokens could use. With the end of the check that is
+    returned, all of it has been; None: it has been already."""
+    blocks = unchecked(arena.root, tokens, arena.block_tokens * TOKEN_BYTES)
     if not blocks:
-        return False
+        return None
     new = [block for block in blocks if cache.unchecked[block] is None]
     if new:
         _start(cache, new, effects)
     # Jobs end in their order: with the last one that has a block of the path, all have ended.
     job = cache.jobs[max(cache.unchecked[block] or 0 for block in blocks)]
     assert isinstance(job, Checking)
-    job.allocs.append(WaitingAlloc(session, correlation, message))
-    return True
+    return job
 
 
 def check_next(cache: Cache, effects: list[Effect]) -> None:

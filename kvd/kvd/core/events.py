@@ -1,10 +1,11 @@
 """What can happen to the core, and what it asks of the shell. Plain data, both ways.
 
 An effect is carried out by the shell in the order given. Jobs (`Back`, `Copy`, `Check`) come back
-as an event with the same job number. The shell carries out a `Punch` before any `Back` that comes
-later, which counts with what that gives back, and behind every `Check` before it; jobs of several
-sessions take turns. The core leaves a slot alone while a job has it, so no order of jobs can hurt
-it; but what is being checked may go, and then the check's result means nothing.
+as an event with the same job number. The shell carries out a `Punch` and a `RemoveArena` before any
+`Back` that comes later, which counts with what they give back, and behind every `Check` before
+them; jobs of several sessions take turns. The core leaves a slot alone while a job has it, so no
+order of jobs can hurt it; but what is being checked may go, and then the check's result means
+nothing.
 """
 
 from typing import Any, NamedTuple
@@ -189,6 +190,13 @@ class CreateArena(NamedTuple):
     directory_bytes: int
 
 
+class RemoveArena(NamedTuple):
+    """Nobody uses this arena: it and its directory go, and their memory before any `Back` that
+    comes later."""
+
+    arena: int
+
+
 class ShareArena(NamedTuple):
     """Send the arena's read-only descriptor to the session, before the reply that names it."""
 
@@ -306,6 +314,7 @@ Effect = (
     | CloseStaging
     | Completed
     | CreateArena
+    | RemoveArena
     | ShareArena
     | Back
     | Punch

@@ -193,14 +193,7 @@ class Core:
         job = cache.jobs.pop(event.job)
         assert isinstance(job, Checking)
         checking.checked(cache, job, event, effects)
-        for session, correlation, message in job.allocs:
-            body: Any
-            try:
-                body = allocating.alloc(cache, session, correlation, message, now, effects)
-            except KvdError as error:
-                body = error
-            if body is not None:
-                cache.reply(session, correlation, body, effects)
+        allocating.alloc_again(cache, job, now, effects)
         checking.check_next(cache, effects)
 
     def _connect(self, event: Connected, now: float, effects: list[Effect]) -> None:
@@ -240,8 +233,11 @@ class Core:
         if session is None:
             return
         session.alive = False
+        if cache.unchecked:
+            allocating.forget_allocs(cache, session)
         for context in list(session.contexts.values()):
             models.drop_context(cache, context, State.FAILED, effects)
+        models.leave_models(cache, session)
         for commit in session.commits.values():
             withdraw(commit)
         cache.leaving[session.id] = session

@@ -37,7 +37,7 @@ def register_model(
     fingerprint = arena_fingerprint(
         message.fingerprint, message.payload_format, message.block_tokens
     )
-    arena = cache.models.get((session.tenant.name, fingerprint))
+    arena = session.tenant.arena_of(fingerprint)
     known = arena is not None and arena.number in session.shared
     if not known and len(session.shared) >= cache.limits.session_models:
         raise TooMany(
@@ -57,6 +57,7 @@ def register_model(
         )
     if not known:
         session.shared.add(arena.number)
+        arena.sessions += 1
         effects.append(ShareArena(session.id, arena.number))
     return ModelRegistered(
         arena.number, arena.number, arena.payload_bytes, arena.stride, arena.slots
@@ -115,10 +116,25 @@ def drop_context(cache: Cache, context: Context, outcome: State, effects: list[E
 
 def forget_arena(cache: Cache, number: int) -> None:
     """Undo the registration of an arena that could not be made; nobody has used it yet."""
-    arena = cache.budget.forget_arena(number)
-    del cache.models[(arena.tenant.name, arena.fingerprint)]
+    cache.budget.forget_arena(cache.budget.arenas[number])
     for session in cache.sessions.values():
         session.shared.discard(number)
+
+
+def leave_models(cache: Cache, session: Session) -> None:
+    """The session has ended, and its contexts are closed: it has registered nothing any more."""
+    for number in session.shared:
+        cache.budget.arenas[number].sessions -= 1
+
+
+def check_models(cache: Cache, tenant: Tenant) -> None:
+    """Raise TooMany if the tenant has as many models as it may."""
+    if len(tenant.arenas) >= cache.limits.max_models:
+        raise TooMany(
+            "as many models are registered as a tenant may have",
+            tenant=tenant.name,
+            max_models=cache.limits.max_models,
+        )
 
 
 def make_arena(
@@ -132,13 +148,7 @@ def make_arena(
     block_tokens: int,
 ) -> Arena:
     """An arena as this configuration makes it, as long as the budget, not yet known to anyone.
-    Raises TooMany, or ModelTooLarge if not even one block fits the budget."""
-    if len(tenant.arenas) >= cache.limits.max_models:
-        raise TooMany(
-            "as many models are registered as a tenant may have",
-            tenant=tenant.name,
-            max_models=cache.limits.max_models,
-        )
+    Raises ModelTooLarge if not even one block fits the budget."""
     form = make_format(payload_format, geometry, block_tokens)
     arena = Arena(
         number=number,
@@ -181,9 +191,11 @@ def _create_arena(
         message.payload_format,
         message.block_tokens,
     )
+    if len(arena.tenant.arenas) >= cache.limits.max_models:
+        cache.budget.give_up_oldest(arena.tenant, effects)
+    check_models(cache, arena.tenant)
     cache.budget.charge_directory(arena, effects)
     cache.next_arena += 1
-    cache.models[(arena.tenant.name, fingerprint)] = arena
     effects.append(
         CreateArena(
             arena.number,

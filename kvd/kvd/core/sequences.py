@@ -171,7 +171,7 @@ class Session:
     flushes: list[WaitingFlush] = field(default_factory=list)
     open_sequences: int = 0
     waiting: int = 0
-    """Its allocs that wait for an id."""
+    """Its allocs that wait for an id, or for a check."""
     waiting_bytes: int = 0
     """Of their tokens."""
     reserved_bytes: int = 0

@@ -48,13 +48,17 @@ class Tenant:
         """Bytes that it may still take without giving any back."""
         return self.quota - self.held
 
+    def arena_of(self, fingerprint: bytes) -> "Arena | None":
+        """Its arena of this model, if there is one."""
+        return next((arena for arena in self.arenas if arena.fingerprint == fingerprint), None)
+
     @property
     def oldest_use(self) -> int:
         """When its oldest cached block was used last; there is one."""
         return next(iter(self.lru.values()))
 
     def reclaimable(self, but: "Arena | None" = None) -> int:
-        """Bytes of slots that may go, those of the arena `but` left out."""
+        """Bytes that may go, those of the arena `but` left out."""
         return sum(arena.reclaimable for arena in self.arenas if arena is not but)
 
     def check_quota(self, n_bytes: int, but: "Arena | None" = None) -> None:

@@ -4,6 +4,7 @@ What may be tried is a method of `World`; each works out from the reference what
 Who chooses the steps: test_model.py (hypothesis) and test_simulation.py (a seed).
 """
 
+import math
 from collections import deque
 from collections.abc import Callable
 from struct import pack, unpack
@@ -713,8 +714,12 @@ class World:
         return None
 
     def _handle(self, event: Event) -> list[Effect]:
+        """Let it happen, and what takes long to its end. In between: test_long_walks.py."""
         self.steps += 1
-        return self.core.handle(event, self.now)
+        effects = self.core.handle(event, self.now)
+        while self.core.next_deadline() == -math.inf:
+            effects += self.core.handle(Ticked(), self.now)
+        return effects
 
     # --- effects
 

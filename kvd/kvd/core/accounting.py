@@ -100,6 +100,8 @@ def check(cache: Cache) -> None:
                 f"sequence {sequence.seq_id} of context {sequence.context.number} leases a block "
                 "that is gone"
             )
+    for block in cache.budget.letting_go:
+        leases[block] = leases.get(block, 0) + 1
     adopted = 0
     for arena in cache.budget.arenas.values():
         adopted += sum(block.state is ADOPTED for block in arena.root.below())

@@ -21,12 +21,16 @@ parent: the head never has resident children, and tail-first eviction takes one 
 its quota gives way itself, from its own LRU. If it is the budget that has no room, the oldest head
 of all LRUs goes, whosever it is: a comparison for each tenant.
 
+A lease may cover 31,250 blocks, so it ends from the tail up in steps, between which it is a lease
+on what is left of it (`letting_go`). Who needs the room at once does not wait for that.
+
 The records tell this order: a block's place is that of the latest `last_use` of itself and all
 below it. So a use is recorded for the deepest block alone, and a block that is dropped leaves its
 own to its parent.
 """
 
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from heapq import merge
 from itertools import islice
 from operator import attrgetter, itemgetter
@@ -35,11 +39,13 @@ from typing import NamedTuple
 from kvd.core.events import Back, DropRecord, Effect, Punch, SessionId, UseRecord
 from kvd.core.tenants import Tenant, TenantRule
 from kvd.core.tree import FILLING, GONE, NO_SLOT, SEALED, Block
-from kvd_proto.errors import AllLeased, BudgetTooSmall, Detail
+from kvd_proto.errors import AllLeased, BudgetTooSmall, Detail, ResourceError
 from kvd_proto.geometry import Geometry, round_up
 from kvd_proto.layout import DIRECTORY_HEADER_BYTES, record_bytes
 from kvd_proto.payload import PayloadFormat
 
+WALK_BLOCKS = 1024
+"""Leased, or let go, at once: in less than a millisecond, before others get their turn."""
 DIRECTORY_CHUNK = 64 * 1024
 """Directories grow by so much: a few hundred records, so that small arenas stay small."""
 
@@ -145,6 +151,11 @@ class Budget:
         self.tenants = {rule.name: Tenant(rule, n_bytes) for rule in rules}
         self.clock = 0
         """Counts uses of blocks. A sealed block's generation is its first use."""
+        self.letting_go: deque[Block] = deque()
+        """Leases that have ended, but for what is left of them."""
+        self.allowance = WALK_BLOCKS
+        """How many blocks may be let go still before others get their turn: set anew for each
+        event."""
 
     def tick(self) -> int:
         """The clock's next moment."""
@@ -186,26 +197,44 @@ class Budget:
 
     def hold(self, block: Block) -> None:
         """Keep `block` and all its ancestors. Stops at the first that is held already."""
-        node: Block | None = block
+        node = block
         arena = block.arena
-        while node is not None and node.parent is not None:
+        lru = arena.lru
+        n_cached = 0
+        while (parent := node.parent) is not None:
             node.holds += 1
             if node.holds > 1:
-                return
+                break
             if node.state is not FILLING:
-                del arena.lru[node]
-                arena.cached -= 1
-                arena.active += 1
-            node = node.parent
+                del lru[node]
+                n_cached += 1
+            node = parent
+        arena.cached -= n_cached
+        arena.active += n_cached
 
     def unhold(self, block: Block, effects: list[Effect]) -> None:
         """Undo one `hold`. What nobody holds any more becomes the youngest of the LRU, tail first;
-        but not an open tail that a longer block has replaced meanwhile: that goes."""
+        but not an open tail that a longer block has replaced meanwhile: that goes. What is beyond
+        the allowance follows in `let_go_some`."""
         if block.holds == 1 or block in block.arena.former:
             self.use(block, effects)
-        self._let_go(block)
+        self._let_go(block, self.allowance)
         if block.parent is not None and not block.holds and block.is_superseded:
             self.drop(block, effects)
+
+    def let_go_some(self, effects: list[Effect]) -> None:
+        """Go on with leases that have ended, for as many blocks as are allowed now."""
+        while self.letting_go and self.allowance > 0:
+            self.unhold(self.letting_go.popleft(), effects)
+
+    def let_go_below(self, doomed: set[Block], parent: Block) -> None:
+        """Go on with leases that have ended until nothing is left of them in `doomed`, which is all
+        that there is below `parent` in one place."""
+        for block in [each for each in self.letting_go if each in doomed]:
+            self.letting_go.remove(block)
+            self.hold(parent)
+            self._let_go(block, len(doomed))
+            self.letting_go.append(parent)
 
     def use(self, block: Block, effects: list[Effect]) -> None:
         """A lease on this very block has ended: that enters its record, if it has one, and does not
@@ -218,18 +247,26 @@ class Budget:
         block.last_use = last_use
         effects.append(UseRecord(block.arena.number, block.slot, last_use))
 
-    def _let_go(self, block: Block) -> None:
-        """Count one `hold` less. What nobody holds any more is cached, and was used now."""
-        node: Block | None = block
-        arena = block.arena
-        while node is not None and node.parent is not None:
-            node.holds -= 1
-            if node.holds:
+    def _let_go(self, block: Block, most: int) -> None:
+        """Count one `hold` less. What nobody holds any more is cached, and was used now: `most`
+        blocks, and no more than these from the allowance; what is left is noted."""
+        node = block
+        arena, lru, clock = block.arena, block.arena.lru, self.clock
+        n_cached = 0
+        while (parent := node.parent) is not None:
+            if node.holds > 1:
+                node.holds -= 1
                 break
-            arena.active -= 1
-            arena.cached += 1
-            arena.lru[node] = self.clock
-            node = node.parent
+            if n_cached >= most:
+                self.letting_go.append(node)
+                break
+            node.holds = 0
+            lru[node] = clock
+            n_cached += 1
+            node = parent
+        arena.active -= n_cached
+        arena.cached += n_cached
+        self.allowance -= n_cached
 
     # --- what an earlier daemon left
 
@@ -255,7 +292,7 @@ class Budget:
         nobody else leases takes the place in the LRU that its last use gives it: a walk of all."""
         former, arena.former = arena.former, {}
         for block in former:
-            self._let_go(block)
+            self._let_go(block, arena.backed)
         places = places_in(arena.lru)
         arena.lru.clear()
         arena.lru.update(sorted(places.items(), key=lambda each: (each[1], -each[0].start)))
@@ -273,7 +310,7 @@ class Budget:
         is_read = block in arena.former
         if is_read:
             del arena.former[block]
-            self._let_go(block)
+            self._let_go(block, arena.backed)
         self.drop(block, effects)
         if is_read:
             arena.retired.append(arena.free.pop())
@@ -314,7 +351,7 @@ class Budget:
     def take(self, arena: Arena, n_slots: int, effects: list[Effect]) -> SlotsTaken:
         """Set `n_slots` aside as filling. All or none: raises OverQuota, BudgetTooSmall or
         AllLeased."""
-        self.check_room(arena, n_slots)
+        self._find_room(lambda: self.check_room(arena, n_slots), effects)
         tenant = arena.tenant
         to_back: list[int] = []
         slots: list[int] = []
@@ -426,6 +463,26 @@ class Budget:
     def _make_room(self, tenant: Tenant, n_bytes: int, effects: list[Effect]) -> None:
         """Give memory of free and cached slots back until `tenant` may take `n_bytes`, and they are
         unassigned."""
+        self._find_room(lambda: self._check_bytes(tenant, n_bytes), effects)
+        while n_bytes > tenant.headroom:
+            self._give_way(None, tenant, effects)
+        while n_bytes > self.unassigned:
+            self._give_way(None, None, effects)
+
+    def _find_room(self, check: Callable[[], None], effects: list[Effect]) -> None:
+        """Let `check` raise ResourceError, but not for want of what is being let go."""
+        while self.letting_go:
+            try:
+                check()
+            except ResourceError:
+                self.allowance = WALK_BLOCKS
+                self.let_go_some(effects)
+            else:
+                return
+        check()
+
+    def _check_bytes(self, tenant: Tenant, n_bytes: int) -> None:
+        """Whether `tenant` may take so many, if everything that may go does. Mutates nothing."""
         tenant.check_quota(n_bytes)
         could = self.unassigned + self._reclaimable()
         if n_bytes > could:
@@ -437,10 +494,6 @@ class Budget:
                 directory_bytes=self.directories,
                 available_bytes=could,
             )
-        while n_bytes > tenant.headroom:
-            self._give_way(None, tenant, effects)
-        while n_bytes > self.unassigned:
-            self._give_way(None, None, effects)
 
     def _reclaimable(self, but: Arena | None = None) -> int:
         """Bytes of slots that may go, whosever they are, those of the arena `but` left out."""

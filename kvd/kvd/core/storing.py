@@ -296,6 +296,9 @@ def remove(cache: Cache, block: Block, error: KvdError, effects: list[Effect]) -
     """Drop a block that cannot be filled, and all below it."""
     if block.state is not GONE:
         _fall_back(cache, block, cache.sequences(), effects)
+        if cache.budget.letting_go:
+            assert block.parent is not None
+            cache.budget.let_go_below({block, *block.below()}, block.parent)
         remove_failed(block, error, cache.budget, effects)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from kvd.core import accounting, allocating, budget, machine
+from kvd.core import accounting, allocating, budget, machine, recount
 from kvd.core.cache import Counters, Limits, sum_of
 from kvd.core.events import (
     ArenaFound,
@@ -111,7 +111,7 @@ class Driver:
     def handle(self, event: Event) -> None:
         self.effects = self.core.handle(event, self.now)
         if self.checked:
-            accounting.check(self.cache)
+            recount.check(self.cache)
         for effect in self.effects:
             if isinstance(effect, Reply):
                 assert effect.correlation not in self.replies, "answered twice"

@@ -383,11 +383,15 @@ class Steps:
         n_tokens = self.random.randint(0, most)
         return tuple(self.random.choices((1, 2, 256), (9, 1, 1), k=n_tokens))
 
-    def live(self, n_steps: int) -> None:
+    def step(self) -> None:
         steps = [self.alloc, self.append, self.release, self.work, self.tick]
         rare = [self.evict, self.disconnect]
-        for step in self.random.choices([*steps, *rare], [*[8] * 5, 1, 1], k=n_steps):
-            step()
+        (step,) = self.random.choices([*steps, *rare], [*[8] * 5, 1, 1])
+        step()
+
+    def live(self, n_steps: int) -> None:
+        for _ in range(n_steps):
+            self.step()
         self.names, names = [], self.names
         for name in names:
             self.driver.disconnect(name.encode())

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from struct import pack, unpack
 from typing import Any, NamedTuple
 
-from kvd.core import accounting
+from kvd.core import accounting, recount
 from kvd.core.cache import AllocBacking, AppendBacking, Limits
 from kvd.core.events import (
     Back,
@@ -960,7 +960,7 @@ class World:
 
     def _compare(self) -> None:
         cache = self.core.cache
-        accounting.check(cache)
+        recount.check(cache)
         assert not self.seals, "a copy was good, and its block was not sealed"
         for arena in self.arenas.values():
             self._compare_arena(arena)

@@ -38,7 +38,7 @@ from typing import NamedTuple
 
 from kvd.core.events import Back, DropRecord, Effect, Punch, SessionId, UseRecord
 from kvd.core.tenants import Tenant, TenantRule
-from kvd.core.tree import FILLING, GONE, NO_SLOT, SEALED, Block
+from kvd.core.tree import ADOPTED, FILLING, GONE, NO_SLOT, SEALED, Block
 from kvd_proto.errors import AllLeased, BudgetTooSmall, Detail, ResourceError
 from kvd_proto.geometry import Geometry, round_up
 from kvd_proto.layout import DIRECTORY_HEADER_BYTES, record_bytes
@@ -85,6 +85,11 @@ class Arena:
         self.former: dict[Block, None] = {}
         """What clients of an earlier daemon may still read: it is leased to them until they are
         gone."""
+        self.blocks: list[Block | None] = []
+        """By slot below `high_water`: the block that is there or will be; also one that is gone, as
+        long as a job has its slot."""
+        self.unchecked = 0
+        """Blocks that an earlier daemon left, and that are not served before they are checked."""
         self.filling = 0
         self.active = 0
         self.cached = 0
@@ -281,8 +286,11 @@ class Budget:
         arena.filling = len(retired)
         arena.retired = retired
         arena.former = dict.fromkeys(blocks)
+        arena.unchecked = len(blocks)
+        arena.blocks = [None] * arena.high_water
         for block in blocks:
             block.holds = 1 + len(block.children)
+            arena.blocks[block.slot] = block
         self.spend(arena.tenant, arena.directory_bytes + arena.backed * arena.stride)
         self.arenas[arena.number] = arena
         arena.tenant.arenas.append(arena)
@@ -378,11 +386,14 @@ class Budget:
         """A slot that was set aside and is not needed stays backed, and is free."""
         arena.filling -= 1
         arena.free.append(slot)
+        arena.blocks[slot] = None
 
     def unback(self, arena: Arena, slots: set[int]) -> None:
         """Slots that were set aside, but the operating system had no memory for them."""
         arena.filling -= len(slots)
         arena.punched.extend(sorted(slots))
+        for slot in slots:
+            arena.blocks[slot] = None
         self.spend(arena.tenant, -len(slots) * arena.stride)
 
     def drop(self, block: Block, effects: list[Effect]) -> None:
@@ -395,10 +406,14 @@ class Budget:
         has_record = parent.parent is not None and parent.state is not FILLING
         if has_record and parent.last_use < block.last_use:
             self._record_use(parent, block.last_use, effects)
+        arena = block.arena
+        if block.state is ADOPTED:
+            arena.unchecked -= 1
         block.state = GONE
-        block.arena.cached -= 1
-        block.arena.free.append(block.slot)
-        effects.append(DropRecord(block.arena.number, block.slot))
+        arena.cached -= 1
+        arena.free.append(block.slot)
+        arena.blocks[block.slot] = None
+        effects.append(DropRecord(arena.number, block.slot))
 
     def pop_oldest(self, effects: list[Effect], tenant: Tenant | None = None) -> Block:
         """Evict the least recently used block that has no resident children: the head of the
@@ -522,4 +537,5 @@ class Budget:
         slot = arena.high_water
         arena.directory_bytes = arena.directory_for(slot + 1)
         arena.high_water += 1
+        arena.blocks.append(None)
         return slot

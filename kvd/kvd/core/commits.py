@@ -107,6 +107,7 @@ def begin(
         block = Block(arena, parent, chunk, block_key(parent.key, chunk), slot)
         block.holds = 1
         block.sources = [Source(commit, offset)]
+        arena.blocks[slot] = block
         parent.add(block)
         budget.hold(parent)
         commit.pending.add(block)

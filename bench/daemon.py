@@ -20,7 +20,8 @@ def running_daemon(max_memory: str) -> Iterator[str]:
             command = [sys.executable, "-m", "kvd", "serve", "--runtime-dir", directory]
             command += ["--no-keep-on-stop"]
             command += ["--instance", f"bench-{os.getpid()}", "--max-memory", max_memory]
-            command += ["--log-level", "warning"]
+            # A client that commits a GiB at once stages it at once.
+            command += ["--max-staging", max_memory, "--log-level", "warning"]
             process = subprocess.Popen(command, env={**os.environ, "NOTIFY_SOCKET": address})
             while b"READY=1" not in ready.recv(4096):
                 pass

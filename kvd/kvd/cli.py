@@ -13,7 +13,7 @@ from pathlib import Path
 
 import zmq
 
-from kvd import __version__, descriptors, log
+from kvd import __version__, descriptors, log, pauses
 from kvd.instance import InstanceBusy, InstanceLock, UnsafePath, default_runtime_dir, purge
 from kvd.notify import Notifier
 from kvd.server import Server
@@ -52,6 +52,7 @@ def serve(settings: Settings, notifier: Notifier) -> int:
         return _fail(1, error)
     with StopSignals() as stop, lock:
         descriptors.raise_limit(settings)
+        pauses.bound()
         try:
             server = Server(settings, lock, notifier)
         except (OSError, zmq.ZMQError) as error:

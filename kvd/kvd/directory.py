@@ -130,16 +130,16 @@ class Directory:
         """A block is gone."""
         layout.drop_record(self.segment.buffer, slot, self._block_tokens)
 
-    def records(self) -> dict[int, layout.Record]:
-        """All whole records by slot."""
-        return {entry.slot: entry.record for entry in self.entries()}
+    def record(self, slot: int) -> layout.Record | None:
+        """The whole record of a slot in the backed part, if there is one."""
+        return layout.read_record(self.segment.buffer, slot, self._block_tokens)
 
     def entries(self) -> list[Entry]:
         """All whole records, read from the backed part only."""
         found: list[Entry] = []
         buffer, block_tokens = self.segment.buffer, self._block_tokens
         for slot in range(self.backed_slots):
-            record = layout.read_record(buffer, slot, block_tokens)
+            record = self.record(slot)
             if record is not None:
                 last_use = layout.read_last_use(buffer, slot, block_tokens)
                 found.append(Entry(slot, record, last_use))

@@ -9,7 +9,7 @@ own user and root see everything, and others what is their tenant's. Only a sess
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -41,7 +41,8 @@ class Asked(NamedTuple):
 
 class Reporter:
     """Answers requests for reports. All who ask for one of the memory while another is being taken
-    share the next one, so many who ask at once are no burden."""
+    share the next one, so many who ask at once are no burden. Who asks for `verify` waits for a
+    recount before, which the loop goes on with, step by step, as long as it `is_recounting`."""
 
     def __init__(
         self,
@@ -63,9 +64,41 @@ class Reporter:
         self._waiting: list[Asked] = []
         self._asked: list[Asked] = []
         """Those whose report is being taken."""
+        self._verifying: list[Asked] = []
+        """Those who wait for a recount to begin."""
+        self._recounted: list[Asked] = []
+        """Those for whom one is under way."""
+        self._recount: Generator[None, None, list[str]] | None = None
+        self._differences: list[str] = []
+        """What the last recount has found."""
         self._open: Counter[SessionId] = Counter()
-        """How many of both are a client's."""
+        """How many of all these are a client's."""
         self._tries = 0
+
+    @property
+    def is_recounting(self) -> bool:
+        """Whether there is a step to do."""
+        return self._recount is not None
+
+    def recount_some(self) -> None:
+        """Do one step. When it was the last, a report is taken for all who wait for it."""
+        assert self._recount is not None
+        try:
+            next(self._recount)
+        except StopIteration as stop:
+            self._differences = stop.value
+        except Exception as error:
+            fault = _fault(error)
+            for asked in self._recounted:
+                self._answer(asked, fault)
+            self._recounted = []
+        else:
+            return
+        self._recount = None
+        self._waiting += self._recounted
+        self._recounted = []
+        self._begin_recount()
+        self._take()
 
     def answer(self, incoming: Incoming) -> None:
         """Answer now, or when the operating system has been asked. A fault of ours is an answer,
@@ -108,7 +141,17 @@ class Reporter:
         if self._open[session] >= MAX_WAITING:
             raise TooMany("this client waits for as many reports as it may", most=MAX_WAITING)
         self._open[session] += 1
-        self._waiting.append(asked)
+        if isinstance(message, Verify):
+            self._verifying.append(asked)
+            self._begin_recount()
+        else:
+            self._waiting.append(asked)
+
+    def _begin_recount(self) -> None:
+        """For all who wait for one, unless one is under way."""
+        if self._recount is None and self._verifying:
+            self._recounted, self._verifying = self._verifying, []
+            self._recount = reports.recount(self._cache, self._store)
 
     def _take(self) -> None:
         """Take a report for all who wait, unless one is being taken."""
@@ -128,7 +171,7 @@ class Reporter:
                 uptime,
                 stopped,
                 tenants,
-                recounting=thorough,
+                self._differences if thorough else None,
             )
         except Exception as error:
             self._fail(error)
@@ -155,12 +198,17 @@ class Reporter:
     def _give(self, body_for: Callable[[Asked], Any]) -> None:
         """Answer all whose report was taken, and begin with that of those who came meanwhile."""
         given, self._asked = self._asked, []
-        self._open = Counter(asked.incoming.session for asked in self._waiting)
         self._tries = 0
         for asked in given:
-            session, correlation, _ = asked.incoming
-            self._reply(session, correlation, body_for(asked))
+            self._answer(asked, body_for(asked))
         self._take()
+
+    def _answer(self, asked: Asked, body: Any) -> None:
+        session, correlation, _ = asked.incoming
+        self._open[session] -= 1
+        if not self._open[session]:
+            del self._open[session]
+        self._reply(session, correlation, body)
 
 
 def _report(taken: reports.Taken, seen: reports.Seen, asked: Asked) -> Reported:

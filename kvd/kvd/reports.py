@@ -6,12 +6,15 @@ on the loop, and `look` asks the operating system, in that thread's queue behind
 submitted before. Only when the system refused memory in between do the halves not fit together
 (`Store.refusals`).
 
+The recount of `verify` comes before that, in steps between which requests are served (`recount`):
+block by block, with its record. What `take` then adds up holds at its moment.
+
 A report is of everything, or of what is one tenant's: whoever may see no more gets its account as
 if its quota were the budget.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -23,22 +26,22 @@ from kvd.core.accounting import (
     AccountingError,
     Totals,
     arena_counts,
-    check,
-    count_unchecked,
-    sealed_blocks,
     totals,
 )
 from kvd.core.budget import Arena
 from kvd.core.cache import Cache, Counters, sum_of
 from kvd.core.events import SessionId
+from kvd.core.recount import STEP_BLOCKS, check_in_steps, check_totals
 from kvd.core.sequences import Session
 from kvd.core.tenants import Tenant
+from kvd.core.tree import ADOPTED, SEALED
 from kvd.store import StagingRoom, Store, StoredArena
 
 
 @dataclass(frozen=True, slots=True)
 class ArenaPages:
-    """What memory an arena should have, in bytes, and which of its slots should have none."""
+    """What memory an arena should have, in bytes, and (of a recount) which of its slots should have
+    none."""
 
     name: str
     tenant: str
@@ -72,8 +75,8 @@ class Taken:
     arenas: list[ArenaPages]
     stagings: list[StagingPages]
     differences: list[str]
-    """Between the core's own totals, its trees, and the directories' records; empty unless they
-    were recounted."""
+    """Between the core's own totals, its trees, and the directories' records; empty if they were
+    not recounted."""
 
 
 @dataclass(slots=True)
@@ -105,11 +108,10 @@ def take(
     uptime: float,
     stopped: Stopped,
     tenants: Iterable[Tenant | None],
-    *,
-    recounting: bool,
+    recounted: list[str] | None,
 ) -> Taken:
     """Read the core, at this moment, for those who may see one of `tenants`, or (None) everything.
-    With `recounting` a walk of all trees and records."""
+    `recounted` are the differences that a recount has found, if there was one."""
     stored = store.arenas
     now: dict[str | None, Totals] = {}
     status: dict[str | None, dict[str, Any]] = {}
@@ -121,12 +123,15 @@ def take(
     return Taken(
         totals=now,
         status=status,
-        arenas=[_pages(arena, stored[arena.number]) for arena in cache.budget.arenas.values()],
+        arenas=[
+            _pages(arena, stored[arena.number], thoroughly=recounted is not None)
+            for arena in cache.budget.arenas.values()
+        ],
         stagings=[
             StagingPages(session, sessions[session].tenant.name, room)
             for session, room in store.stagings.items()
         ],
-        differences=recount(cache, store) if recounting else [],
+        differences=[] if recounted is None else recounted + _check_totals(cache),
     )
 
 
@@ -188,17 +193,40 @@ def verify(taken: Taken, seen: Seen) -> dict[str, Any]:
     return {"ok": not differences, "differences": differences, "terms": terms}
 
 
-def recount(cache: Cache, store: Store) -> list[str]:
-    """What is wrong in the core's totals and trees, and in the directories' records. Empty if they
-    all agree."""
+def recount(cache: Cache, store: Store) -> Generator[None, None, list[str]]:
+    """Find what is wrong in the core's trees and in the directories' records, in steps of less than
+    a millisecond. Returns an empty list if they agree."""
     differences: list[str] = []
     try:
-        check(cache)
+        yield from check_in_steps(cache)
     except AccountingError as error:
         differences.append(f"core: {error}")
-    for number, arena in cache.budget.arenas.items():
-        differences += _recount_records(arena, store.arenas[number])
+    for arena in list(cache.budget.arenas.values()):
+        stored = store.arenas[arena.number]
+        first = 0
+        while first < stored.directory.backed_slots:
+            differences += _recount_records(arena, stored, range(first, first + STEP_BLOCKS))
+            first += STEP_BLOCKS
+            yield
     return differences
+
+
+def recount_at_once(cache: Cache, store: Store) -> list[str]:
+    """All of it, while everybody waits."""
+    steps = recount(cache, store)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as stop:
+            return [*stop.value, *_check_totals(cache)]
+
+
+def _check_totals(cache: Cache) -> list[str]:
+    try:
+        check_totals(cache)
+    except AccountingError as error:
+        return [f"core: {error}"]
+    return []
 
 
 def line(cache: Cache) -> str:
@@ -264,7 +292,7 @@ def _status(
             "waiting": sum(session.waiting for session in sessions),
         },
         "recovery": {
-            "unchecked_blocks": count_unchecked(cache),
+            "unchecked_blocks": sum(arena.unchecked for arena in arenas),
             "read_from_before": sum(bool(arena.former or arena.retired) for arena in arenas),
         },
         "accounting": {
@@ -358,7 +386,7 @@ def _settled(tenant: Tenant | None, cache: Cache, store: Store) -> Totals:
     return replace(now, directory=now.directory - owed, unassigned=now.unassigned + owed)
 
 
-def _pages(arena: Arena, stored: StoredArena) -> ArenaPages:
+def _pages(arena: Arena, stored: StoredArena, *, thoroughly: bool) -> ArenaPages:
     return ArenaPages(
         arena.name,
         arena.tenant.name,
@@ -368,19 +396,23 @@ def _pages(arena: Arena, stored: StoredArena) -> ArenaPages:
         arena.backed * arena.stride,
         stored.directory_bytes,
         arena.high_water,
-        frozenset(arena.punched),
+        frozenset(arena.punched if thoroughly else ()),
     )
 
 
-def _recount_records(arena: Arena, stored: StoredArena) -> list[str]:
+def _recount_records(arena: Arena, stored: StoredArena, slots: range) -> list[str]:
     """The directory must hold exactly the sealed blocks."""
-    found = stored.directory.records()
     differences = []
-    for block in sealed_blocks(arena):
+    for slot in slots[: max(0, stored.directory.backed_slots - slots.start)]:
+        record = stored.directory.record(slot)
+        block = arena.blocks[slot] if slot < len(arena.blocks) else None
+        if block is None or block.state not in (ADOPTED, SEALED):
+            if record is not None:
+                differences.append(f"{arena.name}: slot {slot} has a record and no block")
+            continue
         assert block.parent is not None
-        record = found.pop(block.slot, None)
         if record is None:
-            differences.append(f"{arena.name}: slot {block.slot} is sealed and has no record")
+            differences.append(f"{arena.name}: slot {slot} is sealed and has no record")
         elif record != (
             block.start,
             block.tokens,
@@ -389,8 +421,7 @@ def _recount_records(arena: Arena, stored: StoredArena) -> list[str]:
             block.generation,
             block.checksum,
         ):
-            differences.append(f"{arena.name}: the record of slot {block.slot} is of another block")
-    differences += [f"{arena.name}: slot {slot} has a record and no block" for slot in found]
+            differences.append(f"{arena.name}: the record of slot {slot} is of another block")
     return differences
 
 

@@ -76,6 +76,8 @@ class Requests:
             correlation, message = codec.decode_request(frame.bytes)
         except BadMessage as error:
             known = error.details.pop("correlation", 0)
+            # Without the frames: one of them will hold this very error, in a cycle with the bytes.
+            error.__traceback__ = error.__context__ = None
             return Incoming(session, known if isinstance(known, int) else 0, error)
         except Exception as error:  # a fault of ours in decoding: nothing has happened yet
             log.error("request could not be decoded", error, length=len(frame.bytes))

@@ -198,7 +198,7 @@ class Server:
             log.error("request failed", error, operation=type(event.message).__name__)
             fault = InternalError(f"{type(error).__name__}: {error}")
             self._requests.reply(event.session, event.correlation, fault)
-            differences = reports.recount(self.core.cache, self.store)
+            differences = reports.recount_at_once(self.core.cache, self.store)
             if differences:
                 log.error("recount disagrees", differences="; ".join(differences))
                 raise
@@ -299,6 +299,8 @@ class Server:
 
     def _tick(self) -> float:
         """Do what is due; returns for how many seconds the loop may wait, -1 for ever."""
+        if self._reporter.is_recounting:
+            self._reporter.recount_some()
         now = time.monotonic()
         deadline = self.core.next_deadline()
         if deadline is None:
@@ -314,6 +316,8 @@ class Server:
             self._linger(now),
             self._look_for_readers(now),
         )
+        if self._reporter.is_recounting:
+            return 0.0
         return -1 if due == math.inf else max(0.0, due - now)
 
     def _give_signs(self, now: float) -> float:

@@ -17,8 +17,8 @@ from kvd_proto.keys import FINGERPRINT_BYTES, TOKEN_BYTES
 MAX_TOKENS = 1 << 20
 """Tokens of one sequence: more than any model's context, and 4 MiB on the wire."""
 MAX_BLOCK_TOKENS = 1024
-MAX_APPEND_BLOCKS = 1024
-"""Each costs the daemon's loop 5 to 10 us, and everybody waits meanwhile."""
+MAX_APPEND_BLOCKS = 256
+"""Each costs the daemon's loop 4 to 8 us, and everybody waits meanwhile."""
 MAX_SEQ_IDS = 255
 """LLAMA_MAX_SEQ is 256, and one id of each context is scratch."""
 MAX_WAIT_MS = 24 * 3600 * 1000

@@ -4,10 +4,13 @@ The shell's jobs are ended by the test, one by one, or all at once by `work`. Ra
 world.py's.
 """
 
+import math
 from struct import pack, unpack
 from typing import Any
 
-from kvd.core import accounting
+import pytest
+
+from kvd.core import accounting, allocating, budget, machine, recount
 from kvd.core.cache import Counters, Limits, sum_of
 from kvd.core.events import (
     ArenaFound,
@@ -57,6 +60,12 @@ SMALL_DIRECTORY = 5 * PAGE
 BLOCK_TOKENS = 2
 
 
+def walk_in_steps_of(n_blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a match, and the end of a lease, go on for so many blocks at once."""
+    for module in (allocating, machine, budget):
+        monkeypatch.setattr(module, "WALK_BLOCKS", n_blocks)
+
+
 class Handle:
     """A sequence as its client knows it."""
 
@@ -102,7 +111,7 @@ class Driver:
     def handle(self, event: Event) -> None:
         self.effects = self.core.handle(event, self.now)
         if self.checked:
-            accounting.check(self.cache)
+            recount.check(self.cache)
         for effect in self.effects:
             if isinstance(effect, Reply):
                 assert effect.correlation not in self.replies, "answered twice"
@@ -222,6 +231,11 @@ class Driver:
     def pass_time(self, seconds: float) -> None:
         self.now += seconds
         self.handle(Ticked())
+
+    def settle(self) -> None:
+        """Let all steps of what takes long be done."""
+        while self.core.next_deadline() == -math.inf:
+            self.pass_time(0)
 
     def back(self, error: KvdError | None = None) -> None:
         """End the first job, which is to give memory."""

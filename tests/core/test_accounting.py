@@ -1,23 +1,35 @@
 """The recount finds a fault in every single term, and says which; and the reports add up."""
 
 from collections.abc import Callable
+from random import Random
 
 import pytest
 
+from kvd.core import recount
 from kvd.core.accounting import (
     AccountingError,
     Totals,
     arena_counts,
-    check,
     sealed_blocks,
     totals,
 )
 from kvd.core.budget import Arena
 from kvd.core.cache import AllocBacking, AppendBacking, Cache, Copying
+from kvd.core.recount import check
 from kvd.core.tenants import Tenant
-from kvd.core.tree import GONE, Block
+from kvd.core.tree import ADOPTED, GONE, Block
 from kvd_proto.messages import COMPLETED, Release
-from tests.core.driver import BUDGET, FULL_DIRECTORY, PAGE, STAGING, Driver, alloc, path_of
+from tests.core.driver import (
+    BUDGET,
+    FULL_DIRECTORY,
+    PAGE,
+    STAGING,
+    Driver,
+    alloc,
+    path_of,
+    walk_in_steps_of,
+)
+from tests.core.test_long_walks import Steps
 
 CACHED, HELD, ABOVE = (1, 2, 3, 4), (5, 6, 7, 8), (5, 6)
 COPYING, BACKING = (10, 11), (12, 13)
@@ -169,6 +181,11 @@ def swap_slots(cache: Cache) -> None:
     block_of(first(cache), HELD).slot = block_of(first(cache), CACHED).slot
 
 
+def list_one_twice(cache: Cache) -> None:
+    arena = first(cache)
+    arena.blocks[arena.free[0]] = block_of(arena, HELD)
+
+
 def lease_what_is_gone(cache: Cache) -> None:
     block_of(first(cache), BACKED).state = GONE
 
@@ -188,11 +205,65 @@ def leave_a_shorter_one(cache: Cache) -> None:
     slot = arena.punched.pop()
     longer = Block(arena, parent, b"\3\0\0\0\4\0\0\0", b"", slot)
     longer.state = "sealed"
+    arena.blocks[slot] = longer
     parent.children.append(longer)
     arena.lru[longer] = 0
     arena.lru.move_to_end(longer, last=False)
     arena.cached += 1
     cache.budget.spend(arena.tenant, arena.stride)
+
+
+def lose_one_and_put_another_into_the_lru(cache: Cache) -> None:
+    lru = of_tenant(cache).lru
+    del lru[block_of(first(cache), (1, 2))]
+    put_into_the_lru(cache)
+
+
+def hold_what_is_in_the_lru(cache: Cache) -> None:
+    """And as many are in it as should be: its arena has one more that is cached."""
+    put_into_the_lru(cache)
+    arena = first(cache)
+    arena.cached += 1
+    arena.active -= 1
+
+
+def forget_whose_slot_it_is(cache: Cache) -> None:
+    arena = first(cache)
+    arena.blocks[block_of(arena, HELD).slot] = None
+
+
+def forget_where_a_first_one_is(cache: Cache) -> None:
+    """A block below the root, which has no slot itself."""
+    arena = first(cache)
+    child = block_of(arena, COPYING)
+    assert child.parent is arena.root
+    arena.blocks[child.slot] = None
+
+
+def lose_from_the_tree(cache: Cache) -> None:
+    """It can never be matched again, or evicted with its parent."""
+    block = block_of(first(cache), COPYING)
+    assert block.parent is not None
+    block.parent.children.remove(block)
+
+
+def forget_to_check(cache: Cache) -> None:
+    block_of(first(cache), CACHED).state = ADOPTED
+    first(cache).unchecked += 1
+
+
+def lose_a_copy(cache: Cache) -> None:
+    number = next(
+        number
+        for number, job in cache.jobs.items()
+        if isinstance(job, Copying) and job.session is of_session(cache)
+    )
+    del cache.jobs[number]
+
+
+def reserve_what_is_free(cache: Cache) -> None:
+    sequence = next(each for each in cache.sequences() if each.reserved)
+    sequence.reserved[0] = first(cache).free[0]
 
 
 def forget_a_waiter(cache: Cache) -> None:
@@ -224,19 +295,29 @@ def forget_a_waiter(cache: Cache) -> None:
         (add("holds", block(HELD), 1), r"holds of slot \d+: running total 2, recounted 1"),
         (add("holds", block(CACHED), 1), "holds of slot"),
         (add("holds", block(COPYING), -1), "holds of slot"),
-        (add("high_water", first, 1), "each slot below 13 should be in one of"),
+        (add("high_water", first, 1), "each slot below 13 should be in one place: 12 is in none"),
         (swap, "would be evicted before its child"),
         (forget_a_use, r"by its records, and at \d+ by its place"),
-        (lose_from_the_lru, "which is not in the LRU"),
+        (lose_from_the_lru, "blocks in the LRU of t: running total 1, recounted 2"),
+        (lose_one_and_put_another_into_the_lru, "which is not in the LRU"),
         (put_into_the_lru, "blocks in the LRU of t: running total 3, recounted 2"),
-        (count_one_twice, "each slot below 12 should be in one of .*'free'"),
-        (lose_a_slot, "each slot below 12 should be in one of .*'punched': \\[\\]"),
-        (lose_a_reserved_slot, "filling: running total 6, recounted 5"),
-        (lose_a_job, "filling: running total 6, recounted 4"),
-        (swap_slots, "each slot below 12 should be in one of .*'active'"),
+        (count_one_twice, r"each slot below 12 .*: \d+ is free and a block's$"),
+        (lose_a_slot, "each slot below 12 should be in one place: 3 is in none$"),
+        (lose_a_reserved_slot, "reserved by s: running total"),
+        (lose_a_job, "reserved by s: running total"),
+        (swap_slots, "a block in the tree is not the one in its slot"),
+        (list_one_twice, "in slot . says that it is in slot"),
         (lease_what_is_gone, "sequence 3 of context 1 leases a block that is gone"),
         (put_children_below_a_tail, "is not full and has children"),
         (leave_a_shorter_one, "nobody holds slot"),
+        (hold_what_is_in_the_lru, "is held, and in the LRU"),
+        (forget_whose_slot_it_is, "a block in the tree is not the one in its slot"),
+        (forget_where_a_first_one_is, "a block in the tree is not the one in its slot"),
+        (lose_from_the_tree, "has a block that is not in the tree"),
+        (add("unchecked", first, 1), "blocks to check: running total 1, recounted 0"),
+        (forget_to_check, "was left by an earlier daemon, and nobody checks it"),
+        (lose_a_copy, "copies from the staging of s: running total 1, recounted 0"),
+        (reserve_what_is_free, "each slot below 12 .* is free and set aside"),
     ],
 )
 def test_every_planted_fault_is_found(
@@ -313,3 +394,38 @@ def test_an_lru_whose_oldest_block_is_not_the_first_is_found() -> None:
     of_tenant(driver.cache).lru.move_to_end(block_of(first(driver.cache), (1, 2)))
     with pytest.raises(AccountingError, match=r"slot 0 was used at 1 .*, which comes after 2"):
         check(driver.cache)
+
+
+# --- a recount in steps
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_recount_in_steps_agrees_whatever_happens_in_between(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each event is also followed by a recount at once (driver.py), which agrees as well."""
+    random = Random(seed)
+    walk_in_steps_of(random.choice((1, 2, 1024)), monkeypatch)
+    monkeypatch.setattr(recount, "STEP_BLOCKS", random.choice((1, 2, 5)))
+    steps = Steps(random)
+    ended = 0
+    counting = recount.check_in_steps(steps.driver.cache)
+    for _ in range(300):
+        steps.step()
+        for _ in range(random.choice((0, 1, 3))):
+            if next(counting, counting) is counting:
+                recount.check_totals(steps.driver.cache)
+                counting = recount.check_in_steps(steps.driver.cache)
+                ended += 1
+    assert ended > 3
+
+
+@pytest.mark.parametrize("plant", [add("active", first, 1), lose_from_the_tree, forget_a_use])
+def test_a_fault_that_was_there_all_the_time_is_found_in_steps(
+    cache: Cache, plant: Callable[[Cache], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recount, "STEP_BLOCKS", 1)
+    plant(cache)
+    with pytest.raises(AccountingError):
+        for _ in recount.check_in_steps(cache):
+            pass

@@ -153,6 +153,7 @@ def test_eviction_from_a_deep_chain() -> None:
     def cost(n_blocks: int) -> int:
         driver = daemon(n_blocks)
         driver.ask(b"s", release(chain(driver, n_blocks)))
+        driver.settle()
         handle = driver.alloc(b"s", 1)
         counter = Counter()
         counter.watch(driver)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from kvd.core import accounting
+from kvd.core import accounting, recount
 from kvd.core.budget import directory_bytes_for
 from kvd.core.cache import Limits
 from kvd.core.events import DropRecord, Punch, RefuseSession, ShareArena
@@ -112,7 +112,7 @@ def test_a_quota_moves_memory_between_the_tenants_own_models_only() -> None:
     driver.put("a", 1, 2, 3, 4)
     growth = tenant.arenas[1].directory_limit - tenant.arenas[1].directory_bytes
     tenant.quota, tenant.has_quota = tenant.held + growth + PAGE, True
-    accounting.check(driver.cache)
+    recount.check(driver.cache)
     handle = driver.alloc(b"a", other)
     driver.append(handle, 0, 1, 2)
     assert driver.of_kind(DropRecord) == [DropRecord(1, 0)]

@@ -7,6 +7,7 @@ from random import Random
 
 import pytest
 
+from tests.core.driver import walk_in_steps_of
 from tests.core.world import KINDS, STAGING, TENANTS, VOCABULARY, World
 
 STEPS = int(os.environ.get("KVD_SIMULATION_STEPS", 100_000))
@@ -19,6 +20,16 @@ STEPS_OF_A_LIFE = 500
 def test_random_steps(seed: int) -> None:
     random = Random(seed)
     for _ in range(max(1, STEPS // len(SEEDS) // STEPS_OF_A_LIFE)):
+        Life(random).live()
+
+
+@pytest.mark.parametrize("seed", SEEDS[:3])
+def test_random_steps_with_leases_that_begin_and_end_block_by_block(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    walk_in_steps_of(1, monkeypatch)
+    random = Random(seed)
+    for _ in range(max(1, STEPS // len(SEEDS) // STEPS_OF_A_LIFE // 2)):
         Life(random).live()
 
 

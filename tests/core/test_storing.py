@@ -373,6 +373,7 @@ def test_a_very_deep_chain_fails_as_a_whole() -> None:
     driver.ask(b"a", staged)
     driver.disconnect(b"a")
     driver.work()
+    driver.settle()
     assert driver.counts() == {"cached": n_blocks}
 
 

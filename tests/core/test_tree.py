@@ -123,7 +123,7 @@ def grow(leaves: dict[Path, str]) -> tuple[Block, dict[Path, Block]]:
 def test_match_is_as_long_as_any_block_agrees(leaves: dict[Path, str], prompt: Path) -> None:
     root, blocks = grow(leaves)
     visible = [path for path, each in blocks.items() if is_visible(each)]
-    found = match(root, packed(*prompt), 4 * BLOCK_TOKENS)
+    found = match(root, packed(*prompt), 4 * BLOCK_TOKENS, 1000)
     assert found.n_tokens == max((common(path, prompt) for path in visible), default=0)
     assert [path_of(each) for each in found.full] == [
         prompt[:end] for end in range(BLOCK_TOKENS, found.n_tokens + 1, BLOCK_TOKENS)

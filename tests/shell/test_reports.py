@@ -3,13 +3,14 @@ found."""
 
 import ctypes
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from kvd_proto import layout
-from kvd_proto.messages import Evict
+from kvd_proto.messages import Evict, Status, Verify
 from tests.shell import raw
 from tests.shell.raw import BLOCK_TOKENS, STRIDE, Raw, many_tokens, raw_client
 from tests.support import Daemon, running_daemon
@@ -148,3 +149,38 @@ def test_counters_tell_what_was_asked_and_found(client: Raw) -> None:
         "sequences_opened": 1,
     }
     client.release(client.contexts[0], again)
+
+
+def test_a_recount_lets_others_in_between(daemon: Daemon, client: Raw) -> None:
+    """Whatever is stored, leased and evicted meanwhile, it finds nothing wrong."""
+    (context,) = client.contexts
+    with raw_client(daemon, staging_bytes=0) as auditor:
+        for number in range(1, 40):
+            asked = auditor.post(Verify())
+            prompt = many_tokens(number * 1000, 3 * BLOCK_TOKENS)
+            client.release(context, client.store(context, prompt))
+            client.release(context, client.alloc(context, TOKENS))
+            client.call(Evict("", 2))
+            reply = auditor.receive()
+            assert (reply.correlation, reply.body.report["differences"]) == (asked, [])
+
+
+def test_a_status_does_not_wait_for_a_recount(daemon: Daemon, client: Raw) -> None:
+    (context,) = client.contexts
+    for number in range(1, 40):  # many steps
+        prompt = many_tokens(number * 1000, 30 * BLOCK_TOKENS)
+        client.release(context, client.store(context, prompt))
+    with raw_client(daemon, staging_bytes=0) as auditor:
+        os.kill(daemon.process.pid, signal.SIGSTOP)  # so that it finds both when it goes on
+        verify, status = auditor.post(Verify()), auditor.post(Status())
+        os.kill(daemon.process.pid, signal.SIGCONT)
+        assert [auditor.receive().correlation for _ in range(2)] == [status, verify]
+
+
+def test_many_may_ask_for_a_recount_at_once(daemon: Daemon) -> None:
+    with raw_client(daemon, staging_bytes=0) as auditor:
+        asked = [auditor.post(Verify()) for _ in range(16)]
+        replies = [auditor.receive() for _ in asked]
+        assert sorted(each.correlation for each in replies) == asked
+        assert all(each.body.report["ok"] for each in replies)
+        assert auditor.verify()["ok"]

@@ -190,7 +190,7 @@ def slot_of(killed: Daemon, start: int, n_tokens: int) -> int:
     try:
         return next(
             slot
-            for slot, record in directory.records().items()
+            for slot, record, _ in directory.entries()
             if (record.start, len(record.tokens) // 4) == (start, n_tokens)
         )
     finally:

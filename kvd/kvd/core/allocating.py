@@ -3,11 +3,13 @@
 from operator import attrgetter
 from struct import pack
 
+from kvd.core.budget import WALK_BLOCKS
 from kvd.core.cache import AllocBacking, Cache, Checking, WaitingAlloc
 from kvd.core.checking import check_first
 from kvd.core.events import Backed, Effect
 from kvd.core.sequences import (
     Context,
+    Opening,
     Sequence,
     Session,
     State,
@@ -15,7 +17,7 @@ from kvd.core.sequences import (
     find_context,
     find_sequence,
 )
-from kvd.core.tree import SEALED, Block, match
+from kvd.core.tree import SEALED, Block, Match, match
 from kvd_proto.errors import (
     BadMessage,
     KvdError,
@@ -48,8 +50,8 @@ def alloc(
     now: float,
     effects: list[Effect],
 ) -> Allocated | None:
-    """Answer now, or return None: the reply comes when an id is free, the reserve is backed, or
-    what an earlier daemon left has been checked."""
+    """Answer now, or return None: the reply comes when an id is free, the reserve is backed, what
+    an earlier daemon left has been checked, or a long prompt has matched to its end."""
     context = find_context(session, cache.contexts, message.context)
     if cache.unchecked:
         check = check_first(cache, context.arena, message.tokens, effects)
@@ -235,25 +237,73 @@ def _open(
     now: float,
     effects: list[Effect],
 ) -> Allocated | None:
-    """Take an id, match, lease and reserve. An id is free. None: the reserve is being backed."""
+    """Take an id, match, lease and reserve. An id is free. None: the prompt is so long that it goes
+    on in `open_some`, or the reserve is being backed."""
     arena = context.arena
-    found = match(arena.root, message.tokens, arena.block_tokens * TOKEN_BYTES)
-    blocks = found.full if found.partial is None else [*found.full, found.partial]
+    found = match(arena.root, message.tokens, arena.block_tokens * TOKEN_BYTES, WALK_BLOCKS)
     sequence = context.take_id(message.request, message.idle_timeout_ms / 1000, now)
     cache.open_sequences += 1
     context.session.open_sequences += 1
+    slots = _lease(cache, sequence, found, effects)
+    if found.is_cut:
+        sequence.state = State.PENDING
+        cache.openings.append(Opening(sequence, correlation, message, [slots]))
+        return None
+    return _opened(cache, sequence, correlation, message, slots, effects)
+
+
+def open_some(cache: Cache, now: float, effects: list[Effect]) -> None:
+    """Go on with one of the long allocs, for WALK_BLOCKS blocks."""
+    if not cache.openings:
+        return
+    opening = cache.openings.popleft()
+    sequence, message = opening.sequence, opening.message
+    session = sequence.context.session
+    if not sequence.is_open:
+        error = StaleHandle("the sequence was closed before its prompt had been matched")
+        cache.reply(session, opening.correlation, error, effects)
+        return
+    block_bytes = sequence.context.arena.block_tokens * TOKEN_BYTES
+    found = match(sequence.tip, message.tokens, block_bytes, WALK_BLOCKS)
+    opening.slots.append(_lease(cache, sequence, found, effects))
+    if found.is_cut:
+        cache.openings.append(opening)
+        return
+    sequence.state = State.PROCESSING
+    sequence.touched = now
+    slots = b"".join(opening.slots)
+    body: Allocated | KvdError | None
+    try:
+        body = _opened(cache, sequence, opening.correlation, message, slots, effects)
+    except ResourceError as error:
+        body = error
+    if body is not None:
+        cache.reply(session, opening.correlation, body, effects)
+    serve_waiters(cache, now, effects)  # its id is free again if it was refused
+
+
+def _lease(cache: Cache, sequence: Sequence, found: Match, effects: list[Effect]) -> bytes:
+    """Let the sequence go on to what was found; the slots of that."""
+    blocks = found.full if found.partial is None else [*found.full, found.partial]
     sequence.length = found.n_tokens
     if found.full:
         sequence.tip = found.full[-1]
     if blocks:
-        sequence.leased = blocks[-1]
-        cache.budget.hold(blocks[-1])
+        cache.lease(sequence, blocks[-1], effects)
+    return pack(f"<{len(blocks)}I", *[block.slot for block in blocks])
+
+
+def _opened(
+    cache: Cache,
+    sequence: Sequence,
+    correlation: int,
+    message: Alloc,
+    slots: bytes,
+    effects: list[Effect],
+) -> Allocated | None:
+    """All that matches is leased: reserve, and answer. None: the reserve is being backed."""
     reply = Allocated(
-        sequence.seq_id,
-        sequence.generation,
-        found.n_tokens,
-        blocks[-1].n_tokens if blocks else 0,
-        pack(f"<{len(blocks)}I", *[block.slot for block in blocks]),
+        sequence.seq_id, sequence.generation, sequence.length, sequence.leased.n_tokens, slots
     )
     pending = False
     if message.reserve_tokens:
@@ -264,10 +314,10 @@ def _open(
             raise
     if message.idle_timeout_ms:
         cache.deadlines.add(sequence)
-    counters = context.session.counters
+    counters = sequence.context.session.counters
     counters.sequences_opened += 1
     counters.queried_tokens += len(message.tokens) // TOKEN_BYTES
-    counters.hit_tokens += found.n_tokens
+    counters.hit_tokens += reply.matched_tokens
     return None if pending else reply
 
 

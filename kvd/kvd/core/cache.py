@@ -11,7 +11,7 @@ from kvd.core.budget import Budget
 from kvd.core.commits import Commit
 from kvd.core.deadlines import Deadlines
 from kvd.core.events import Effect, Reply, SessionId
-from kvd.core.sequences import Context, Sequence, Session, Waiter
+from kvd.core.sequences import Context, Opening, Sequence, Session, Waiter
 from kvd.core.tenants import TenantRule
 from kvd.core.tree import Block
 from kvd_proto.errors import KvdError
@@ -132,12 +132,13 @@ class Checking(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class Eviction:
-    """An evict that is under way: `left` blocks to go, at most."""
+    """An evict that is under way: `left` blocks to go, at most. None: all that are cached when it
+    begins, so that it comes to an end."""
 
     session: Session
     correlation: int
     name: str
-    left: int
+    left: int | None
     blocks: int = 0
     freed_bytes: int = 0
 
@@ -163,6 +164,8 @@ class Cache:
     """Adopted blocks, parents first, and the job that checks each, if one does already."""
     evictions: deque[Eviction] = field(default_factory=deque)
     """First come, first served."""
+    openings: deque[Opening] = field(default_factory=deque)
+    """Long allocs take turns."""
     counters: Counters = field(default_factory=Counters)
     """Of requests without a session. What sessions do is counted for their tenants."""
     counters_of: dict[str, Counters] = field(default_factory=dict)

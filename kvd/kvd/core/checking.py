@@ -89,6 +89,7 @@ def _start(cache: Cache, blocks: list[Block], effects: list[Effect]) -> None:
 
 def _seal(cache: Cache, block: Block, effects: list[Effect]) -> None:
     block.state = SEALED
+    block.arena.unchecked -= 1
     supersede(block, cache.budget, effects)
     if not block.holds and block.is_superseded:
         cache.budget.drop(block, effects)

@@ -107,6 +107,7 @@ def begin(
         block = Block(arena, parent, chunk, block_key(parent.key, chunk), slot)
         block.holds = 1
         block.sources = [Source(commit, offset)]
+        arena.blocks[slot] = block
         parent.add(block)
         budget.hold(parent)
         commit.pending.add(block)
@@ -189,15 +190,10 @@ def remove_failed(block: Block, error: KvdError, budget: Budget, effects: list[E
 
 
 def sequences_below(block: Block, sequences: list[Sequence]) -> list[Sequence]:
-    """Those of `sequences` that lease `block` or a block below it."""
-    found = []
-    for sequence in sequences:
-        node: Block | None = sequence.leased
-        while node is not None and node is not block:
-            node = node.parent
-        if node is block:
-            found.append(sequence)
-    return found
+    """Those of `sequences` that lease `block` or a block below it. A walk of what is below, not of
+    what each sequence leases, which may be much more."""
+    below = {block, *block.below()}
+    return [sequence for sequence in sequences if sequence.leased in below]
 
 
 def _detach(block: Block, budget: Budget, effects: list[Effect]) -> None:

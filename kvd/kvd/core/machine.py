@@ -8,7 +8,7 @@ import math
 from typing import Any
 
 from kvd.core import adopting, allocating, checking, models, storing
-from kvd.core.budget import Budget
+from kvd.core.budget import WALK_BLOCKS, Budget
 from kvd.core.cache import (
     AllocBacking,
     AppendBacking,
@@ -72,6 +72,7 @@ class Core:
         """Let `event` happen at time `now` (seconds, never going back). Mutates the cache."""
         effects: list[Effect] = []
         cache = self.cache
+        cache.budget.allowance = WALK_BLOCKS
         match event:
             case Requested():
                 self._request(event, now, effects)
@@ -102,7 +103,7 @@ class Core:
                 models.forget_arena(cache, number)
             case Ticked():
                 allocating.expire(cache, now, effects)
-                self._evict_some(effects)
+                self._go_on(now, effects)
         # A block that is sealed or fails can finish commits of several sessions.
         for session in cache.sessions.values():
             if session.commits:
@@ -112,14 +113,29 @@ class Core:
 
     def next_deadline(self) -> float | None:
         """When a `Ticked` is due; None while nothing has a deadline, -inf: at once."""
-        return -math.inf if self.cache.evictions else self.cache.deadlines.next()
+        cache = self.cache
+        if cache.budget.letting_go or cache.openings or cache.evictions:
+            return -math.inf
+        return cache.deadlines.next()
+
+    def _go_on(self, now: float, effects: list[Effect]) -> None:
+        """A step of what takes long. An eviction comes behind all that ended before it, so that it
+        finds that cached."""
+        cache = self.cache
+        if cache.budget.letting_go:
+            cache.budget.let_go_some(effects)
+            return
+        allocating.open_some(cache, now, effects)
+        self._evict_some(effects)
 
     def _evict_some(self, effects: list[Effect]) -> None:
         """Go on with the first eviction, for EVICT_BLOCKS blocks."""
         cache = self.cache
-        if not cache.evictions:
+        if not cache.evictions or cache.budget.letting_go:
             return
         eviction = cache.evictions[0]
+        if eviction.left is None:
+            eviction.left = cache.budget.n_cached
         some = min(eviction.left, EVICT_BLOCKS)
         before = cache.budget.unassigned
         whose = None if eviction.session.administrator else eviction.session.tenant
@@ -180,9 +196,7 @@ class Core:
             case CloseContext():
                 return models.close_context(cache, session, message, now, effects)
             case Evict(name, n_blocks):
-                # "All" are those that are cached now, so that it comes to an end.
-                left = n_blocks or cache.budget.n_cached
-                cache.evictions.append(Eviction(session, correlation, name, left))
+                cache.evictions.append(Eviction(session, correlation, name, n_blocks or None))
                 self._evict_some(effects)
                 return None
         raise AssertionError(f"the shell answers {type(message).__name__}, not the core")

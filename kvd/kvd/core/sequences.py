@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class State(StrEnum):
-    """Of a request for a sequence."""
+    """Of a request for a sequence. One that is PENDING has no id, or is not answered yet."""
 
     PENDING = "PENDING"
     PROCESSING = "PROCESSING"
@@ -65,7 +65,7 @@ class Sequence:
     @property
     def is_open(self) -> bool:
         """Whether it holds its id still."""
-        return self.state is State.PROCESSING or self.state is State.TIMED_OUT
+        return self.state in (State.PENDING, State.PROCESSING, State.TIMED_OUT)
 
     @property
     def due(self) -> float | None:
@@ -125,6 +125,17 @@ class Waiter:
         if self not in self.context.waiting:
             return None
         return self.since + self.message.wait_ms / 1000
+
+
+@dataclass(slots=True, eq=False)
+class Opening:
+    """An alloc that has its id and goes on matching: its sequence leases what has matched so far,
+    and is PENDING. `slots` are theirs, packed."""
+
+    sequence: Sequence
+    correlation: int
+    message: Alloc
+    slots: list[bytes]
 
 
 class WaitingFlush(NamedTuple):
@@ -193,9 +204,10 @@ def find_context(session: Session, contexts: dict[int, Context], number: int) ->
 
 
 def find_sequence(context: Context, seq_id: int, generation: int) -> Sequence:
-    """The open sequence of this handle; raises StaleHandle."""
+    """The open sequence of this handle; raises StaleHandle. Nobody has been told the handle of one
+    whose alloc is still under way."""
     sequence = context.open.get(seq_id)
-    if sequence is None or sequence.generation != generation:
+    if sequence is None or sequence.generation != generation or sequence.state is State.PENDING:
         raise StaleHandle(
             "this sequence has ended, or never was",
             context=context.number,

@@ -294,9 +294,21 @@ def _lose_source(
 
 def remove(cache: Cache, block: Block, error: KvdError, effects: list[Effect]) -> None:
     """Drop a block that cannot be filled, and all below it."""
-    if block.state is not GONE:
-        _fall_back(cache, block, cache.sequences(), effects)
-        remove_failed(block, error, cache.budget, effects)
+    if block.state is GONE:
+        return
+    budget, parent = cache.budget, block.parent
+    assert parent is not None
+    doomed = {block, *block.below()}
+    # Whatever is held there must be let go at once; above it nothing changes meanwhile.
+    budget.allowance += len(doomed)
+    is_held = bool(parent.holds)
+    if is_held:
+        budget.hold(parent)
+    _fall_back(cache, block, cache.sequences(), effects)
+    budget.let_go_below(doomed, parent)
+    remove_failed(block, error, budget, effects)
+    if is_held:
+        budget.unhold(parent, effects)
 
 
 def _fall_back(

@@ -191,23 +191,26 @@ class Agreement(NamedTuple):
 
 
 class Match(NamedTuple):
-    """The cached prefix of a prompt: full blocks, then perhaps one that agrees in part."""
+    """The cached prefix of a prompt: full blocks, then perhaps one that agrees in part. `n_tokens`
+    match, those before the first of these blocks included. If it `is_cut`, there may be more."""
 
     full: list[Block]
     partial: Block | None
     n_tokens: int
+    is_cut: bool = False
 
 
-def match(root: Block, tokens: bytes, block_bytes: int) -> Match:
-    """Match as many tokens as sealed blocks hold, exact to the token. Mutates nothing.
+def match(node: Block, tokens: bytes, block_bytes: int, most: int) -> Match:
+    """Match as many tokens as sealed blocks hold, exact to the token, from `node` on, whose end is
+    where the match has come to: a full block, or the root. Mutates nothing.
 
     `block_bytes` is the length of a full block's tokens. Work: one bisection for each full block,
-    and one more at the end.
+    of which there are `most` at the most, and one more at the end.
     """
     full: list[Block] = []
-    node = root
-    position = 0
-    for position in range(0, len(tokens), block_bytes):
+    begin = position = node.end * TOKEN_BYTES
+    end = min(len(tokens), begin + most * block_bytes)
+    for position in range(begin, end, block_bytes):
         chunk = tokens[position : position + block_bytes]
         child = node.child(chunk)
         if child is None or child.state is not SEALED or len(chunk) < block_bytes:
@@ -215,7 +218,7 @@ def match(root: Block, tokens: bytes, block_bytes: int) -> Match:
         full.append(child)
         node = child
     else:
-        return Match(full, None, len(tokens) // TOKEN_BYTES)
+        return Match(full, None, node.end, end < len(tokens))
     agreement = node.longest_agreeing(chunk) if node.children else None
     if agreement is None:
         return Match(full, None, position // TOKEN_BYTES)

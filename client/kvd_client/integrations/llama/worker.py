@@ -27,6 +27,7 @@ from kvd_client.integrations.llama.engine import BlockAt, LlamaEngine
 from kvd_client.integrations.llama.errors import ImportFailed, NotExportable
 from kvd_client.integrations.llama.fingerprint import fingerprint
 from kvd_client.integrations.llama.params import kv_type_name
+from kvd_proto.messages import MAX_APPEND_BLOCKS
 
 logger = logging.getLogger("kvd_client")
 
@@ -34,9 +35,6 @@ Tokens = npt.NDArray[np.int32]
 Pick = Callable[[npt.NDArray[np.float32]], int]
 """Chooses the next token from logits, float32 [n_vocab]."""
 
-
-MAX_BLOCKS_AT_ONCE = 256
-"""Of an append: its request stays small beside other workers'."""
 _NO_WAIT = 0.0
 
 
@@ -100,7 +98,7 @@ class LlamaWorker:
         """Blocks of one append: two of them fit the staging, so that one is filled while the daemon
         copies the other. At least 1."""
         payload = self.context.payload.max_bytes
-        return max(1, min(self.client.staging_room // 2 // payload, MAX_BLOCKS_AT_ONCE))
+        return max(1, min(self.client.staging_room // 2 // payload, MAX_APPEND_BLOCKS))
 
     def open(
         self, tokens: npt.ArrayLike, *, request: str = "", wait: float = 0.0

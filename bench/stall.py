@@ -106,7 +106,7 @@ def stall(runtime_dir: str, load: str, gib: float, seconds: float = 1.0) -> Stal
         raise
     finally:
         process.join()
-    if process.exitcode and load not in DEATHS:
+    if process.exitcode != (-signal.SIGKILL if load in DEATHS else 0):
         raise SystemExit(f"the load {load!r} failed")
     return Stall(load, quiet, loud)
 
@@ -311,6 +311,18 @@ def _evicts(load: Load) -> Steps:
             yield DONE
 
 
+def _reports_narrow(load: Load) -> Steps:
+    with load.storing(NARROW) as storing:
+        sequence = storing.store()
+        for _ in range(5):
+            yield READY
+            storing.client.status()
+            storing.client.verify()
+            yield DONE
+        sequence.release()
+        storing.client.evict("load")
+
+
 def _registers(load: Load) -> Steps:
     with load.connect() as client:
         layers = (("f16", 8, "f16", 8),) * 512
@@ -337,15 +349,18 @@ def _dies_committing(load: Load) -> Steps:
 
 
 def _dies_holding(load: Load) -> Steps:
-    """With 96 sequences of 340 blocks each, and a staging."""
+    """With as many sequences as one client may have, of 455 blocks each, and a staging."""
     with load.storing(NARROW) as storing:
-        share = storing.n_blocks // 96 * TOKENS
+        share = storing.n_blocks // 72 * TOKENS
         payload = bytes(storing.context.payload.max_bytes)
-        contexts = [storing.client.open_context(storing.context.model) for _ in range(12)]
-        for index in range(96):
+        contexts = [storing.client.open_context(storing.context.model) for _ in range(9)]
+        for index in range(72):
             tokens = storing.prompt[index * share : (index + 1) * share]
             sequence = contexts[index // 8].alloc(tokens)
-            sequence.append(tokens, [payload] * (share // TOKENS))
+            step = MAX_APPEND_BLOCKS * TOKENS
+            for first in range(0, share, step):
+                part = tokens[first : first + step]
+                sequence.append(part, [payload] * (len(part) // TOKENS))
         storing.client.flush()
         yield READY
         os.kill(os.getpid(), signal.SIGKILL)
@@ -355,13 +370,14 @@ LOADS: dict[str, Callable[[Load], Steps]] = {
     "1 GiB is committed": _commits_wide,
     "32,767 small blocks are committed": _commits_narrow,
     "1 GiB is reported on": _reports,
+    "32,767 small blocks are reported on": _reports_narrow,
     "1,000,000 tokens are matched": _allocs,
     "1,000,000 tokens are not found": _long_misses,
     "1 GiB is evicted": _evicts,
     "models of 512 layers are registered": _registers,
     "a staging of 1 GiB comes and goes": _stagings,
     "a client dies that commits 1 GiB": _dies_committing,
-    "a client dies that holds 96 sequences": _dies_holding,
+    "a client dies that holds 72 sequences": _dies_holding,
 }
 
 DEATHS = frozenset(load for load in LOADS if load.startswith("a client dies"))

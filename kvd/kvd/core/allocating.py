@@ -17,7 +17,7 @@ from kvd.core.sequences import (
     find_context,
     find_sequence,
 )
-from kvd.core.tree import SEALED, Block, Match, match
+from kvd.core.tree import SEALED, Match, match
 from kvd_proto.errors import (
     BadMessage,
     KvdError,
@@ -92,20 +92,16 @@ def get(cache: Cache, session: Session, message: Get, now: float) -> Blocks:
     context = find_context(session, cache.contexts, message.context)
     sequence = find_sequence(context, message.seq_id, message.generation)
     sequence.touched = now
-    chain: list[Block] = []
-    node = sequence.leased
-    while node.parent is not None:
-        chain.append(node)
-        node = node.parent
-    sealed: list[Block] = []
-    for block in reversed(chain):
-        if block.state is not SEALED:
-            break
-        sealed.append(block)
-    if not sealed:
-        return Blocks(0, 0, b"")
-    last = sealed[-1]
-    slots = [block.slot for block in sealed[message.first_block :]]
+    last = node = sequence.leased
+    slots: list[int] = []
+    while (parent := node.parent) is not None:
+        slots.append(node.slot)
+        if node.state is not SEALED:  # and what is below it may not be read yet
+            slots.clear()
+            last = parent
+        node = parent
+    slots.reverse()
+    del slots[: message.first_block]
     return Blocks(min(sequence.length, last.end), last.n_tokens, pack(f"<{len(slots)}I", *slots))
 
 

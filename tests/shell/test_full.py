@@ -20,8 +20,8 @@ from tests.support import Daemon, running_daemon
 SMALL_SHM = """mount -t tmpfs -o size=2m,mode=1777 tmpfs /dev/shm && exec "$0" "$@\""""
 PREFIX = ("unshare", "--mount", "sh", "-c", SMALL_SHM)
 STAGING = 4 << 20
-MANY = 300
-"""Blocks of a commit: 1.2 MiB, so two of them do not fit /dev/shm."""
+MANY = 255
+"""Blocks of a commit: 1 MiB, so two of them do not fit /dev/shm."""
 
 
 def may_mount() -> bool:

@@ -180,6 +180,7 @@ def verify(taken: Taken, seen: Seen) -> dict[str, Any]:
         "free_bytes": now.free,
         "filling_bytes": now.filling,
         "active_bytes": now.active,
+        "pinned_bytes": now.pinned,
         "cached_bytes": now.cached,
         "os_arena_bytes": seen.arenas,
         "os_directory_bytes": seen.directories,
@@ -289,7 +290,7 @@ def _uses(now: Totals) -> dict[str, int]:
         "filling_bytes": now.filling,
         "active_bytes": now.active,
         "cached_bytes": now.cached,
-        "pinned_bytes": 0,
+        "pinned_bytes": now.pinned,
         "directory_bytes": now.directory,
         "staging_bytes": now.staging,
     }
@@ -325,7 +326,7 @@ def _model(arena: Arena) -> dict[str, Any]:
     return {
         "name": arena.name,
         "tenant": arena.tenant.name,
-        "fingerprint": arena.fingerprint.hex()[:16],
+        "fingerprint": arena.fingerprint.hex(),
         "format": arena.format.name,
         "block_tokens": arena.block_tokens,
         "payload_bytes": arena.payload_bytes,
@@ -352,7 +353,7 @@ def _settled(tenant: Tenant | None, cache: Cache, store: Store) -> Totals:
     growth."""
     now = totals(cache, tenant)
     owed = sum(
-        arena.directory_bytes - store.arenas[arena.number].directory_bytes
+        arena.memory_beside - store.arenas[arena.number].directory_bytes
         for arena in (cache.budget.arenas.values() if tenant is None else tenant.arenas)
     )
     return replace(now, directory=now.directory - owed, unassigned=now.unassigned + owed)
@@ -373,7 +374,7 @@ def _pages(arena: Arena, stored: StoredArena) -> ArenaPages:
 
 
 def _recount_records(arena: Arena, stored: StoredArena) -> list[str]:
-    """The directory must hold exactly the sealed blocks."""
+    """The directory must hold exactly the sealed blocks and the pins."""
     found = stored.directory.records()
     differences = []
     for block in sealed_blocks(arena):
@@ -391,6 +392,14 @@ def _recount_records(arena: Arena, stored: StoredArena) -> list[str]:
         ):
             differences.append(f"{arena.name}: the record of slot {block.slot} is of another block")
     differences += [f"{arena.name}: slot {slot} has a record and no block" for slot in found]
+    recorded = {
+        (each.place, each.key, each.owner, each.expires) for each in stored.directory.pins()
+    }
+    kept = {(pin.place, pin.block.key, pin.owner, pin.expires) for pin in arena.pins.pins.values()}
+    differences += [
+        f"{arena.name}: the pin of {owner!r} at place {place} is in only one of core and directory"
+        for place, _, owner, _ in sorted(recorded ^ kept)
+    ]
     return differences
 
 

@@ -220,8 +220,16 @@ class Server:
                     store.drop_record(effect)
                 case events.Copy():
                     store.copy(effect)
+                case events.WritePin():
+                    store.write_pin(effect)
+                case events.RenewPin():
+                    store.renew_pin(effect)
+                case events.DropPin():
+                    store.drop_pin(effect)
                 case events.Back():
                     store.back(effect)
+                case events.BackPins():
+                    store.back_pins(effect)
                 case events.Punch():
                     store.punch(effect)
                 case events.Check():
@@ -363,6 +371,7 @@ def limits_of(settings: Settings, tenants: Tenants, first_context: int) -> Limit
         first_context,
         tenants=tenants.rules,
         max_models=settings.max_models,
+        max_pins=settings.max_pins,
         session_models=settings.max_session_models,
         session_contexts=settings.max_contexts,
         session_sequences=settings.session_sequences,

@@ -272,6 +272,7 @@ def test_totals_add_up_and_name_the_padding() -> None:
         free=0,
         filling=0,
         active=2 * PAGE,
+        pinned=0,
         cached=0,
         padding=2 * (PAGE - 1024),
     )
@@ -279,7 +280,7 @@ def test_totals_add_up_and_name_the_padding() -> None:
 
 
 def test_the_error_prints_every_term() -> None:
-    broken = Totals(100, 50, 10, 10, 5, 5, 5, 5, 3)
+    broken = Totals(100, 50, 10, 10, 5, 5, 5, 4, 1, 3)
     with pytest.raises(AccountingError) as error:
         broken.check()
     assert "budget 100 != 90" in str(error.value)
@@ -290,7 +291,8 @@ def test_the_error_prints_every_term() -> None:
         "free=5",
         "filling=5",
         "active=5",
-        "cached=5",
+        "pinned=4",
+        "cached=1",
     ):
         assert term in str(error.value)
 

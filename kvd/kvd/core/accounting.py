@@ -1,22 +1,22 @@
 """The accounting identities, as code: running totals against a slow recount from the trees.
 
-    budget == unassigned + directories + staging
-              + sum over arenas of (free + filling + active + cached), in bytes of stride
-    per tenant: held == its directories + staging + backed slots <= quota, in bytes of stride, and
-    budget == unassigned + sum over tenants of held
-    per arena, in slots: backed == free + filling + active + cached, and each is in one place
-
-Nothing can be pinned yet, so the pinned term that reports carry is always 0.
+budget == unassigned + directories + staging
+          + sum over arenas of (free + filling + active + pinned + cached), in bytes of stride
+per tenant: held == its directories + staging + backed slots <= quota, in bytes of stride, and
+budget == unassigned + sum over tenants of held
+per arena, in slots: backed == free + filling + active + pinned + cached, each in one place
 """
 
 from dataclasses import dataclass
 from typing import Any
 
 from kvd.core.budget import Arena, places_in
-from kvd.core.cache import AllocBacking, Cache, Checking, Copying
+from kvd.core.cache import AllocBacking, Cache, Checking, Copying, PinsGrowing, WantedPin
+from kvd.core.pins import pins_bytes_for
 from kvd.core.sequences import Session, State
 from kvd.core.tenants import Tenant
 from kvd.core.tree import ADOPTED, FILLING, GONE, SEALED, Block
+from kvd_proto.messages import Alloc, Pin
 
 
 class AccountingError(AssertionError):
@@ -34,9 +34,10 @@ class Totals:
     free: int
     filling: int
     active: int
+    pinned: int
     cached: int
     padding: int
-    """Of filling, active and cached: what the stride has beyond a full block's payload."""
+    """Of filling, active, pinned and cached: what the stride has beyond a full block's payload."""
 
     @property
     def backed(self) -> int:
@@ -52,6 +53,7 @@ class Totals:
             + self.free
             + self.filling
             + self.active
+            + self.pinned
             + self.cached
         )
         if total != self.budget:
@@ -65,14 +67,15 @@ def totals(cache: Cache, tenant: Tenant | None = None) -> Totals:
     return Totals(
         budget=budget.n_bytes if tenant is None else tenant.quota,
         unassigned=budget.unassigned if tenant is None else tenant.headroom,
-        directory=sum(arena.directory_bytes for arena in arenas),
+        directory=sum(arena.memory_beside for arena in arenas),
         staging=budget.staging if tenant is None else tenant.staging,
         free=sum(len(arena.free) * arena.stride for arena in arenas),
         filling=sum(arena.filling * arena.stride for arena in arenas),
         active=sum(arena.active * arena.stride for arena in arenas),
+        pinned=sum(arena.pinned * arena.stride for arena in arenas),
         cached=sum(arena.cached * arena.stride for arena in arenas),
         padding=sum(
-            (arena.stride - arena.payload_bytes) * (arena.filling + arena.active + arena.cached)
+            (arena.stride - arena.payload_bytes) * (arena.backed - len(arena.free))
             for arena in arenas
         ),
     )
@@ -100,6 +103,8 @@ def check(cache: Cache) -> None:
                 f"sequence {sequence.seq_id} of context {sequence.context.number} leases a block "
                 "that is gone"
             )
+    for wanted in _wanted_pins(cache):
+        leases[wanted.block] = leases.get(wanted.block, 0) + 1
     adopted = 0
     for arena in cache.budget.arenas.values():
         adopted += sum(block.state is ADOPTED for block in arena.root.below())
@@ -124,7 +129,8 @@ def _check_tenants(cache: Cache, sessions: list[Session]) -> None:
         if arenas != tenant.arenas:
             raise AccountingError(f"arenas of {tenant.name}: {tenant.arenas}, recounted {arenas}")
         slots = sum(arena.backed * arena.stride for arena in arenas)
-        directories = sum(arena.directory_bytes for arena in arenas)
+        directories = sum(arena.memory_beside for arena in arenas)
+        _equal(f"pins of {tenant.name}", tenant.pins, sum(len(each.pins.pins) for each in arenas))
         _equal(f"held by {tenant.name}", tenant.held, staging + slots + directories)
         if tenant.held > tenant.quota:
             raise AccountingError(
@@ -139,10 +145,12 @@ def _check_session(cache: Cache, session: Session) -> None:
     name, contexts = session.client, session.contexts.values()
     sequences = [each for context in contexts for each in context.open.values()]
     _equal(f"open sequences of {name}", session.open_sequences, len(sequences))
-    waiting = [waiter.message for context in contexts for waiter in context.waiting]
+    waiting: list[Alloc | Pin] = [
+        waiter.message for context in contexts for waiter in context.waiting
+    ]
     for job in cache.jobs.values():
         if isinstance(job, Checking):
-            waiting += [each.message for each in job.allocs if each.session is session]
+            waiting += [each.message for each in job.deferred if each.session is session]
     _equal(f"waiting allocs of {name}", session.waiting, len(waiting))
     n_bytes = sum(len(message.tokens) for message in waiting)
     _equal(f"tokens of waiting allocs of {name}", session.waiting_bytes, n_bytes)
@@ -159,18 +167,24 @@ def _check_arena(cache: Cache, arena: Arena, leases: dict[Block, int]) -> None:
         "free": arena.free,
         "filling": _slots_set_aside(cache, arena),
         "active": [],
+        "pinned": [],
         "cached": [],
     }
+    pins = _check_pins(arena)
     for block in arena.root.below():
         held = sum(1 for child in block.children if child.holds)
         expected = leases.get(block, 0) + held + (block.state is FILLING) + (block in arena.former)
         _equal(f"holds of slot {block.slot}", block.holds, expected)
+        kept = sum(1 for child in block.children if child.pins)
+        _equal(f"pins of slot {block.slot}", block.pins, pins.pop(block, 0) + kept)
         if block.children and block.n_tokens != arena.block_tokens:
             raise AccountingError(f"slot {block.slot} is not full and has children")
         if block.state is FILLING:
             places["filling"].append(block.slot)
         elif block.holds:
             places["active"].append(block.slot)
+        elif block.pins:
+            places["pinned"].append(block.slot)
         else:
             places["cached"].append(block.slot)
             if block not in arena.lru:
@@ -179,8 +193,11 @@ def _check_arena(cache: Cache, arena: Arena, leases: dict[Block, int]) -> None:
                 raise AccountingError(
                     f"nobody holds slot {block.slot}, which a longer one replaced"
                 )
+    if pins:
+        raise AccountingError(f"arena {arena.number}: {list(pins)} are pinned, and not in the tree")
     _equal("filling", arena.filling, len(places["filling"]))
     _equal("active", arena.active, len(places["active"]))
+    _equal("pinned", arena.pinned, len(places["pinned"]))
     _equal("cached", arena.cached, len(places["cached"]))
     slots = sorted(slot for place in places.values() for slot in place)
     if slots != list(range(arena.high_water)):
@@ -190,6 +207,27 @@ def _check_arena(cache: Cache, arena: Arena, leases: dict[Block, int]) -> None:
     _equal("directory", arena.directory_bytes, arena.directory_for(arena.high_water))
     registered = sum(arena.number in session.shared for session in cache.sessions.values())
     _equal("sessions that have registered it", arena.sessions, registered)
+
+
+def _check_pins(arena: Arena) -> dict[Block, int]:
+    """How many pins are on each block; each has a place of its own, which has memory."""
+    table = arena.pins
+    found: dict[Block, int] = {}
+    for (owner, block), pin in table.pins.items():
+        if (pin.owner, pin.block) != (owner, block) or block.state not in (ADOPTED, SEALED):
+            raise AccountingError(f"the pin at place {pin.place} is not of slot {block.slot}")
+        found[block] = found.get(block, 0) + 1
+    places = sorted([*table.free, *(pin.place for pin in table.pins.values())])
+    if places != list(range(table.high_water)):
+        raise AccountingError(
+            f"arena {arena.number}: each place below {table.high_water} should be one of {places}"
+        )
+    if not pins_bytes_for(table.high_water) <= table.backed <= table.n_bytes:
+        raise AccountingError(
+            f"arena {arena.number}: {table.high_water} places for pins, {table.backed} of "
+            f"{table.n_bytes} bytes backed"
+        )
+    return found
 
 
 def _check_order(tenant: Tenant) -> None:
@@ -221,7 +259,7 @@ def _slots_set_aside(cache: Cache, arena: Arena) -> list[int]:
         if isinstance(job, AllocBacking):
             if job.sequence.context.arena is arena:
                 found += job.slots
-        elif not isinstance(job, Checking):
+        elif not isinstance(job, Checking | PinsGrowing):
             gone = [block for block in job.blocks if block.state is GONE]
             found += [block.slot for block in gone if block.arena is arena]
     return found
@@ -229,6 +267,12 @@ def _slots_set_aside(cache: Cache, arena: Arena) -> list[int]:
 
 def _copies(cache: Cache) -> list[Copying]:
     return [job for job in cache.jobs.values() if isinstance(job, Copying)]
+
+
+def _wanted_pins(cache: Cache) -> list[WantedPin]:
+    """Those that wait for memory, and hold their blocks meanwhile."""
+    jobs = [job for job in cache.jobs.values() if isinstance(job, PinsGrowing)]
+    return [wanted for job in jobs for wanted in job.wanted]
 
 
 def _equal(what: str, running: int, recounted: int) -> None:
@@ -243,7 +287,7 @@ def arena_counts(arena: Arena) -> dict[str, int]:
         "filling": arena.filling,
         "active": arena.active,
         "cached": arena.cached,
-        "pinned": 0,
+        "pinned": arena.pinned,
         "total": arena.backed,
     }
 
@@ -256,6 +300,23 @@ def sealed_blocks(arena: Arena) -> list[Block]:
 def count_unchecked(cache: Cache) -> int:
     """Blocks that an earlier daemon left and that are not served before they are checked."""
     return sum(block.state is ADOPTED for block in cache.unchecked)
+
+
+def report_of_pins(cache: Cache, now: float, tenant: Tenant | None = None) -> list[dict[str, Any]]:
+    """A row for each pin, of one tenant or (None) of all."""
+    arenas = cache.budget.arenas.values() if tenant is None else tenant.arenas
+    return [
+        {
+            "tenant": arena.tenant.name,
+            "model": arena.name,
+            "owner": pin.owner,
+            "tokens": pin.block.end,
+            "blocks": -(-pin.block.end // arena.block_tokens),
+            "expires_seconds": round(pin.expires - now, 3) if pin.expires else None,
+        }
+        for arena in arenas
+        for pin in arena.pins.pins.values()
+    ]
 
 
 def report_of_sequences(

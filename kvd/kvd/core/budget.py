@@ -7,12 +7,13 @@ Every slot of an arena is in one of these places:
     free       backed, holds nothing
     filling    set aside or being written
     active     sealed, and held by a lease on it or on a block below it
-    cached     sealed and not held: in the LRU
+    pinned     sealed and not held, but kept by a pin on it or on a block below it
+    cached     sealed, neither held nor kept: in the LRU
     retired    holds nothing that is served, but a client of an earlier daemon may still read it;
                counts as filling
 
-What an earlier daemon has left counts as active or cached like the rest, though it is not sealed
-before it has been checked.
+What an earlier daemon has left counts as active, pinned or cached like the rest, though it is not
+sealed before it has been checked.
 
 `unassigned` is what remains of the budget after directories, staging and all backed slots. There is
 an LRU for each tenant, for all of its arenas, so memory moves to where it is used. It is ordered by
@@ -22,8 +23,8 @@ its quota gives way itself, from its own LRU. If it is the budget that has no ro
 of all LRUs goes, whosever it is: a comparison for each tenant.
 
 A directory never shrinks. It goes with its arena, when nobody uses that: no session has registered
-it, and nothing in it is held. An empty one goes before anything is evicted; one with blocks, when
-its tenant has as many models as it may, and registers another.
+it, and nothing in it is held or pinned. An empty one goes before anything is evicted; one with
+blocks, when its tenant has as many models as it may, and registers another.
 
 The records tell this order: a block's place is that of the latest `last_use` of itself and all
 below it. So a use is recorded for the deepest block alone, and a block that is dropped leaves its
@@ -45,6 +46,7 @@ from kvd.core.events import (
     SessionId,
     UseRecord,
 )
+from kvd.core.pins import PinTable, pins_bytes_for
 from kvd.core.tenants import Tenant, TenantRule
 from kvd.core.tree import FILLING, GONE, NO_SLOT, SEALED, Block
 from kvd_proto.errors import AllLeased, BudgetTooSmall, Detail
@@ -93,26 +95,34 @@ class Arena:
         self.former: dict[Block, None] = {}
         """What clients of an earlier daemon may still read: it is leased to them until they are
         gone."""
+        self.pins = PinTable()
         self.filling = 0
         self.active = 0
+        self.pinned = 0
         self.cached = 0
         self.directory_bytes = min(self.directory_limit, round_up(DIRECTORY_HEADER_BYTES))
 
     @property
     def backed(self) -> int:
         """Slots that have memory."""
-        return len(self.free) + self.filling + self.active + self.cached
+        return len(self.free) + self.filling + self.active + self.pinned + self.cached
+
+    @property
+    def memory_beside(self) -> int:
+        """Bytes of the directory, its pins included."""
+        return self.directory_bytes + self.pins.n_bytes
 
     @property
     def is_unused(self) -> bool:
-        """Whether no session has registered it, and none of its slots is held: all of it may go."""
+        """Whether no session has registered it, and none of its slots is held or pinned: all of it
+        may go."""
         return not self.sessions and self.backed == len(self.free) + self.cached
 
     @property
     def reclaimable(self) -> int:
         """Bytes that may go: of free and cached slots; and if it is unused, of its directory."""
         slots = (len(self.free) + self.cached) * self.stride
-        return slots + self.directory_bytes if self.is_unused else slots
+        return slots + self.memory_beside if self.is_unused else slots
 
     @property
     def directory_limit(self) -> int:
@@ -201,7 +211,7 @@ class Budget:
     def directories(self) -> int:
         """Bytes of the directories that cannot go, since their arenas are used."""
         used = (arena for arena in self.arenas.values() if not arena.is_unused)
-        return sum(arena.directory_bytes for arena in used)
+        return sum(arena.memory_beside for arena in used)
 
     # --- holds: what a living sequence leases is never evicted
 
@@ -213,7 +223,10 @@ class Budget:
             node.holds += 1
             if node.holds > 1:
                 return
-            if node.state is not FILLING:
+            if node.pins:
+                arena.pinned -= 1
+                arena.active += 1
+            elif node.state is not FILLING:
                 del arena.lru[node]
                 arena.cached -= 1
                 arena.active += 1
@@ -225,7 +238,44 @@ class Budget:
         if block.holds == 1 or block in block.arena.former:
             self.use(block, effects)
         self._let_go(block)
-        if block.parent is not None and not block.holds and block.is_superseded:
+        self._drop_superseded(block, effects)
+
+    def pin(self, block: Block) -> None:
+        """Keep `block` and all its ancestors, whether they are held or not. Stops at the first that
+        is kept already."""
+        node: Block | None = block
+        arena = block.arena
+        while node is not None and node.parent is not None:
+            node.pins += 1
+            if node.pins > 1:
+                return
+            if not node.holds:
+                del arena.lru[node]
+                arena.cached -= 1
+                arena.pinned += 1
+            node = node.parent
+
+    def unpin(self, block: Block, effects: list[Effect]) -> None:
+        """Undo one `pin`. It counts as a use until now: what nobody holds or keeps any more becomes
+        the youngest of the LRU, tail first."""
+        if block.pins == 1 and not block.holds:
+            self.use(block, effects)
+        node: Block | None = block
+        arena = block.arena
+        while node is not None and node.parent is not None:
+            node.pins -= 1
+            if node.pins:
+                break
+            if not node.holds:
+                arena.pinned -= 1
+                arena.cached += 1
+                arena.lru[node] = self.clock
+            node = node.parent
+        self._drop_superseded(block, effects)
+
+    def _drop_superseded(self, block: Block, effects: list[Effect]) -> None:
+        """Drop an open tail that a longer block has replaced, unless somebody keeps it."""
+        if block.parent is not None and not block.is_kept and block.is_superseded:
             self.drop(block, effects)
 
     def use(self, block: Block, effects: list[Effect]) -> None:
@@ -240,7 +290,8 @@ class Budget:
         effects.append(UseRecord(block.arena.number, block.slot, last_use))
 
     def _let_go(self, block: Block) -> None:
-        """Count one `hold` less. What nobody holds any more is cached, and was used now."""
+        """Count one `hold` less. What nobody holds any more is pinned, or is cached and was used
+        now."""
         node: Block | None = block
         arena = block.arena
         while node is not None and node.parent is not None:
@@ -248,8 +299,11 @@ class Budget:
             if node.holds:
                 break
             arena.active -= 1
-            arena.cached += 1
-            arena.lru[node] = self.clock
+            if node.pins:
+                arena.pinned += 1
+            else:
+                arena.cached += 1
+                arena.lru[node] = self.clock
             node = node.parent
 
     # --- what an earlier daemon left
@@ -267,7 +321,7 @@ class Budget:
         arena.former = dict.fromkeys(blocks)
         for block in blocks:
             block.holds = 1 + len(block.children)
-        self.spend(arena.tenant, arena.directory_bytes + arena.backed * arena.stride)
+        self.spend(arena.tenant, arena.memory_beside + arena.backed * arena.stride)
         self.arenas[arena.number] = arena
         arena.tenant.arenas.append(arena)
 
@@ -281,8 +335,7 @@ class Budget:
         arena.lru.clear()
         arena.lru.update(sorted(places.items(), key=lambda each: (each[1], -each[0].start)))
         for block in former:
-            if not block.holds and block.is_superseded:
-                self.drop(block, effects)
+            self._drop_superseded(block, effects)
         arena.filling -= len(arena.retired)
         arena.free.extend(arena.retired)
         arena.retired.clear()
@@ -319,6 +372,16 @@ class Budget:
         self.arenas[arena.number] = arena
         arena.tenant.arenas.append(arena)
 
+    def charge_pins(self, arena: Arena, effects: list[Effect]) -> None:
+        """Take the bytes for one more pin in the arena's directory, unless it has them already;
+        raises ResourceError."""
+        table = arena.pins
+        growth = pins_bytes_for(table.high_water + 1) - table.n_bytes
+        if growth > 0:
+            self._make_room(arena.tenant, growth, effects)
+            self.spend(arena.tenant, growth)
+            table.n_bytes += growth
+
     def forget_arena(self, arena: Arena) -> None:
         """Take an arena out in which nothing is held, with all that is cached in it."""
         del self.arenas[arena.number]
@@ -327,7 +390,7 @@ class Budget:
             del arena.lru[block]
             block.state = GONE
         arena.tenant.evicted_blocks += arena.cached
-        self.spend(arena.tenant, -arena.directory_bytes - arena.backed * arena.stride)
+        self.spend(arena.tenant, -arena.memory_beside - arena.backed * arena.stride)
 
     def give_up(self, arena: Arena, effects: list[Effect]) -> None:
         """Forget an arena that is unused, and give its memory back."""
@@ -454,6 +517,7 @@ class Budget:
             "budget_bytes": self.n_bytes,
             "directory_bytes": directories,
             "staging_bytes": self.staging,
+            "pinned_bytes": sum(each.pinned * each.stride for each in self.arenas.values()),
             "unassigned_bytes": self.unassigned,
         }
         if n_slots * arena.stride + directories > self.n_bytes:

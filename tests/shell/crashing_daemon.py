@@ -177,8 +177,11 @@ POINTS: dict[str, Installer] = {
 ADOPTION = list(POINTS)[list(POINTS).index("a directory was opened") : -2]
 """Reached only by a daemon that finds what another one has left."""
 STOP = list(POINTS)[-2:]
-ONCE = ["staging made", "a directory without an arena", "an arena that nobody knows"]
-"""A client comes there once, when it connects or registers its model."""
+ONCE = [
+    "staging made", "a directory without an arena", "an arena that nobody knows",
+    "before pins get memory", "after pins got memory",
+]  # fmt: skip
+"""A client comes there once, when it connects, registers its model, or pins for the first time."""
 
 
 if __name__ == "__main__":

@@ -44,6 +44,8 @@ BURST_SECONDS = 0.002
 """Requests are served for so long before the other descriptors get their turn."""
 READERS_SECONDS = 0.25
 """Between two looks for readers of a former life, as long as there are any."""
+LONGEST_WAIT = 3600.0
+"""Seconds at once: epoll takes an int of milliseconds, and a pin may end in a year."""
 STATUS_SECONDS = 5.0
 """The least time between two status lines for the service manager."""
 
@@ -322,7 +324,7 @@ class Server:
             self._linger(now),
             self._look_for_readers(now),
         )
-        return -1 if due == math.inf else max(0.0, due - now)
+        return -1 if due == math.inf else min(max(0.0, due - now), LONGEST_WAIT)
 
     def _give_signs(self, now: float) -> float:
         """Send the watchdog's sign of life and the status line if they are due; returns when the

@@ -116,6 +116,10 @@ def test_a_pinned_tail_stays_when_a_longer_block_replaces_it(driver: Driver) -> 
     handle = driver.alloc(b"s", driver.context(b"s"), *B)
     driver.store(handle, 4, 5, 6)
     assert {C, (*C, 6)} <= paths(driver)
+    driver.restart()
+    driver.check()
+    assert {C, (*C, 6)} <= paths(driver), "also when both are found again, and checked"
+    driver.connect()
     driver.ask(b"s", Unpin("o", ""))
     assert C not in paths(driver)
     assert (*C, 6) in paths(driver)

@@ -1,13 +1,22 @@
 """Pins: what stays without a lease, for how long, what it counts as, and what it costs."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from kvd.core import accounting
 from kvd.core.budget import Arena
-from kvd.core.events import BackPins, Connected, DropPin, FoundPin, RenewPin, WritePin
+from kvd.core.events import (
+    BackPins,
+    Connected,
+    DropPin,
+    FoundPin,
+    RemoveArena,
+    RenewPin,
+    WritePin,
+)
 from kvd.core.pins import pins_bytes_for
 from kvd_proto.errors import AllLeased, NoSpace, OverQuota, TooMany, UnknownModel
 from kvd_proto.layout import PIN_BYTES
@@ -21,7 +30,17 @@ from kvd_proto.messages import (
     Unpin,
     Unpinned,
 )
-from tests.core.driver import BUDGET, FULL_DIRECTORY, PAGE, STAGING, Driver, no_space, packed
+from tests.core.driver import (
+    BUDGET,
+    FULL_DIRECTORY,
+    PAGE,
+    SMALL_DIRECTORY,
+    STAGING,
+    Driver,
+    model,
+    no_space,
+    packed,
+)
 from tests.core.test_quota import Tenants
 
 CHAIN = (1, 2, 3, 4, 5)
@@ -196,6 +215,19 @@ def test_pins_that_come_while_it_grows_wait_together() -> None:
     assert arena.pins.n_bytes == arena.pins.backed == 2 * PAGE
 
 
+def test_no_more_pins_wait_than_there_may_be() -> None:
+    driver = Driver(max_pins=2)
+    driver.connect()
+    driver.register(b"s")
+    handle = driver.alloc(b"s", driver.context(b"s"))
+    driver.store(handle, 0, *B)
+    for owner in "ab":
+        assert driver.ask(b"s", driver.pin_message(*B, owner=owner)) is None
+    assert driver.refusal(b"s", driver.pin_message(*B, owner="c")) is TooMany
+    driver.back()
+    assert driver.cache.budget.tenants["t"].pins == 2
+
+
 def test_no_memory_for_a_pin_is_an_answer_and_the_next_one_asks_again(driver: Driver) -> None:
     driver.ask(b"s", driver.pin_message(*B))
     driver.back(no_space())
@@ -299,6 +331,48 @@ def test_an_administrator_ends_pins_of_all_tenants_and_others_their_own() -> Non
     assert accounting.report_of_pins(driver.cache, driver.now) == []
 
 
+# --- arenas that nobody uses
+
+
+def test_an_arena_with_a_pin_is_not_given_up() -> None:
+    """Nor is one whose pin waits for memory. When the pins have ended, all of it goes."""
+    driver = Driver(max_models=1)
+    driver.connect()
+    driver.register(b"s")
+    handle = driver.alloc(b"s", driver.context(b"s"))
+    driver.store(handle, 0, *B)
+    driver.disconnect(b"s")
+    driver.connect("t")
+    driver.ask(b"t", driver.pin_message(*B))
+    assert driver.refusal(b"t", model("second")) is TooMany
+    driver.back()
+    assert driver.refusal(b"t", model("second")) is TooMany
+    assert driver.ask(b"t", Unpin("o", "")) == Unpinned(1)
+    driver.disconnect(b"t")
+    driver.connect("u", staging=0)
+    driver.register(b"u", "second")
+    assert driver.of_kind(RemoveArena) == [RemoveArena(1)]
+    assert accounting.totals(driver.cache).directory == 4 * PAGE
+    assert driver.refusal(b"u", driver.pin_message(*B)) is UnknownModel
+
+
+def test_the_page_of_its_pins_is_given_up_for_others_too() -> None:
+    """An empty arena that nobody uses makes room with all that its directory has."""
+    driver = Driver(2 * SMALL_DIRECTORY + PAGE)
+    driver.connect("before", staging=STAGING // 4)
+    driver.register(b"before")
+    handle = driver.alloc(b"before", driver.context(b"before"))
+    driver.store(handle, 0, *A)
+    driver.disconnect(b"before")
+    driver.connect("s", staging=0)
+    assert driver.pin(b"s", *A) == Pinned(2)
+    assert driver.ask(b"s", Unpin("o", "")) == Unpinned(1)
+    driver.ask(b"s", Evict("", 0))
+    driver.connect("large", staging=2 * SMALL_DIRECTORY + PAGE)
+    assert driver.of_kind(RemoveArena) == [RemoveArena(1)]
+    assert driver.cache.budget.unassigned == 0
+
+
 # --- a restart
 
 
@@ -378,6 +452,20 @@ def test_a_pin_waits_until_what_an_earlier_daemon_left_is_checked(driver: Driver
     assert driver.of_kind(BackPins), "checked, but there is no memory for it yet"
     driver.back()
     assert driver.replies[driver.asked] == Pinned(4)
+
+
+def test_pins_that_wait_for_a_check_count_as_waiting(driver: Driver) -> None:
+    driver.limits = replace(driver.limits, session_waiting=1)
+    driver.restart()
+    driver.connect()
+    assert driver.ask(b"s", driver.pin_message(*B)) is None
+    assert driver.refusal(b"s", driver.pin_message(*A)) is TooMany
+    session = driver.cache.sessions[b"s"]
+    assert (session.waiting, session.waiting_bytes) == (1, 16)
+    driver.disconnect(b"s")
+    driver.check()
+    assert (session.waiting, session.waiting_bytes) == (0, 0)
+    assert driver.of_kind(BackPins) == [], "nobody waits for it any more"
 
 
 def test_it_does_not_fit_the_budget_with_its_pins(driver: Driver) -> None:

@@ -36,6 +36,7 @@ from kvd_client.operations import (
     Wait,
     settle_appends,
 )
+from kvd_client.pins import pin_message
 from kvd_client.private import start_private_daemon
 from kvd_client.session import Commit, Source
 from kvd_client.staging import Staged
@@ -45,10 +46,14 @@ from kvd_proto.messages import (
     Evicted,
     Flushed,
     ListClients,
+    ListPins,
     ListSequences,
     Ping,
+    Pinned,
     Pong,
     Status,
+    Unpin,
+    Unpinned,
     Verify,
 )
 
@@ -264,8 +269,24 @@ class AsyncClient(ClientState):
         return await self._report(Verify())
 
     async def evict(self, model: str = "", blocks: int = 0) -> Evicted:
-        """Drop cached blocks that nobody leases: of one model ("": all), so many (0: all)."""
+        """Drop cached blocks, unless they are leased or pinned: of one model ("": all), so many
+        (0: all)."""
         return cast(Evicted, await self.run(self.ask(Evict(model, blocks))))
+
+    async def pin(
+        self, model: Model | bytes, tokens: Tokens, *, owner: str, ttl: float = 0.0
+    ) -> int:
+        """Pin the cached prefix of `tokens` in the name of `owner`; see `client.Client.pin`."""
+        message = pin_message(model, tokens, owner, ttl)
+        return cast(Pinned, await self.run(self.ask(message))).tokens
+
+    async def unpin(self, owner: str, model: str = "") -> int:
+        """End the pins of `owner` on models of this name ("": all); returns how many."""
+        return cast(Unpinned, await self.run(self.ask(Unpin(owner, model)))).pins
+
+    async def pins(self) -> list[dict[str, Any]]:
+        """A row for each pin of the daemon."""
+        return cast(list[dict[str, Any]], (await self._report(ListPins()))["pins"])
 
     async def close(self) -> None:
         """End the session: all that it held is given back; see `client.Client.close`. Calls that

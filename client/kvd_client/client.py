@@ -38,6 +38,7 @@ from kvd_client.operations import (
     Wait,
     settle_appends,
 )
+from kvd_client.pins import pin_message
 from kvd_client.private import start_private_daemon
 from kvd_client.session import Commit, Session, Source
 from kvd_client.staging import Staged
@@ -47,10 +48,14 @@ from kvd_proto.messages import (
     Evicted,
     Flushed,
     ListClients,
+    ListPins,
     ListSequences,
     Ping,
+    Pinned,
     Pong,
     Status,
+    Unpin,
+    Unpinned,
     Verify,
 )
 
@@ -309,8 +314,29 @@ class Client(ClientState):
         return self._report(Verify())
 
     def evict(self, model: str = "", blocks: int = 0) -> Evicted:
-        """Drop cached blocks that nobody leases: of one model ("": all), so many (0: all)."""
+        """Drop cached blocks, unless they are leased or pinned: of one model ("": all), so many
+        (0: all)."""
         return cast(Evicted, self.run(self.ask(Evict(model, blocks))))
+
+    def pin(self, model: Model | bytes, tokens: Tokens, *, owner: str, ttl: float = 0.0) -> int:
+        """Pin the cached prefix of `tokens` in the name of `owner` (1 to 64 ASCII letters); returns
+        how many tokens of it are cached, and stay: 0 if nothing was there to pin.
+
+        It is not evicted for `ttl` seconds (0: until it is unpinned), whoever leases it; also when
+        this client has gone, and when the daemon is restarted. Pin it again to change `ttl`.
+        `model` is one that somebody of this tenant has registered, or its arena fingerprint.
+        Raises UnknownModel, TooMany, OverQuota, AllLeased, NoSpace, BadMessage.
+        """
+        message = pin_message(model, tokens, owner, ttl)
+        return cast(Pinned, self.run(self.ask(message))).tokens
+
+    def unpin(self, owner: str, model: str = "") -> int:
+        """End the pins of `owner` on models of this name ("": all); returns how many."""
+        return cast(Unpinned, self.run(self.ask(Unpin(owner, model)))).pins
+
+    def pins(self) -> list[dict[str, Any]]:
+        """A row for each pin of the daemon."""
+        return cast(list[dict[str, Any]], self._report(ListPins())["pins"])
 
     def close(self) -> None:
         """End the session: all that it held is given back. Closing again does nothing.

@@ -15,7 +15,7 @@ from kvd_client.errors import BadMessage, Closed, StaleHandle, copy_error
 from kvd_client.operations import ClientState
 from kvd_client.session import Session
 from kvd_proto.geometry import Geometry
-from kvd_proto.keys import TOKEN_BYTES
+from kvd_proto.keys import TOKEN_BYTES, arena_fingerprint
 from kvd_proto.payload import PayloadFormat, make_format
 
 Tokens = npt.ArrayLike | bytes
@@ -40,6 +40,11 @@ class Model:
         """Sizes of blocks; raises BadMessage for an impossible model."""
         geometry = Geometry.from_wire(self.layers)
         return make_format(self.payload_format, geometry, self.block_tokens)
+
+    @property
+    def arena_fingerprint(self) -> bytes:
+        """What the daemon tells its arenas apart by, within a tenant: 32 bytes."""
+        return arena_fingerprint(self.fingerprint, self.payload_format, self.block_tokens)
 
 
 @dataclass(slots=True, eq=False)

@@ -4,12 +4,12 @@ Covers finding arenas with their directories, checking that both are whole and o
 present boot, giving back all memory that no record speaks for, unless somebody may still read what
 was there (a block that was found damaged, or what was below it), and removing the rest. Which
 records form a tree is the core's decision (core/adopting.py); that a block's bytes are right is
-checked later, before it is served (core/checking.py).
+checked later, before it is served (core/checking.py). Which pins go on is the core's decision, too.
 
 Whatever does not fit together is removed with a line in the log that says why: then the start is a
 cold one.
 
-    dir-<token>     header, and a record for each sealed block     } of one token: one arena
+    dir-<token>     header, a record for each sealed block, pins   } of one token: one arena
     arena-<token>   the slots                                      }
 """
 
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from kvd import log
 from kvd.arena import ByteRange, Segment
-from kvd.core.events import ArenaFound, CreateArena, FoundRecord
+from kvd.core.events import ArenaFound, CreateArena, FoundPin, FoundRecord
 from kvd.directory import Directory, Entry
 from kvd.instance import InstanceLock
 from kvd_proto import codec
@@ -43,6 +43,7 @@ class Found(NamedTuple):
     """As it would be made; its number is not known yet."""
     records: list[FoundRecord]
     unrecorded: list[int]
+    pins: list[FoundPin]
     has_readers: bool
     """Whether clients of a daemon before could still read it when it was found. Asked once, so that
     everybody goes by the same answer."""
@@ -63,6 +64,7 @@ class Found(NamedTuple):
             self.has_readers,
             self.records,
             self.unrecorded,
+            self.pins,
         )
 
 
@@ -114,7 +116,8 @@ def _open(directory_name: str, arena_name: str, boot: bytes, tenants: Collection
         directory.close(unlink=False)
         raise
     records = [_record(entry) for entry in kept.entries]
-    return Found(segment, directory, arena, records, kept.unrecorded, has_readers)
+    pins = directory.pins()
+    return Found(segment, directory, arena, records, kept.unrecorded, pins, has_readers)
 
 
 def _read_registration(directory: Directory, boot: bytes) -> CreateArena:

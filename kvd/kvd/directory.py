@@ -1,16 +1,19 @@
 """An arena's directory: a segment of its own beside the arena, with one record for each sealed
-block.
+block, and behind all records the pins.
 
-Covers making it or finding it again, giving its growth memory, and writing and reading records. The
-layout is kvd_proto.layout's; which record is written when is the core's decision, and which
+Covers making it or finding it again, giving its growth memory, and writing and reading records and
+pins. The layout is kvd_proto.layout's; what is written when is the core's decision, and which
 directory is adopted is adoption.py's.
+
+    |<- header, records ->|                 |<- pins ->|                                  size
+    [ backed              ][ hole           ][ backed  ][ hole                                ]
+                                             ^ pins_offset
 """
 
 from typing import NamedTuple
 
 from kvd.arena import Segment
-from kvd.core.budget import directory_bytes_for
-from kvd.core.events import CreateArena, WriteRecord
+from kvd.core.events import CreateArena, FoundPin, WritePin, WriteRecord
 from kvd_proto import layout
 
 
@@ -23,19 +26,23 @@ class Entry(NamedTuple):
 
 
 class Directory:
-    """The records of one arena. Only the daemon maps it.
+    """The records and the pins of one arena. Only the daemon maps it.
 
-    Records are written and read on the loop; `ensure` may run in the copier's thread meanwhile.
-    `backed` bytes from the start have memory.
+    They are written and read on the loop; `ensure` and `ensure_pins` may run in the copier's thread
+    meanwhile. `backed` bytes from the start have memory, and `pins_backed` of the pins.
     """
 
-    def __init__(self, segment: Segment, header: layout.Header, backed: int) -> None:
+    def __init__(
+        self, segment: Segment, header: layout.Header, backed: int, pins_backed: int
+    ) -> None:
         """Takes over `segment`. Use Directory.create() or Directory.adopt()."""
         self._block_tokens = header.block_tokens
         self._slots = header.slots
         self.segment = segment
         self.header = header
         self.backed = backed
+        self.pins_backed = pins_backed
+        self._pins_offset = layout.pins_offset(header.slots, header.block_tokens)
 
     @classmethod
     def create(cls, name: str, arena: CreateArena, boot: bytes) -> "Directory":
@@ -49,8 +56,8 @@ class Directory:
             "boot": boot,
         }
         header = layout.Header(arena.block_tokens, arena.slots, arena.stride_bytes, registration)
-        segment = Segment.create(name, directory_bytes_for(arena.slots, arena.block_tokens))
-        directory = cls(segment, header, 0)
+        segment = Segment.create(name, layout.directory_length(arena.slots, arena.block_tokens))
+        directory = cls(segment, header, 0, 0)
         try:
             directory.ensure(arena.directory_bytes)
             layout.write_life(segment.buffer, 1)
@@ -67,16 +74,16 @@ class Directory:
         segment = Segment.adopt(name)
         try:
             # Nothing that has no memory is read: that would give it some.
-            ranges = segment.backed_ranges()
-            backed = ranges[0].length if ranges and ranges[0].offset == 0 else 0
+            backed = _backed_from(segment, 0)
             if backed < layout.DIRECTORY_HEADER_BYTES:
                 raise ValueError("its header was never written")
             header = layout.read_header(segment.buffer)
             if header is None:
                 raise ValueError("its header is torn, or of another format")
-            if segment.size != directory_bytes_for(header.slots, header.block_tokens):
+            if segment.size != layout.directory_length(header.slots, header.block_tokens):
                 raise ValueError(f"it has {segment.size} bytes, which is not what its header says")
-            return cls(segment, header, backed)
+            pins = layout.pins_offset(header.slots, header.block_tokens)
+            return cls(segment, header, min(backed, pins), _backed_from(segment, pins))
         except BaseException:
             segment.close(unlink=False)
             raise
@@ -102,11 +109,21 @@ class Directory:
             self.segment.back(self.backed, n_bytes - self.backed)
             self.backed = n_bytes
 
-    def shrink(self, n_bytes: int) -> None:
-        """Give back all memory but that of the first `n_bytes`, in whole pages."""
-        if n_bytes < self.segment.size:
-            self.segment.punch(n_bytes, self.segment.size - n_bytes)
+    def ensure_pins(self, n_bytes: int) -> None:
+        """Give the first `n_bytes` of the pins memory. As `ensure`."""
+        if n_bytes > self.pins_backed:
+            self.segment.back(self._pins_offset + self.pins_backed, n_bytes - self.pins_backed)
+            self.pins_backed = n_bytes
+
+    def shrink(self, n_bytes: int, pins_bytes: int) -> None:
+        """Give back all memory but that of the first `n_bytes`, and of the first `pins_bytes` of
+        the pins, in whole pages."""
+        ends = ((n_bytes, self._pins_offset), (self._pins_offset + pins_bytes, self.segment.size))
+        for start, end in ends:
+            if start < end:
+                self.segment.punch(start, end - start)
         self.backed = min(self.backed, n_bytes)
+        self.pins_backed = min(self.pins_backed, pins_bytes)
 
     def write(self, record: WriteRecord) -> None:
         """A block is sealed. The slot's record lies in the backed part, since the slot does."""
@@ -134,6 +151,31 @@ class Directory:
         """The whole record of a slot in the backed part, if there is one."""
         return layout.read_record(self.segment.buffer, slot, self._block_tokens)
 
+    def write_pin(self, pin: WritePin) -> None:
+        """A block is pinned. Its place lies in the backed part."""
+        entry = layout.PinEntry(pin.key, pin.owner, pin.expires)
+        layout.write_pin(self.segment.buffer, self._pin_offset(pin.place), entry)
+
+    def renew_pin(self, place: int, expires: float) -> None:
+        """A pin ends at another time."""
+        layout.renew_pin(self.segment.buffer, self._pin_offset(place), expires)
+
+    def drop_pin(self, place: int) -> None:
+        """A pin has ended."""
+        layout.drop_pin(self.segment.buffer, self._pin_offset(place))
+
+    def pins(self) -> list[FoundPin]:
+        """All whole pins, read from the backed part only."""
+        found: list[FoundPin] = []
+        for place in range(min(layout.MAX_PINS, self.pins_backed // layout.PIN_BYTES)):
+            pin = layout.read_pin(self.segment.buffer, self._pin_offset(place))
+            if pin is not None:
+                found.append(FoundPin(place, *pin))
+        return found
+
+    def _pin_offset(self, place: int) -> int:
+        return self._pins_offset + place * layout.PIN_BYTES
+
     def entries(self) -> list[Entry]:
         """All whole records, read from the backed part only."""
         found: list[Entry] = []
@@ -147,3 +189,11 @@ class Directory:
 
     def close(self, *, unlink: bool) -> None:
         self.segment.close(unlink=unlink)
+
+
+def _backed_from(segment: Segment, offset: int) -> int:
+    """How many bytes from `offset` on have memory. Fills nothing."""
+    for start, length in segment.backed_ranges():
+        if start <= offset < start + length:
+            return start + length - offset
+    return 0

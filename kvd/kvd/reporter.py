@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from kvd import log, reports
-from kvd.core.accounting import report_of_sequences
+from kvd.core.accounting import report_of_pins, report_of_sequences
 from kvd.core.cache import Cache
 from kvd.core.events import SessionId
 from kvd.core.tenants import Tenant
@@ -22,9 +22,9 @@ from kvd.requests import Incoming
 from kvd.stopped import StoppedClients
 from kvd.store import Store
 from kvd_proto.errors import Forbidden, InternalError, KvdError, TooMany, UnknownSession
-from kvd_proto.messages import ListClients, ListSequences, Reported, Status, Verify
+from kvd_proto.messages import ListClients, ListPins, ListSequences, Reported, Status, Verify
 
-REPORTS = frozenset((Status, Verify, ListSequences, ListClients))
+REPORTS = frozenset((Status, Verify, ListSequences, ListClients, ListPins))
 """The requests that are answered here."""
 MAX_WAITING = 16
 """Requests for a report of the memory that one client may have open: more is no use to it."""
@@ -110,6 +110,8 @@ class Reporter:
             match message:
                 case ListSequences():
                     report = {"sequences": report_of_sequences(self._cache, now, tenant)}
+                case ListPins():
+                    report = {"pins": report_of_pins(self._cache, now, tenant)}
                 case ListClients():
                     stopped = self._stopped.look(self._cache.sessions.values())
                     report = reports.clients(self._cache, stopped, now, tenant)

@@ -44,6 +44,8 @@ BURST_SECONDS = 0.002
 """Requests are served for so long before the other descriptors get their turn."""
 READERS_SECONDS = 0.25
 """Between two looks for readers of a former life, as long as there are any."""
+LONGEST_WAIT = 3600.0
+"""Seconds at once: epoll takes an int of milliseconds, and a pin may end in a year."""
 STATUS_SECONDS = 5.0
 """The least time between two status lines for the service manager."""
 
@@ -220,8 +222,16 @@ class Server:
                     store.drop_record(effect)
                 case events.Copy():
                     store.copy(effect)
+                case events.WritePin():
+                    store.write_pin(effect)
+                case events.RenewPin():
+                    store.renew_pin(effect)
+                case events.DropPin():
+                    store.drop_pin(effect)
                 case events.Back():
                     store.back(effect)
+                case events.BackPins():
+                    store.back_pins(effect)
                 case events.Punch():
                     store.punch(effect)
                 case events.Check():
@@ -318,7 +328,7 @@ class Server:
         )
         if self._reporter.is_recounting:
             return 0.0
-        return -1 if due == math.inf else max(0.0, due - now)
+        return -1 if due == math.inf else min(max(0.0, due - now), LONGEST_WAIT)
 
     def _give_signs(self, now: float) -> float:
         """Send the watchdog's sign of life and the status line if they are due; returns when the
@@ -367,6 +377,7 @@ def limits_of(settings: Settings, tenants: Tenants, first_context: int) -> Limit
         first_context,
         tenants=tenants.rules,
         max_models=settings.max_models,
+        max_pins=settings.max_pins,
         session_models=settings.max_session_models,
         session_contexts=settings.max_contexts,
         session_sequences=settings.session_sequences,

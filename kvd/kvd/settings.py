@@ -16,6 +16,7 @@ from typing import Any
 from kvd.group import group_id
 from kvd.instance import check_instance
 from kvd.tenants import TenantTable, read_tables
+from kvd_proto.layout import MAX_PINS
 from kvd_proto.messages import MAX_SEQ_IDS
 from kvd_proto.paths import DEFAULT_INSTANCE
 
@@ -33,6 +34,7 @@ _RANGES = {
     "n_seq_max": (1, MAX_SEQ_IDS),
     "linger_seconds": (0, 1 << 30),
     "max_models": (1, 1 << 12),
+    "max_pins": (0, MAX_PINS),
     "max_staging": (1 << 12, 1 << 40),
     "max_session_models": (1, 1 << 12),
     "max_session_sequences": (0, 1 << 20),
@@ -70,6 +72,8 @@ class Settings:
     """Empty: everybody who can connect is of one tenant."""
     max_models: int = 64
     """That one tenant may have registered: a model's directory stays."""
+    max_pins: int = 1000
+    """That one tenant may have: what is pinned stays, too."""
     # What one session may have, so that none can take everything from others.
     max_staging: int = 256 << 20
     """Never more than a quarter of the tenant's quota, whatever is set here."""

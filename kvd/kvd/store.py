@@ -38,17 +38,21 @@ from kvd.core.events import (
     ArenaAdopted,
     Back,
     Backed,
+    BackPins,
     Check,
     Checked,
     Copied,
     Copy,
     CopyResult,
     CreateArena,
+    DropPin,
     DropRecord,
     Event,
     Punch,
+    RenewPin,
     SessionId,
     UseRecord,
+    WritePin,
     WriteRecord,
 )
 from kvd.directory import Directory
@@ -77,11 +81,14 @@ class StoredArena:
     """Whether clients of an earlier daemon may still read it."""
     growing: dict[int, int] = field(default_factory=dict)
     """By job: how long the directory will be when it has ended."""
+    growing_pins: dict[int, int] = field(default_factory=dict)
+    """By job: how many bytes of pins it will have."""
 
     @property
     def directory_bytes(self) -> int:
-        """What the directory has in memory when all jobs have ended well."""
-        return max([self.directory.backed, *self.growing.values()])
+        """What the directory has in memory, pins included, when all jobs have ended well."""
+        records = max([self.directory.backed, *self.growing.values()])
+        return records + max([self.directory.pins_backed, *self.growing_pins.values()])
 
     def open_reader(self) -> int:
         """A read-only descriptor for one client of this daemon; the caller closes it."""
@@ -189,8 +196,9 @@ class Store:
     def adopt_arena(self, effect: ArenaAdopted) -> None:
         """Serve a found arena on."""
         stored = self.arenas[effect.arena]
-        stored.directory.shrink(effect.directory_bytes)
+        stored.directory.shrink(effect.directory_bytes, effect.pins_bytes)
         stored.directory.ensure(effect.directory_bytes)
+        stored.directory.ensure_pins(effect.pins_bytes)
         stored.directory.begin_life()
         log.info(
             "warm start",
@@ -238,6 +246,34 @@ class Store:
 
     def drop_record(self, effect: DropRecord) -> None:
         self.arenas[effect.arena].directory.drop(effect.slot)
+
+    def write_pin(self, effect: WritePin) -> None:
+        self.arenas[effect.arena].directory.write_pin(effect)
+
+    def renew_pin(self, effect: RenewPin) -> None:
+        self.arenas[effect.arena].directory.renew_pin(effect.place, effect.expires)
+
+    def drop_pin(self, effect: DropPin) -> None:
+        self.arenas[effect.arena].directory.drop_pin(effect.place)
+
+    def back_pins(self, effect: BackPins) -> None:
+        """Start to give a directory memory for pins."""
+        stored = self.arenas[effect.arena]
+        growth = max(0, effect.n_bytes - stored.directory.pins_backed)
+
+        def make(promised: int) -> Steps:
+            check_room(growth + promised)
+            stored.directory.ensure_pins(effect.n_bytes)
+            yield 0
+            return None
+
+        def then(result: JobResult) -> None:
+            del stored.growing_pins[result.job_id]
+            self._handle(Backed(effect.job, self._refusal(result.error)))
+
+        job = self._new_job(then)
+        stored.growing_pins[job] = effect.n_bytes
+        self._copier.submit(TakeJob(job, growth, make), effect.session)
 
     def back(self, effect: Back) -> None:
         """Start to give slots memory, and the directory its growth before."""

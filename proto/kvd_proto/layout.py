@@ -1,8 +1,9 @@
-"""The directory's layout in shared memory: one header, then one record for each slot of the arena.
+"""The directory's layout in shared memory: one header, then one record for each slot of the arena,
+then, from the next page on, the pins of this arena's blocks.
 
 Header, 16 KiB, so that the largest legal registration fits:
 
-    0    8  magic "KVDDIR\\0\\2"
+    0    8  magic "KVDDIR\\0\\3"
     8    4  record_bytes            12   4  block_tokens
     16   4  slots                   20   4  length of the registration
     24   8  stride_bytes            32   8  xxh3-64 of bytes 0..32 and of the registration
@@ -21,20 +22,32 @@ Record of slot i, at 16384 + i * record_bytes, little-endian:
     56   8  generation              64   8  xxh3-64 of the payload
     72  4B  tokens, zeros after the last
 
-A record counts if its checksum is right and not zero; a torn one is recognised by that and counts
-as absent. What a slot's bytes are is told by the payload format (payload.py).
+Pin at place i, at round_up(16384 + slots * record_bytes) + i * 104:
+
+    0    8  xxh3-64 of bytes 16 .. 104, or 1 where that is 0; zeroed before, and written after
+            everything else
+    8    8  when it ends, a float64: seconds of CLOCK_MONOTONIC, which goes on while the machine
+            runs; 0: never. Not covered by the checksum, since it changes alone, in one store: a
+            pin that is renewed is there at every moment
+    16  16  key of its block
+    32   1  length of the owner's name
+    33  71  the owner's name, ASCII, 64 bytes at most, then zeros
+
+A record or a pin counts if its checksum is right and not zero; a torn one is recognised by that and
+counts as absent. What a slot's bytes are is told by the payload format (payload.py).
 """
 
+import math
 import struct
 from typing import Any, NamedTuple
 
 import msgpack
 import xxhash
 
-from kvd_proto.geometry import PAGE_BYTES
+from kvd_proto.geometry import PAGE_BYTES, round_up
 from kvd_proto.keys import TOKEN_BYTES
 
-MAGIC = b"KVDDIR\0\2"
+MAGIC = b"KVDDIR\0\3"
 DIRECTORY_HEADER_BYTES = 4 * PAGE_BYTES
 _HEADER = struct.Struct("<8sIIIIQ")
 _BODY = struct.Struct("<II16s16sQQ")
@@ -42,6 +55,13 @@ _SUM = struct.Struct("<Q")
 _LIFE_OFFSET = DIRECTORY_HEADER_BYTES - _SUM.size
 _USED_OFFSET = _SUM.size
 _BODY_OFFSET = _USED_OFFSET + _SUM.size
+MAX_PINS = 1 << 14
+"""Places for pins in one directory. Those that were never used have no memory."""
+MAX_OWNER = 64
+"""ASCII letters of an owner's name."""
+_PIN_BODY = struct.Struct(f"<16s{1 + MAX_OWNER}p7x")
+_EXPIRES = struct.Struct("<d")
+PIN_BYTES = _SUM.size + _EXPIRES.size + _PIN_BODY.size
 
 
 class Record(NamedTuple):
@@ -53,6 +73,15 @@ class Record(NamedTuple):
     parent_key: bytes
     generation: int
     checksum: int
+
+
+class PinEntry(NamedTuple):
+    """A pin, as the directory tells it: `owner` keeps the block of this key, and all above it,
+    until `expires` (seconds of CLOCK_MONOTONIC; 0.0: for ever)."""
+
+    key: bytes
+    owner: str
+    expires: float
 
 
 class Header(NamedTuple):
@@ -136,6 +165,51 @@ def read_record(directory: memoryview, slot: int, block_tokens: int) -> Record |
         return None
     tokens = body[_BODY.size : _BODY.size + TOKEN_BYTES * n_tokens]
     return Record(start, tokens, key, parent_key, generation, payload_sum)
+
+
+def pins_offset(slots: int, block_tokens: int) -> int:
+    """Where the pins begin in the directory: on a page of their own."""
+    return round_up(record_offset(slots, block_tokens))
+
+
+def directory_length(slots: int, block_tokens: int) -> int:
+    """Bytes of the whole segment, of which most have no memory."""
+    return pins_offset(slots, block_tokens) + round_up(MAX_PINS * PIN_BYTES)
+
+
+def write_pin(directory: memoryview, offset: int, pin: PinEntry) -> None:
+    """Write a pin so that at every moment it is whole or recognisably torn. `offset` is that of its
+    place."""
+    body = _PIN_BODY.pack(pin.key, pin.owner.encode("ascii"))
+    drop_pin(directory, offset)
+    directory[offset + _SUM.size : offset + PIN_BYTES] = _EXPIRES.pack(pin.expires) + body
+    _store(directory, offset, xxhash.xxh3_64_intdigest(body) or 1)
+
+
+def renew_pin(directory: memoryview, offset: int, expires: float) -> None:
+    """Say when a pin ends now; it is there at every moment."""
+    start = offset + _SUM.size
+    directory[start : start + _EXPIRES.size] = _EXPIRES.pack(expires)
+
+
+def drop_pin(directory: memoryview, offset: int) -> None:
+    """Make the pin at this place absent."""
+    _store(directory, offset, 0)
+
+
+def read_pin(directory: memoryview, offset: int) -> PinEntry | None:
+    """The pin at this place, or None if it is absent or torn."""
+    (checksum,) = _SUM.unpack_from(directory, offset)
+    if checksum == 0:
+        return None
+    body = bytes(directory[offset + _SUM.size + _EXPIRES.size : offset + PIN_BYTES])
+    if checksum != (xxhash.xxh3_64_intdigest(body) or 1):
+        return None
+    key, owner = _PIN_BODY.unpack(body)
+    (expires,) = _EXPIRES.unpack_from(directory, offset + _SUM.size)
+    if not owner or not owner.isascii() or not 0 <= expires < math.inf:
+        return None
+    return PinEntry(key, owner.decode("ascii"), expires)
 
 
 def _store(directory: memoryview, offset: int, number: int) -> None:

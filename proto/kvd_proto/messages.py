@@ -9,10 +9,11 @@ hold integers are packed little-endian: tokens and slots u32, staged offsets u64
 from collections.abc import Mapping
 from typing import Annotated, Any, NamedTuple
 
-from kvd_proto.checks import Blob, Evidence, Int, Items, Packed, Row, Table, Text
+from kvd_proto.checks import Ascii, Blob, Evidence, Int, Items, Packed, Row, Table, Text
 from kvd_proto.errors import Detail
 from kvd_proto.geometry import LAYERS
 from kvd_proto.keys import FINGERPRINT_BYTES, TOKEN_BYTES
+from kvd_proto.layout import MAX_OWNER
 
 MAX_TOKENS = 1 << 20
 """Tokens of one sequence: more than any model's context, and 4 MiB on the wire."""
@@ -22,6 +23,8 @@ MAX_APPEND_BLOCKS = 256
 MAX_SEQ_IDS = 255
 """LLAMA_MAX_SEQ is 256, and one id of each context is scratch."""
 MAX_WAIT_MS = 24 * 3600 * 1000
+MAX_TTL_MS = 366 * MAX_WAIT_MS
+"""Of a pin that ends by itself."""
 MAX_FAILURES = 1000
 """A session that never flushes is told of so many failed commits, the latest ones."""
 MAX_ERROR_TEXT = 2000
@@ -36,6 +39,7 @@ Milliseconds = Annotated[int, Int(0, MAX_WAIT_MS)]
 SeqId = Annotated[int, Int(0, MAX_SEQ_IDS - 1)]
 Name = Annotated[str, Text(1, 200)]
 OptionalName = Annotated[str, Text(0, 200)]
+Owner = Annotated[str, Ascii(1, MAX_OWNER)]
 Tokens = Annotated[bytes, Packed(TOKEN_BYTES, 0, MAX_TOKENS)]
 Slots = Annotated[bytes, Packed(4, 0, MAX_TOKENS)]
 Offsets = Annotated[bytes, Packed(8, 0, MAX_APPEND_BLOCKS)]
@@ -270,6 +274,41 @@ class Evicted(NamedTuple):
     freed_bytes: U64
 
 
+class Pin(NamedTuple):
+    """Keep the cached prefix of `tokens` from eviction, in the name of `owner`, for `ttl_ms` (0:
+    until it is unpinned). `model` is the arena fingerprint (keys.py): no registration is needed.
+
+    A pin is no session's: it stays when whoever made it has gone, and when the daemon is restarted.
+    Another one of the same owner and prefix replaces `ttl_ms`.
+    """
+
+    model: Fingerprint
+    tokens: Tokens
+    owner: Owner
+    ttl_ms: Annotated[int, Int(0, MAX_TTL_MS)]
+
+
+class Pinned(NamedTuple):
+    """So many of the tokens are cached, exact to the token, and stay. 0: nothing is pinned."""
+
+    tokens: U32
+
+
+class Unpin(NamedTuple):
+    """End the pins of `owner` on models called `model` ("": all)."""
+
+    owner: Owner
+    model: OptionalName
+
+
+class Unpinned(NamedTuple):
+    pins: U32
+
+
+class ListPins(NamedTuple):
+    """Every pin."""
+
+
 class Operation(NamedTuple):
     """A row of the table of operations."""
 
@@ -294,6 +333,9 @@ OPERATIONS: tuple[Operation, ...] = (
     Operation(13, Verify, Reported),
     Operation(14, Evict, Evicted),
     Operation(15, KeepAlive, KeptAlive),
+    Operation(16, Pin, Pinned),
+    Operation(17, Unpin, Unpinned),
+    Operation(18, ListPins, Reported),
 )
 
 REPLY_OF: Mapping[type[Any], type[Any]] = {op.request: op.reply for op in OPERATIONS}

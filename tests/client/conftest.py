@@ -31,10 +31,12 @@ def daemon(shared_daemon: Daemon) -> Iterator[Daemon]:
 
 def is_empty(client: kvd_client.Client) -> bool:
     """Whether nothing is left, after what can be evicted has been."""
+    for row in client.pins():
+        client.unpin(row["owner"])
     client.evict()
     accounting = client.status()["accounting"]
     return not any(
-        accounting[f"{part}_bytes"] for part in ("filling", "active", "cached", "staging")
+        accounting[f"{part}_bytes"] for part in ("filling", "active", "pinned", "cached", "staging")
     )
 
 

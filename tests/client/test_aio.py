@@ -102,7 +102,11 @@ def test_store_and_fetch_with_context_managers_or_awaits(daemon: Daemon) -> None
         assert len(await client.clients()) == 1
         assert (await client.evict()).blocks == 0
         await second.close()
-        assert (await client.evict("tiny", 2)).blocks == 2
+        assert await client.pin(MODEL, PROMPT[:8], owner="o", ttl=60) == 8
+        assert [row["tokens"] for row in await client.pins()] == [8]
+        assert (await client.evict("tiny", 0)).blocks == 2
+        assert await client.unpin("o") == 1
+        assert (await client.evict("tiny", 1)).blocks == 1
         assert (await client.verify())["ok"]
         await client.close()
         await client.close()

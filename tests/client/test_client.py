@@ -354,6 +354,62 @@ def test_evict_drops_what_nobody_leases(
         assert sequence.matched_tokens == 8
 
 
+def test_a_pin_keeps_what_nobody_leases(
+    client: kvd_client.Client, context: kvd_client.Context
+) -> None:
+    store(context, PROMPT)
+    assert client.pin(MODEL, [*PROMPT[:16], 7], owner="o") == 16
+    assert client.pin(MODEL.arena_fingerprint, PROMPT[:8], owner="p", ttl=3600) == 8
+    assert client.pin(MODEL, [9, 9], owner="o") == 0
+    o, p = client.pins()
+    assert (o["owner"], o["tokens"], o["blocks"], o["expires_seconds"]) == ("o", 16, 2, None)
+    assert (p["owner"], p["tokens"], p["blocks"], p["model"]) == ("p", 8, 1, "tiny")
+    assert 3590 < p["expires_seconds"] <= 3600
+    assert client.evict().blocks == 1
+    assert client.status()["models"][0]["blocks"]["pinned"] == 2
+    with context.alloc(PROMPT) as sequence:
+        assert sequence.matched_tokens == 16
+    assert client.verify()["differences"] == []
+    assert client.unpin("o", "another model") == 0
+    assert client.unpin("o", "tiny") == 1
+    assert client.unpin("p") == 1
+    assert client.pins() == []
+    assert client.evict().blocks == 2
+
+
+def test_a_short_pin_ends_by_itself(client: kvd_client.Client, context: kvd_client.Context) -> None:
+    store(context, PROMPT[:8])
+    assert client.pin(MODEL, PROMPT[:8], owner="o", ttl=0.0001) == 8
+    eventually(lambda: client.pins() == [])
+    assert client.evict().blocks == 1
+
+
+@pytest.mark.parametrize(
+    ("owner", "ttl", "tokens"),
+    [
+        ("", 0, [1]),
+        ("o" * 65, 0, [1]),
+        ("équipe", 0, [1]),
+        ("o", -1, [1]),
+        ("o", float("nan"), [1]),
+        ("o", float("inf"), [1]),
+        ("o", 0, [-1]),
+    ],
+)
+def test_a_pin_that_cannot_be_is_refused(
+    client: kvd_client.Client,
+    context: kvd_client.Context,
+    owner: str,
+    ttl: float,
+    tokens: list[int],
+) -> None:
+    assert context
+    with pytest.raises(errors.BadMessage):
+        client.pin(MODEL, tokens, owner=owner, ttl=ttl)
+    with pytest.raises(errors.UnknownModel):
+        client.pin(bytes(32), [1], owner="o")
+
+
 def test_reports(client: kvd_client.Client, context: kvd_client.Context) -> None:
     store(context, PROMPT)
     with context.alloc(PROMPT, request="chat 7"):

@@ -1,5 +1,6 @@
 """kvctl as a command: what it prints, for people and for programs, and how it ends."""
 
+import dataclasses
 import errno
 import fcntl
 import json
@@ -25,7 +26,7 @@ from tests.support import Daemon, running_daemon, start_daemon
 
 PROMPT = list(range(24))
 COMMAND = [sys.executable, "-m", "kvd_client.kvctl"]
-READING = ("status", "seqs", "clients", "models", "ping", "verify")
+READING = ("status", "seqs", "clients", "models", "pins", "ping", "verify")
 
 
 def kvctl(daemon: Daemon, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -257,6 +258,63 @@ def test_evict(tmp_path: Path) -> None:
         own.stop()
 
 
+def test_pins(tmp_path: Path) -> None:
+    """From a file and from a pipe; with a name, and with the beginning of a fingerprint."""
+    own = start_daemon("--max-memory", "64MiB", runtime_dir=tmp_path / "run")
+    prompt = tmp_path / "prompt.json"
+    prompt.write_text(json.dumps([*range(16), 7]))
+    try:
+        none = kvctl(own, "pin", "--model", "tiny", str(prompt))
+        assert none.returncode == 1
+        assert "no model is called 'tiny'; there is none" in none.stderr
+        with (
+            kvd_client.connect(own.runtime_dir, staging_bytes=1 << 20) as client,
+            client.open_context(MODEL) as context,
+        ):
+            store(context, range(24))
+            done = kvctl(own, "pin", "--model", "tiny", str(prompt))
+            assert done.stdout == "16 of 17 tokens are cached, and pinned until it is unpinned\n"
+            hour = ("--owner", "ops", "--for", "3600")
+            short = MODEL.arena_fingerprint.hex()[:8]
+            done = kvctl(own, "pin", "--model", short, *hour, "--json", input="[0,1,2,3,4,5,6,7]")
+            assert json.loads(done.stdout) == {"tokens": 8, "asked": 8, "owner": "ops"}
+            done = kvctl(own, "pin", "--model", "tiny", input="[99]")
+            assert (done.returncode, done.stdout.split(":")[0]) == (1, "nothing of it is cached")
+            listed = kvctl(own, "pins").stdout
+            assert re.search(r"kvctl +default +tiny +16 +2 +-", listed)
+            assert re.search(r"ops +default +tiny +8 +1 +59 min", listed)
+            assert re.search(r"tiny .* 2 +1 +0 +0 +12\.0 KiB", kvctl(own, "models").stdout)
+            assert kvctl(own, "evict", "--all").stdout.startswith("1 block evicted")
+            wrong = kvctl(own, "unpin", "--model", "large")
+            assert (wrong.returncode, "there are: tiny" in wrong.stderr) == (1, True)
+            ended = kvctl(own, "unpin", "--owner", "ops", "--json")
+            assert json.loads(ended.stdout) == {"pins": 1}
+            assert kvctl(own, "unpin").stdout == "1 pin of 'kvctl' ended\n"
+            assert kvctl(own, "pins").stdout == "nothing is pinned\n"
+    finally:
+        own.stop()
+
+
+def test_models_of_one_name_are_told_apart_by_their_fingerprint(tmp_path: Path) -> None:
+    own = start_daemon("--max-memory", "64MiB", runtime_dir=tmp_path / "run")
+    other = dataclasses.replace(MODEL, fingerprint=bytes([1]) * 32)
+    try:
+        with (
+            kvd_client.connect(own.runtime_dir, staging_bytes=1 << 20) as client,
+            client.open_context(MODEL),
+            client.open_context(other) as context,
+        ):
+            store(context, range(8))
+            done = kvctl(own, "pin", "--model", "tiny", input="[0, 1]")
+            assert done.returncode == 1
+            for model in (MODEL, other):
+                assert model.arena_fingerprint.hex()[:16] in done.stderr
+            name = other.arena_fingerprint.hex()[:16]
+            assert kvctl(own, "pin", "--model", name, input="[0, 1]").returncode == 0
+    finally:
+        own.stop()
+
+
 def test_verify_finds_a_difference_and_says_so_in_its_code(tmp_path: Path) -> None:
     """A stranger of the same user has touched the arena."""
     own = start_daemon("--max-memory", "64MiB", runtime_dir=tmp_path / "run")
@@ -335,6 +393,12 @@ def test_a_daemon_that_refuses_is_exit_code_1(tmp_path: Path) -> None:
         ["evict", "--blocks", "0"],
         ["evict", "--blocks", "-1"],
         ["evict", "--blocks", "many"],
+        ["pin"],
+        ["pin", "--model", "tiny", "/nonexistent"],
+        ["pin", "--model", "tiny", "/dev/null"],
+        ["pin", "--model", "tiny", "--for", "0"],
+        ["pin", "--model", "tiny", "--for", "for ever"],
+        ["unpin", "tiny"],
         ["ping", "--timeout", "0"],
         ["ping", "--timeout", "nan"],
         ["ping", "--no-such-option"],
@@ -344,6 +408,15 @@ def test_bad_usage_is_exit_code_2(daemon: Daemon, arguments: list[str]) -> None:
     done = kvctl(daemon, *arguments)
     assert (done.returncode, done.stdout) == (2, "")
     assert "usage: kvctl" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "tokens", ["", "[]", "{}", "7", "[1.5]", "[true]", "[-1]", "[[1]]", '["1"]', f"[{1 << 32}]"]
+)
+def test_what_is_no_list_of_tokens_is_bad_usage(daemon: Daemon, tokens: str) -> None:
+    done = kvctl(daemon, "pin", "--model", "tiny", input=tokens)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "a file with a JSON list of token ids" in done.stderr
 
 
 def test_options_may_come_before_or_after_the_command(daemon: Daemon, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from kvd.core.events import (
     ArenaFound,
     Back,
     Backed,
+    BackPins,
     Check,
     Checked,
     Connected,
@@ -24,15 +25,19 @@ from kvd.core.events import (
     CopyResult,
     CreateArena,
     Disconnected,
+    DropPin,
     DropRecord,
     Effect,
     Event,
+    FoundPin,
     FoundRecord,
     ReadersGone,
+    RenewPin,
     Reply,
     Requested,
     Ticked,
     UseRecord,
+    WritePin,
     WriteRecord,
 )
 from kvd.core.machine import Core
@@ -46,6 +51,7 @@ from kvd_proto.messages import (
     Flush,
     Flushed,
     OpenContext,
+    Pin,
     RegisterModel,
 )
 from kvd_proto.payload import ArrayBlock
@@ -94,7 +100,7 @@ class Driver:
         self.core = Core(self.limits)
         self.now = 0.0
         self.effects: list[Effect] = []
-        self.jobs: list[Back | Check | Copy] = []
+        self.jobs: list[Back | BackPins | Check | Copy] = []
         """Not ended yet, in order."""
         self.replies: dict[int, Any] = {}
         """By correlation."""
@@ -103,6 +109,8 @@ class Driver:
         self.made: dict[int, CreateArena] = {}
         self.records: dict[int, dict[int, FoundRecord]] = {}
         """By arena and slot: what the directory would hold."""
+        self.pins: dict[int, dict[int, FoundPin]] = {}
+        """By arena and place: the pins that it would hold."""
 
     @property
     def cache(self):
@@ -116,7 +124,7 @@ class Driver:
             if isinstance(effect, Reply):
                 assert effect.correlation not in self.replies, "answered twice"
                 self.replies[effect.correlation] = effect.body
-            elif isinstance(effect, Back | Check | Copy):
+            elif isinstance(effect, Back | BackPins | Check | Copy):
                 self.jobs.append(effect)
             else:
                 self._record(effect)
@@ -126,6 +134,7 @@ class Driver:
             case CreateArena(number):
                 self.made[number] = effect
                 self.records[number] = {}
+                self.pins[number] = {}
             case WriteRecord(number, slot):
                 self.records[number][slot] = FoundRecord(*effect[1:], effect.generation)
             case UseRecord(number, slot, last_use):
@@ -133,6 +142,14 @@ class Driver:
                 self.records[number][slot] = record._replace(last_use=last_use)
             case DropRecord(number, slot):
                 del self.records[number][slot]
+            case WritePin(number, place):
+                assert place not in self.pins[number], "the place has a pin already"
+                self.pins[number][place] = FoundPin(*effect[1:])
+            case RenewPin(number, place, expires):
+                pin = self.pins[number][place]
+                self.pins[number][place] = pin._replace(expires=expires)
+            case DropPin(number, place):
+                del self.pins[number][place]
 
     def of_kind(self, kind: type) -> list[Any]:
         """The last event's effects of one kind."""
@@ -184,6 +201,17 @@ class Driver:
         self.work()
         assert isinstance(self.replies[correlation], Appended), self.replies[correlation]
 
+    def pin(self, session: bytes, *tokens: int, **other: Any) -> Any:
+        """Pin what is cached of these tokens, and end the jobs that takes; the reply."""
+        self.ask(session, self.pin_message(*tokens, **other))
+        correlation = self.asked
+        self.work()
+        return self.replies[correlation]
+
+    def pin_message(self, *tokens: int, arena: int = 1, owner: str = "o", ttl: int = 0) -> Pin:
+        """For `ttl` milliseconds (0: for ever)."""
+        return Pin(self.made[arena].fingerprint, packed(*tokens), owner, ttl)
+
     def flush(self, session: bytes, commit: int) -> Flushed | None:
         return self.ask(session, Flush(commit))
 
@@ -205,6 +233,7 @@ class Driver:
             has_readers=False,
             records=[self.records[number][slot] for slot in sorted(self.records[number])],
             unrecorded=[],
+            pins=list(self.pins[number].values()),
         )
         return event._replace(**other)
 
@@ -240,7 +269,7 @@ class Driver:
     def back(self, error: KvdError | None = None) -> None:
         """End the first job, which is to give memory."""
         job = self.jobs.pop(0)
-        assert isinstance(job, Back)
+        assert isinstance(job, Back | BackPins)
         self.handle(Backed(job.job, error))
 
     def copy(self, *bad: int) -> None:
@@ -256,7 +285,7 @@ class Driver:
     def work(self, *bad: int) -> None:
         """End all jobs, well but for the items `bad` of each copy."""
         while self.jobs:
-            if isinstance(self.jobs[0], Back):
+            if isinstance(self.jobs[0], Back | BackPins):
                 self.back()
             elif isinstance(self.jobs[0], Check):
                 self.check()

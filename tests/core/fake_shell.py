@@ -13,6 +13,7 @@ import xxhash
 from kvd.core.events import (
     Back,
     Backed,
+    BackPins,
     Check,
     Checked,
     CloseStaging,
@@ -20,19 +21,23 @@ from kvd.core.events import (
     Copy,
     CopyResult,
     CreateArena,
+    DropPin,
     DropRecord,
     OpenStaging,
     Punch,
     RemoveArena,
+    RenewPin,
+    WritePin,
     WriteRecord,
 )
 from kvd_proto.errors import BadPayload, NoSpace
+from kvd_proto.layout import PIN_BYTES
 from tests.core.reference import Path
 
 EMPTY = "nothing"
 HOLED = "memory in part"
 
-Job = Back | Check | Copy | Punch | RemoveArena
+Job = Back | BackPins | Check | Copy | Punch | RemoveArena
 
 
 @dataclass
@@ -41,6 +46,10 @@ class Slots:
 
     memory: dict[int, Path | str] = field(default_factory=dict)
     records: dict[int, WriteRecord] = field(default_factory=dict)
+    pins: dict[int, WritePin] = field(default_factory=dict)
+    """By place."""
+    pins_backed: int = 0
+    """Bytes of the pins that have memory."""
 
 
 class FakeShell:
@@ -89,6 +98,20 @@ class FakeShell:
     def drop_record(self, effect: DropRecord) -> None:
         del self.arenas[effect.arena].records[effect.slot]
 
+    def write_pin(self, effect: WritePin) -> None:
+        slots = self.arenas[effect.arena]
+        assert effect.place not in slots.pins, "the place has a pin already"
+        assert (effect.place + 1) * PIN_BYTES <= slots.pins_backed, "the pin has no memory"
+        assert effect.key in {record.key for record in slots.records.values()}, "pinned nothing"
+        slots.pins[effect.place] = effect
+
+    def renew_pin(self, effect: RenewPin) -> None:
+        pins = self.arenas[effect.arena].pins
+        pins[effect.place] = pins[effect.place]._replace(expires=effect.expires)
+
+    def drop_pin(self, effect: DropPin) -> None:
+        del self.arenas[effect.arena].pins[effect.place]
+
     def submit(self, job: Job) -> None:
         self.queue.append(job)
 
@@ -108,6 +131,11 @@ class FakeShell:
                 self.moment()
                 del slots.memory[slot]
             return None
+        if isinstance(job, BackPins):
+            if fails:
+                return Backed(job.job, NoSpace("no memory"))
+            slots.pins_backed = max(slots.pins_backed, job.n_bytes)
+            return Backed(job.job, None)
         if isinstance(job, Back):
             assert not slots.memory.keys() & set(job.slots), "backed twice"
             if fails:

@@ -124,6 +124,18 @@ class Sequence:
         self.length = len(self.full)
 
 
+@dataclass(eq=False)
+class Wanted:
+    """A pin that waits for memory, and holds its block meanwhile."""
+
+    session: Session
+    correlation: int
+    owner: str
+    path: Path
+    n_tokens: int
+    seconds: float
+
+
 @dataclass
 class Planned:
     """What an append meets: all blocks in order; those that are sealed, that are being filled, and
@@ -150,6 +162,9 @@ class Arena:
     """Of the sealed ones: what an earlier daemon left and nobody has checked yet."""
     former: set[Path] = field(default_factory=set)
     """Of the sealed ones: what clients of an earlier daemon may still read."""
+    pins: dict[tuple[str, Path], float] = field(default_factory=dict)
+    """By owner and block: when each ends; 0.0: never."""
+    wanted: list[Wanted] = field(default_factory=list)
 
     def parent(self, path: Path) -> Path:
         return path[: (len(path) - 1) // self.block_tokens * self.block_tokens]
@@ -219,7 +234,20 @@ class Arena:
                 source.commit.pending = {each for each in source.commit.pending if not each.gone}
 
     def leased(self, sequences: list[Sequence]) -> set[Path]:
-        """What sequences lease, and ancestors of filling blocks."""
+        """What sequences lease, ancestors of filling blocks, and what waits to be pinned."""
         paths = [sequence.leased for sequence in sequences if sequence.context.arena is self]
         paths += self.filling
+        paths += [wanted.path for wanted in self.wanted]
         return {up for path in paths for up in self.chain(path)}
+
+    def pinned(self) -> set[Path]:
+        """What pins keep, leased or not."""
+        return {up for _, path in self.pins for up in self.chain(path)}
+
+    def end_pins(self, now: float) -> None:
+        """Those whose time is over."""
+        self.pins = {key: due for key, due in self.pins.items() if not due or due > now}
+
+    def next_end(self) -> float | None:
+        """When the first pin ends by itself."""
+        return min((due for due in self.pins.values() if due), default=None)

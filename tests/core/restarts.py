@@ -24,20 +24,24 @@ from kvd.core.events import (
     Check,
     Checked,
     CreateArena,
+    DropPin,
     DropRecord,
     Effect,
     Event,
+    FoundPin,
     FoundRecord,
     ReadersGone,
     RemoveArena,
+    RenewPin,
     UseRecord,
+    WritePin,
     WriteRecord,
 )
 from kvd_proto import errors, layout
-from kvd_proto.messages import Alloc
+from kvd_proto.messages import Alloc, Pin, Pinned
 from tests.core.fake_shell import HOLED, FakeShell, Slots, checksum
-from tests.core.reference import Arena, Context, Path, Sequence, Session, packed
-from tests.core.world import KINDS, Kind, Waiting, World, _fails, _path, _tokens
+from tests.core.reference import Arena, Context, Path, Sequence, Session, Wanted, packed
+from tests.core.world import KINDS, PAGE, Kind, Waiting, World, _fails, _path, _tokens
 
 LATEST_USE = 1 << 62
 """What is later was not written by any clock."""
@@ -54,6 +58,16 @@ class Recorded(NamedTuple):
     last_use: int
 
 
+class DeferredPin(NamedTuple):
+    """A pin that waits for a check."""
+
+    session: Session
+    kind: Kind
+    tokens: Path
+    owner: str
+    seconds: float
+
+
 @dataclass(eq=False)
 class Disk:
     """An arena's two segments."""
@@ -65,9 +79,24 @@ class Disk:
     """Of the directory."""
     recorded: dict[int, Recorded] = field(default_factory=dict)
     """By slot: what must be read from the directory."""
+    pinned: dict[int, layout.PinEntry] = field(default_factory=dict)
+    """By place: the same for pins."""
     is_removed: bool = False
     has_readers: bool = False
     """Whether the daemon believes that clients of one before can read it."""
+
+    @property
+    def pins_offset(self) -> int:
+        return layout.pins_offset(self.made.slots, self.made.block_tokens)
+
+    def pin_offset(self, place: int) -> int:
+        return self.pins_offset + place * layout.PIN_BYTES
+
+    def has_memory(self, where: slice) -> bool:
+        """Of the directory."""
+        start = self.pins_offset
+        in_pins = start <= where.start and where.stop <= start + self.slots.pins_backed
+        return where.stop <= self.backed or in_pins
 
 
 @dataclass(eq=False)
@@ -85,7 +114,7 @@ class StoreByStore:
         self._disk = disk
 
     def __setitem__(self, where: slice, data: bytes) -> None:
-        assert where.stop <= self._disk.backed, "the directory has no memory there"
+        assert self._disk.has_memory(where), "the directory has no memory there"
         self._shell.moment()
         if len(data) > 8:
             middle = where.start + len(data) // 2
@@ -110,7 +139,8 @@ class DurableShell(FakeShell):
 
     def create_arena(self, effect: CreateArena) -> None:
         super().create_arena(effect)
-        size = layout.record_offset(effect.slots, effect.block_tokens)
+        # One page is enough for all pins that there may be.
+        size = layout.pins_offset(effect.slots, effect.block_tokens) + PAGE
         disk = Disk(effect, bytearray(size), self.arenas[effect.arena], effect.directory_bytes)
         self.disks[effect.arena] = disk
 
@@ -148,12 +178,35 @@ class DurableShell(FakeShell):
         layout.drop_record(buffer, slot, disk.made.block_tokens)
         disk.recorded.pop(slot, None)
 
+    def write_pin(self, effect: WritePin) -> None:
+        super().write_pin(effect)
+        disk = self.disks[effect.arena]
+        buffer: Any = StoreByStore(self, disk)
+        entry = layout.PinEntry(effect.key, effect.owner, effect.expires)
+        layout.write_pin(buffer, disk.pin_offset(effect.place), entry)
+        disk.pinned[effect.place] = entry
+
+    def renew_pin(self, effect: RenewPin) -> None:
+        super().renew_pin(effect)
+        disk = self.disks[effect.arena]
+        buffer: Any = StoreByStore(self, disk)
+        layout.renew_pin(buffer, disk.pin_offset(effect.place), effect.expires)
+        entry = disk.pinned[effect.place]
+        disk.pinned[effect.place] = entry._replace(expires=effect.expires)
+
+    def drop_pin(self, effect: DropPin) -> None:
+        super().drop_pin(effect)
+        disk = self.disks[effect.arena]
+        buffer: Any = StoreByStore(self, disk)
+        layout.drop_pin(buffer, disk.pin_offset(effect.place))
+        del disk.pinned[effect.place]
+
     def work(self, fails: int, which: int = 0) -> Any:
         job = self.next_job(which)
         if isinstance(job, Back) and fails in (0, 2):
             # The directory first; the slots may fail after that.
             disk = self.disks[job.arena]
-            disk.backed = max(disk.backed, min(job.directory_bytes, len(disk.directory)))
+            disk.backed = max(disk.backed, min(job.directory_bytes, disk.pins_offset))
         self.moment()
         event = super().work(fails, which)
         self.moment()
@@ -176,11 +229,12 @@ class RestartingWorld(World):
         self.shell = DurableShell()
         self.shell.paths = self.paths
         self.lives = 1
-        self.adopted = self.damaged = self.refused = 0
+        self.adopted = self.damaged = self.refused = self.kept_pins = 0
         self.readers: list[Reader] = []
         self.checks: dict[int, list[tuple[Arena, Path]]] = {}
         self.deferred: dict[int, Waiting] = {}
         """By correlation: allocs that wait for a check."""
+        self.deferred_pins: dict[int, DeferredPin] = {}
         self.retrying: deque[int] = deque()
         """Those that are tried again in this step, in order."""
         self.condemned: set[tuple[int, Path]] = set()
@@ -219,7 +273,8 @@ class RestartingWorld(World):
         for each in (
             self.sessions, self.contexts, self.arenas, self.answers, self.askers, self.allocs,
             self.reserving, self.backing, self.copying, self.seals, self.staged, self.unheld,
-            self.checks, self.deferred, self.retrying, self.condemned, self.from_before,
+            self.checks, self.deferred, self.deferred_pins, self.retrying, self.condemned,
+            self.from_before,
         ):  # fmt: skip
             each.clear()
         self.evicting = False
@@ -264,6 +319,9 @@ class RestartingWorld(World):
             disk.slots.memory[slot] = HOLED
             self.shell.moment()
             del disk.slots.memory[slot]
+        for place in range(disk.slots.pins_backed // layout.PIN_BYTES):
+            pin = layout.read_pin(buffer, disk.pin_offset(place))
+            assert disk.pinned.get(place) == pin, "torn, or not torn"
         self._check_readers()
         return found
 
@@ -282,6 +340,14 @@ class RestartingWorld(World):
         for slot, (path, _) in disk.recorded.items():
             if all(up in paths for up in arena.chain(path)):
                 arena.sealed[path] = slot
+        disk.slots.pins = {
+            place: WritePin(number, place, *entry) for place, entry in disk.pinned.items()
+        }
+        for entry in disk.pinned.values():
+            path = self.paths[entry.key]
+            if path in arena.sealed and (not entry.expires or entry.expires > self.now):
+                arena.pins[entry.owner, path] = entry.expires
+        self.kept_pins += len(arena.pins)
         arena.births = dict.fromkeys(arena.sealed, 1)
         arena.unchecked = set(arena.sealed)
         arena.former = set(arena.sealed) if disk.has_readers else set()
@@ -291,6 +357,7 @@ class RestartingWorld(World):
             number, made.tenant, made.name, made.fingerprint, made.payload_format,
             made.block_tokens, made.layers, made.slots, made.stride_bytes, disk.has_readers,
             records, sorted(disk.slots.memory.keys() - disk.recorded.keys()),
+            [FoundPin(place, *entry) for place, entry in disk.pinned.items()],
         )  # fmt: skip
         effects = self._handle(event)
         if isinstance(effects[0], ArenaRefused):
@@ -312,6 +379,7 @@ class RestartingWorld(World):
         self.refused += 1
         del self.arenas[number], self.shell.arenas[number], self.shell.disks[number]
         disk.recorded.clear()
+        disk.pinned.clear()
         disk.is_removed = True
         for reader in self.readers:
             reader.leases.pop(disk, None)
@@ -413,7 +481,7 @@ class RestartingWorld(World):
                 for slot, content in slots.items():
                     assert disk.slots.memory[slot] == content, "changed under a reader of before"
 
-    # --- allocs that wait for a check
+    # --- allocs and pins that wait for a check
 
     def alloc(
         self,
@@ -433,6 +501,53 @@ class RestartingWorld(World):
         self.deferred[correlation] = Waiting(context, message, 0.0)
         self._request(context.session, message, lambda body: self._tried(correlation, body))
         assert correlation in self.deferred, "answered from what is not checked"
+
+    def pin(
+        self, session: Session, kind: Kind, tokens: Path, owner: str = "o", ttl_ms: int = 0
+    ) -> None:
+        arena = self.arena_of(session, kind)
+        if arena is None or not self._must_check(arena, tokens):
+            super().pin(session, kind, tokens, owner, ttl_ms)
+            return
+        message = Pin(kind.fingerprint, packed(tokens), owner, ttl_ms)
+        correlation = self.n_asked + 1
+        self.deferred_pins[correlation] = DeferredPin(session, kind, tokens, owner, ttl_ms / 1000)
+        self._request(session, message, lambda body: self._pin_tried(correlation, body))
+        assert correlation in self.deferred_pins, "answered from what is not checked"
+
+    def _pin_tried(self, correlation: int, body: Any) -> None:
+        """A deferred pin is answered."""
+        self._others_wait(correlation)
+        assert self.retrying.popleft() == correlation
+        deferred = self.deferred_pins.pop(correlation)
+        arena = self.arena_of(deferred.session, deferred.kind)
+        if arena is None:
+            assert isinstance(body, errors.UnknownModel), "the arena was given up meanwhile"
+            return
+        wanted = self._wanted_now(arena, correlation, deferred)
+        if wanted is None:
+            assert body == Pinned(0)
+        else:
+            self._pinned(arena, wanted, body)
+
+    def _pin_waits(self, correlation: int) -> None:
+        """A deferred pin was tried, and waits for memory."""
+        deferred = self.deferred_pins.pop(correlation)
+        arena = self.arena_of(deferred.session, deferred.kind)
+        assert arena is not None
+        wanted = self._wanted_now(arena, correlation, deferred)
+        assert wanted is not None
+        arena.wanted.append(wanted)
+        self.answers[correlation] = lambda body: self._pinned(arena, wanted, body)
+
+    def _wanted_now(self, arena: Arena, correlation: int, deferred: DeferredPin) -> Wanted | None:
+        """What a deferred pin is of, now that it is tried."""
+        session, _, tokens, owner, seconds = deferred
+        assert not self._must_check(arena, tokens)
+        path = arena.best(tokens)
+        if not path:
+            return None
+        return Wanted(session, correlation, owner, path, arena.matched(tokens), seconds)
 
     def _must_check(self, arena: Arena, tokens: Path) -> bool:
         """Whether the best match would be one that is not checked yet."""
@@ -470,6 +585,8 @@ class RestartingWorld(World):
         """Those that were tried before and heard nothing wait for an id, or for another check."""
         while self.retrying and self.retrying[0] != until:
             correlation = self.retrying.popleft()
+            if correlation in self.deferred_pins and not self._is_checked_for(correlation):
+                self._pin_waits(correlation)
             if correlation not in self.deferred or self._is_checked_for(correlation):
                 continue
             context, message, _ = self.deferred.pop(correlation)
@@ -486,7 +603,7 @@ class RestartingWorld(World):
             waiting.correlation == correlation
             for job in self.core.cache.jobs.values()
             if isinstance(job, Checking)
-            for waiting in job.allocs
+            for waiting in job.deferred
         )
 
     def _open(self, correlation: int, body: Any) -> Sequence:
@@ -499,6 +616,9 @@ class RestartingWorld(World):
         for correlation, alloc in list(self.deferred.items()):
             if alloc.context.session is session:
                 del self.deferred[correlation]
+        for correlation, pin in list(self.deferred_pins.items()):
+            if pin.session is session:
+                del self.deferred_pins[correlation]
         super().disconnect(session)
 
     def close_context(self, context: Context) -> None:
@@ -546,7 +666,7 @@ class RestartingWorld(World):
             return
         job = self.core.cache.jobs[event.job]
         assert isinstance(job, Checking)
-        self.retrying.extend(waiting.correlation for waiting in job.allocs)
+        self.retrying.extend(waiting.correlation for waiting in job.deferred)
         for (arena, path), is_right in zip(self.checks.pop(event.job), event.results, strict=True):
             if path not in arena.unchecked:
                 continue  # gone meanwhile
@@ -558,6 +678,7 @@ class RestartingWorld(World):
             self.condemned |= {(arena.number, each) for each in below}
             arena.unchecked -= below
             arena.former -= below
+            arena.pins = {key: due for key, due in arena.pins.items() if key[1] not in below}
             arena.remove(path, self.sequences())
 
     def _settle(self, effects: list[Effect], evicting: list[Arena] | None = None) -> None:
@@ -572,9 +693,10 @@ class RestartingWorld(World):
             case Check():
                 self._check(effect)
                 self.shell.submit(effect)
-            case ArenaAdopted(number, _, directory_bytes):
+            case ArenaAdopted(number, _, directory_bytes, pins_bytes):
                 disk = self.shell.disks[number]
-                disk.backed = min(directory_bytes, len(disk.directory))
+                disk.backed = min(directory_bytes, disk.pins_offset)
+                disk.slots.pins_backed = pins_bytes
             case ArenaRefused():
                 raise AssertionError(effect)
             case DropRecord(number, slot) if self._is_lost(number, slot):
@@ -608,8 +730,16 @@ class RestartingWorld(World):
         # Its place among those that nobody has leased in this life is checked when it restarts.
         evicted += set(found) - self.condemned - self.from_before
 
-    def _compare(self) -> None:
+    def _check_eviction(
+        self,
+        evicted: list[tuple[int, Path]],
+        all_arenas: dict[int, Arena],
+        evicting: list[Arena] | None,
+    ) -> None:
         self._others_wait(None)
+        super()._check_eviction(evicted, all_arenas, evicting)
+
+    def _compare(self) -> None:
         for arena in self.arenas.values():
             leased = arena.leased(self.sequences())
             self.from_before -= {(arena.number, path) for path in leased}
@@ -617,6 +747,7 @@ class RestartingWorld(World):
         self._check_readers()
         if not self.shell.queue:
             assert not self.deferred, "an alloc was forgotten"
+            assert not self.deferred_pins, "a pin was forgotten"
             assert not any(arena.unchecked for arena in self.arenas.values())
 
     def _compare_arena(self, arena: Arena) -> None:

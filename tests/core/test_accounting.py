@@ -310,7 +310,7 @@ def forget_a_waiter(cache: Cache) -> None:
         (lease_what_is_gone, "sequence 3 of context 1 leases a block that is gone"),
         (put_children_below_a_tail, "is not full and has children"),
         (leave_a_shorter_one, "nobody holds slot"),
-        (hold_what_is_in_the_lru, "is held, and in the LRU"),
+        (hold_what_is_in_the_lru, "is held or pinned, and in the LRU"),
         (forget_whose_slot_it_is, "a block in the tree is not the one in its slot"),
         (forget_where_a_first_one_is, "a block in the tree is not the one in its slot"),
         (lose_from_the_tree, "has a block that is not in the tree"),
@@ -353,6 +353,7 @@ def test_totals_add_up_and_name_the_padding() -> None:
         free=0,
         filling=0,
         active=2 * PAGE,
+        pinned=0,
         cached=0,
         padding=2 * (PAGE - 1024),
     )
@@ -360,7 +361,7 @@ def test_totals_add_up_and_name_the_padding() -> None:
 
 
 def test_the_error_prints_every_term() -> None:
-    broken = Totals(100, 50, 10, 10, 5, 5, 5, 5, 3)
+    broken = Totals(100, 50, 10, 10, 5, 5, 5, 4, 1, 3)
     with pytest.raises(AccountingError) as error:
         broken.check()
     assert "budget 100 != 90" in str(error.value)
@@ -371,7 +372,8 @@ def test_the_error_prints_every_term() -> None:
         "free=5",
         "filling=5",
         "active=5",
-        "cached=5",
+        "pinned=4",
+        "cached=1",
     ):
         assert term in str(error.value)
 

@@ -207,7 +207,7 @@ def test_all_records_are_adopted_where_they_are(chain: Driver) -> None:
     chain.restart(chain.found())
     assert chain.blocks() == {A: 0, B: 1, C: 2}
     assert [block.state for block in chain.cache.budget.oldest_first()] == [ADOPTED] * 3
-    assert chain.effects[0] == ArenaAdopted(1, 3, FULL_DIRECTORY)
+    assert chain.effects[0] == ArenaAdopted(1, 3, FULL_DIRECTORY, 0)
     assert [type(effect) for effect in chain.effects] == [ArenaAdopted, Check]
     assert chain.counts() == {"cached": 3}
     assert chain.cache.counters.adopted_blocks == 3
@@ -215,7 +215,7 @@ def test_all_records_are_adopted_where_they_are(chain: Driver) -> None:
 
 def test_an_arena_without_a_block_is_adopted(driver: Driver) -> None:
     driver.restart(driver.found(2, arena=1))
-    assert driver.effects == [ArenaAdopted(1, 0, 4 * PAGE)]
+    assert driver.effects == [ArenaAdopted(1, 0, 4 * PAGE, 0)]
     assert driver.jobs == []
     driver.connect("b")
     assert driver.register(b"b", "n") == 1

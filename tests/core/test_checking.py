@@ -231,7 +231,7 @@ def test_of_a_session_that_dies_while_it_waits_nothing_is_kept(driver: Driver) -
         deferred(driver, b"a", 1, *C)
     stays = deferred(driver, b"b", 2, *C)
     driver.disconnect(b"a")
-    kept = [each for job in driver.cache.jobs.values() for each in job.allocs]
+    kept = [each for job in driver.cache.jobs.values() for each in job.deferred]
     assert [each.correlation for each in kept] == [stays]
     assert (session.waiting, session.waiting_bytes) == (0, 0)
 

@@ -5,7 +5,7 @@ after each step is in world.py.
 """
 
 import os
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -19,7 +19,7 @@ from hypothesis.stateful import (
 )
 
 from tests.core.reference import Context, Sequence, Session
-from tests.core.world import KINDS, STAGING, TENANTS, VOCABULARY, World
+from tests.core.world import KINDS, OWNERS, STAGING, TENANTS, VOCABULARY, World
 
 EXAMPLES = int(os.environ.get("KVD_EXAMPLES", 300))
 STEPS = int(os.environ.get("KVD_STEPS", 40))
@@ -161,6 +161,22 @@ class CoreMachine(RuleBasedStateMachine):
     @rule(which=which, name=st.sampled_from(("", "a", "b", "c")), n_blocks=st.integers(0, 2))
     def evict(self, which: int, name: str, n_blocks: int) -> None:
         self.world.evict(self._session(which), name, n_blocks)
+
+    @precondition(lambda self: self.world.sessions)
+    @rule(
+        which=which,
+        kind=kinds,
+        tokens=prompts,
+        owner=st.sampled_from(OWNERS),
+        ttl_ms=st.sampled_from((0, 250, 1000)),
+    )
+    def pin(self, which: int, kind: Any, tokens: tuple[int, ...], owner: str, ttl_ms: int) -> None:
+        self.world.pin(self._session(which), kind, tokens, owner, ttl_ms)
+
+    @precondition(lambda self: self.world.sessions)
+    @rule(which=which, owner=st.sampled_from(OWNERS), name=st.sampled_from(("", "a", "b", "c")))
+    def unpin(self, which: int, owner: str, name: str) -> None:
+        self.world.unpin(self._session(which), owner, name)
 
     @rule(seconds=st.sampled_from((0.125, 0.25, 0.5)))
     def pass_time(self, seconds: float) -> None:

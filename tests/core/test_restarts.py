@@ -20,7 +20,7 @@ STEPS = 250
 
 @pytest.mark.timeout(7200)
 def test_the_daemon_dies_at_any_moment() -> None:
-    lives = adopted = damaged = refused = 0
+    lives = adopted = damaged = refused = kept_pins = 0
     for seed in range(FIRST_SEED, FIRST_SEED + SIMULATIONS):
         story = Story(Random(seed))
         try:
@@ -32,12 +32,14 @@ def test_the_daemon_dies_at_any_moment() -> None:
         adopted += story.world.adopted
         damaged += story.world.damaged
         refused += story.world.refused
+        kept_pins += story.world.kept_pins
     print(f"{SIMULATIONS} stories from seed {FIRST_SEED}: {lives} daemons, which adopted {adopted}")
-    print(f"blocks, found {damaged} damaged, and refused {refused} arenas")
+    print(f"blocks and {kept_pins} pins, found {damaged} blocks damaged, refused {refused} arenas")
     if SIMULATIONS >= 100:
         assert lives > 4 * SIMULATIONS
         assert adopted > 2 * SIMULATIONS
         assert damaged > SIMULATIONS // 10
+        assert kept_pins > SIMULATIONS // 4
 
 
 class Story(Life):

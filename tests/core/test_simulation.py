@@ -8,7 +8,7 @@ from random import Random
 import pytest
 
 from tests.core.driver import walk_in_steps_of
-from tests.core.world import KINDS, STAGING, TENANTS, VOCABULARY, World
+from tests.core.world import KINDS, OWNERS, STAGING, TENANTS, VOCABULARY, World
 
 STEPS = int(os.environ.get("KVD_SIMULATION_STEPS", 100_000))
 SEEDS = range(10)
@@ -61,6 +61,8 @@ class Life:
             self.release: random.choice((20, 50)),
             self.flush: 10,
             self.evict: random.choice((0, 5)),
+            self.pin: random.choice((0, 5, 20)),
+            self.unpin: random.choice((1, 5)),
             self.pass_time: 10,
             self.work: random.choice((30, 80, 200)),
             self.append_wrongly: clumsy,
@@ -168,6 +170,22 @@ class Life:
         if session := self._session():
             name = self.random.choice(("", "a", "b", "c"))
             self.world.evict(session, name, self.random.choice((0, 1, 2)))
+
+    def pin(self) -> None:
+        if session := self._session():
+            # Mostly what is there: most pins are of what was just stored.
+            kind = self.random.choice(KINDS)
+            tokens = self._tokens(0, 7)
+            arena = self.world.arena_of(session, kind)
+            if arena is not None and arena.sealed and self.random.random() < 0.8:
+                tokens = self.random.choice(sorted(arena.sealed))
+            ttl_ms = self.random.choice((0, 0, 250, 1000, 10_000))
+            self.world.pin(session, kind, tokens, self.random.choice(OWNERS), ttl_ms)
+
+    def unpin(self) -> None:
+        if session := self._session():
+            name = self.random.choice(("", "a", "b", "c"))
+            self.world.unpin(session, self.random.choice(OWNERS), name)
 
     def pass_time(self) -> None:
         self.world.pass_time(self.random.choice((0.125, 0.25, 0.5)))

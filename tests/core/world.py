@@ -11,10 +11,11 @@ from struct import pack, unpack
 from typing import Any, NamedTuple
 
 from kvd.core import accounting, recount
-from kvd.core.cache import AllocBacking, AppendBacking, Limits
+from kvd.core.cache import AllocBacking, AppendBacking, Limits, PinsGrowing
 from kvd.core.events import (
     Back,
     Backed,
+    BackPins,
     CloseStaging,
     Completed,
     Connected,
@@ -22,6 +23,7 @@ from kvd.core.events import (
     Copy,
     CreateArena,
     Disconnected,
+    DropPin,
     DropRecord,
     Effect,
     Event,
@@ -29,10 +31,12 @@ from kvd.core.events import (
     Punch,
     RefuseSession,
     RemoveArena,
+    RenewPin,
     Reply,
     Requested,
     ShareArena,
     Ticked,
+    WritePin,
     WriteRecord,
 )
 from kvd.core.machine import Core
@@ -62,8 +66,12 @@ from kvd_proto.messages import (
     KeptAlive,
     ModelRegistered,
     OpenContext,
+    Pin,
+    Pinned,
     RegisterModel,
     Release,
+    Unpin,
+    Unpinned,
 )
 from tests.core.fake_shell import FakeShell, checksum
 from tests.core.reference import (
@@ -76,6 +84,7 @@ from tests.core.reference import (
     Sequence,
     Session,
     Source,
+    Wanted,
     packed,
 )
 
@@ -85,6 +94,8 @@ PAGE = 4096
 STAGING = 3 * PAGE
 FIRST_DIRECTORY = 4 * PAGE
 DIRECTORY = 5 * PAGE
+MAX_PINS = 3
+"""Of a tenant, so that one page of a directory has room for all."""
 MAX_SESSIONS = 3
 N_SEQ_MAX = 2
 FIRST_CONTEXT = 70
@@ -107,11 +118,13 @@ class Kind:
         self.payload_bytes = 2 * row_bytes * block_tokens
         self.stride = -(-self.payload_bytes // PAGE) * PAGE
 
+    @property
+    def fingerprint(self) -> bytes:
+        """Of its arenas."""
+        return arena_fingerprint(self.message.fingerprint, "array", self.message.block_tokens)
+
     def root(self, tenant: str) -> bytes:
-        fingerprint = arena_fingerprint(
-            self.message.fingerprint, "array", self.message.block_tokens
-        )
-        return root_key(fingerprint, b"salt of " + tenant.encode())
+        return root_key(self.fingerprint, b"salt of " + tenant.encode())
 
 
 TENANTS: tuple[tuple[int | None, ...], ...] = (
@@ -125,6 +138,7 @@ TENANTS: tuple[tuple[int | None, ...], ...] = (
 pages; None: no quota."""
 KINDS = (Kind("a", 2, 64), Kind("b", 3, 1000))
 """Of one page a block, and of two."""
+OWNERS = ("o", "p")
 LARGEST_PAYLOAD = max(kind.payload_bytes for kind in KINDS)
 LARGEST_STRIDE = max(kind.stride for kind in KINDS)
 
@@ -214,6 +228,7 @@ class World:
                 first_context,
                 self.rules,
                 self.max_models,
+                max_pins=MAX_PINS,
             )
         )
 
@@ -562,6 +577,77 @@ class World:
         self._settle(self._send(session, Evict(name, n_blocks), answered), chosen)
         self.evicting = False
 
+    # --- pins
+
+    def pin(
+        self, session: Session, kind: Kind, tokens: Path, owner: str = "o", ttl_ms: int = 0
+    ) -> None:
+        message = Pin(kind.fingerprint, packed(tokens), owner, ttl_ms)
+        arena = self.arena_of(session, kind)
+        if arena is None:
+            self._request(session, message, _fails(errors.UnknownModel))
+            return
+        path = arena.best(tokens)
+        if not path:
+            self._request(session, message, _is(Pinned(0)))
+            return
+        wanted = Wanted(
+            session, self.n_asked + 1, owner, path, arena.matched(tokens), ttl_ms / 1000
+        )
+        effects = self._send(session, message, lambda body: self._pinned(arena, wanted, body))
+        if self._immediate(effects) is None:
+            assert not self.shell.arenas[arena.number].pins_backed, "there was memory for it"
+            arena.wanted.append(wanted)
+        self._settle(effects)
+
+    def _pinned(self, arena: Arena, wanted: Wanted, body: Any) -> None:
+        """A pin of what is cached is answered."""
+        budget = self.core.cache.budget
+        key = (wanted.owner, wanted.path)
+        has_waited = wanted in arena.wanted
+        if has_waited:
+            arena.wanted.remove(wanted)
+        if body == Pinned(wanted.n_tokens):
+            arena.pins[key] = self.now + wanted.seconds if wanted.seconds else 0.0
+        elif isinstance(body, errors.TooMany):
+            assert key not in arena.pins
+            assert budget.tenants[arena.tenant].pins + len(arena.wanted) >= MAX_PINS
+        elif isinstance(body, errors.NoSpace):
+            assert has_waited
+        else:
+            need = 0 if budget.arenas[arena.number].pins.n_bytes else PAGE
+            self._check_no_room(body, arena.tenant, need, arena, wanted.path)
+            self._touch(arena, wanted.path)
+
+    def unpin(self, session: Session, owner: str, name: str) -> None:
+        ended = [
+            (arena, key)
+            for arena in self.arenas.values()
+            for key in arena.pins
+            if name in ("", self._kind(arena.number).name)
+            and key[0] == owner
+            and (session.administrator or arena.tenant == session.tenant)
+        ]
+        for arena, key in ended:
+            del arena.pins[key]
+        self._request(session, Unpin(owner, name), _is(Unpinned(len(ended))))
+
+    def arena_of(self, session: Session, kind: Kind) -> Arena | None:
+        return next(
+            (
+                each
+                for each in self.arenas.values()
+                if self._kind(each.number) is kind and each.tenant == session.tenant
+            ),
+            None,
+        )
+
+    def _touch(self, arena: Arena, path: Path) -> None:
+        """What was held for a moment counts as used."""
+        for up in arena.chain(path):
+            if (arena.number, up) in self.unheld:
+                self.unheld[arena.number, up] = self.steps
+
     def ask_as_nobody(self) -> None:
         assert [
             type(effect.body)
@@ -582,6 +668,8 @@ class World:
         for sequence in self.sequences():
             if sequence.idle and sequence.touched + sequence.idle <= self.now:
                 sequence.timed_out = True
+        for arena in self.arenas.values():
+            arena.end_pins(self.now)
         self._settle(self._handle(Ticked()))
 
     def work(self, fails: int = 0, which: int = 0) -> bool:
@@ -602,8 +690,20 @@ class World:
             sequence = self.reserving.pop(event.job)
             if event.error is not None and sequence.is_open:
                 self._close(sequence)
-        elif isinstance(event, Backed):
+        elif isinstance(event, Backed) and event.job in self.backing:
             self._append_backed(event)
+        elif isinstance(event, Backed):
+            self._pins_backed(event)
+
+    def _pins_backed(self, event: Backed) -> None:
+        """All who wait are answered; the dead are not pinned for."""
+        job = self.core.cache.jobs[event.job]
+        assert isinstance(job, PinsGrowing)
+        arena = self.arenas[job.arena.number]
+        arena.wanted = [each for each in arena.wanted if each.session.alive]
+        assert [each.correlation for each in arena.wanted] == [
+            each.correlation for each in job.wanted if each.session.alive
+        ]
 
     def _append_backed(self, event: Backed) -> None:
         sequence, commit, first, birth, new = self.backing.pop(event.job)
@@ -655,6 +755,8 @@ class World:
         self.drain()
         last = self.connect()
         assert last is not None
+        for owner in OWNERS:
+            self.unpin(last, owner, "")
         self.evict(last, "", 0)
         self.disconnect(last)
         self.drain()
@@ -662,7 +764,8 @@ class World:
         totals = accounting.totals(cache)
         assert totals.unassigned == totals.budget - totals.directory
         assert self.shell.arenas.keys() == self.arenas.keys()
-        assert not any(slots.memory or slots.records for slots in self.shell.arenas.values())
+        for slots in self.shell.arenas.values():
+            assert not any((slots.memory, slots.records, slots.pins))
         assert not self.shell.stagings
         for left in (cache.jobs, cache.sessions, cache.leaving, cache.contexts, cache.waiting):
             assert not left
@@ -690,7 +793,7 @@ class World:
 
     def _held(self, arena: Arena) -> set[Path]:
         """What must not be evicted."""
-        return arena.leased(self.sequences()) | arena.former
+        return arena.leased(self.sequences()) | arena.former | arena.pinned()
 
     def _stage(self, session: Session, paths: list[Path]) -> list[int]:
         """Write payloads where no commit's may still be read."""
@@ -783,8 +886,14 @@ class World:
             case Copy():
                 self._copy(effect)
                 shell.submit(effect)
-            case Punch():
+            case BackPins() | Punch():
                 shell.submit(effect)
+            case WritePin():
+                shell.write_pin(effect)
+            case RenewPin():
+                shell.renew_pin(effect)
+            case DropPin():
+                shell.drop_pin(effect)
             case WriteRecord():
                 self._seal(effect)
                 shell.write_record(effect)
@@ -809,7 +918,8 @@ class World:
             assert len(own) == self.max_models - 1
             for other in own:
                 assert not self._is_unused(other) or self._latest(arena) <= self._latest(other)
-        size = FIRST_DIRECTORY if not arena.births else DIRECTORY
+        # And its pins' page, if it has ever had one.
+        size = PAGE + (FIRST_DIRECTORY if not arena.births else DIRECTORY)
         self.given_up += size + len(self.shell.arenas[arena.number].memory) * arena.stride
         for path in arena.sealed:
             self.unheld.pop((arena.number, path), None)
@@ -950,9 +1060,10 @@ class World:
             cached = arena.sealed.keys() - self._held(arena)
             kept = arena.stride * len(cached.intersection(arena.chain(named)))
         directories = sum(
-            real.directory_bytes
+            real.memory_beside
             for number, real in budget.arenas.items()
             if number in self.arenas
+            and self.arenas[number] is not arena
             and tenant in (None, real.tenant.name)
             and self._is_unused(self.arenas[number])
         )
@@ -961,11 +1072,18 @@ class World:
     def _has_quota(self, tenant: str) -> bool:
         return self.core.cache.budget.tenants[tenant].quota < self.n_bytes
 
-    def _check_no_room(self, error: KvdError, tenant: str, need: int) -> None:
-        """For a staging or a new directory there was none, and the right error says so."""
-        over_quota = self._has_quota(tenant) and need > self._available(tenant)
+    def _check_no_room(
+        self,
+        error: KvdError,
+        tenant: str,
+        need: int,
+        arena: Arena | None = None,
+        named: Path = (),
+    ) -> None:
+        """For a staging or a directory there was none, and the right error says so."""
+        over_quota = self._has_quota(tenant) and need > self._available(tenant, arena, named)
         assert type(error) is (errors.OverQuota if over_quota else errors.AllLeased)
-        assert over_quota or need > self._available(None), "refused, though there was room"
+        assert over_quota or need > self._available(None, arena, named), "there was room"
 
     def _check_refusal(self, error: KvdError, arena: Arena, n_slots: int, named: Path) -> None:
         """There was no room indeed, and the right error says so. What it named counts as used."""
@@ -983,9 +1101,7 @@ class World:
             too_small = need + budget.directories > self.n_bytes
             assert type(error) is (errors.BudgetTooSmall if too_small else errors.AllLeased)
             assert need > self._available(None, arena, named), "refused, though there was room"
-        for path in arena.chain(named):
-            if (arena.number, path) in self.unheld:
-                self.unheld[arena.number, path] = self.steps
+        self._touch(arena, named)
 
     def _check_eviction(
         self,
@@ -999,7 +1115,7 @@ class World:
         unleased = {
             (arena.number, path)
             for arena in self.arenas.values()
-            for path in arena.sealed.keys() - arena.leased(self.sequences())
+            for path in arena.sealed.keys() - arena.leased(self.sequences()) - arena.pinned()
         }
         former = {(each.number, path) for each in self.arenas.values() for path in each.former}
         numbers = {arena.number for arena in arenas}
@@ -1040,6 +1156,7 @@ class World:
         self._compare_sequences()
         assert self.arenas.keys() == cache.budget.arenas.keys()
         if not self.shell.queue:
+            assert not any(arena.wanted for arena in self.arenas.values()), "a pin was forgotten"
             self._compare_memory()
 
     def _compare_sequences(self) -> None:
@@ -1076,9 +1193,11 @@ class World:
             assert len(rows) == sum(each.session.tenant == tenant.name for each in contexts)
             accounting.totals(cache, tenant).check()
         deadlines = [alloc.deadline for alloc in self.allocs.values()]
+        ends = [arena.next_end() for arena in self.arenas.values()]
+        deadlines += [end for end in ends if end is not None]
         for sequence in self.sequences():
             if sequence.idle and not sequence.timed_out:
-                deadlines.append(sequence.touched + sequence.idle)  # noqa: PERF401
+                deadlines.append(sequence.touched + sequence.idle)
         assert self.core.next_deadline() == min(deadlines, default=None)
 
     def _compare_arena(self, arena: Arena) -> None:
@@ -1089,6 +1208,7 @@ class World:
         assert {block.slot: block.key for block in sealed} == {
             slot: record.key for slot, record in records.items()
         }
+        self._compare_pins(arena, real)
         filling = {_path(block): block for block in real.root.below() if block.state is FILLING}
         assert filling.keys() == arena.filling.keys()
         for path, block in filling.items():
@@ -1100,6 +1220,23 @@ class World:
             assert block.in_flight or not sources[0].commit.answered
         known = {*arena.sealed, *arena.filling, ()}
         assert all(arena.parent(path) in known for path in known)
+
+    def _compare_pins(self, arena: Arena, real: Any) -> None:
+        """Pins are as they should be, in the core and in the directory; and each block counts as
+        what it is."""
+        pins = {(pin.owner, _path(pin.block)): pin for pin in real.pins.pins.values()}
+        assert {key: pin.expires for key, pin in pins.items()} == arena.pins
+        written = self.shell.arenas[arena.number].pins
+        assert {place: (pin.key, pin.owner, pin.expires) for place, pin in written.items()} == {
+            pin.place: (pin.block.key, pin.owner, pin.expires) for pin in pins.values()
+        }
+        in_use = (arena.leased(self.sequences()) | arena.former) & arena.sealed.keys()
+        pinned = arena.pinned() - in_use
+        counts = accounting.arena_counts(real)
+        assert (counts["active"], counts["pinned"]) == (len(in_use), len(pinned))
+        assert counts["cached"] == len(arena.sealed.keys() - in_use - pinned)
+        rows = accounting.report_of_pins(self.core.cache, self.now)
+        assert len(rows) == sum(len(each.pins) for each in self.arenas.values())
 
     def _compare_memory(self) -> None:
         """The shell is idle: its memory is what the core accounts for."""

@@ -69,6 +69,11 @@ REQUESTS: list[tuple[int, m.Message]] = [
     (22, m.Evict("SmolLM2-135M", 10)),
     (23, m.KeepAlive(CONTEXT, [], [])),
     (24, m.KeepAlive(CONTEXT, [0, 254], [1, U64])),
+    (25, m.Pin(MODEL_FINGERPRINT, tokens(1, 2, 3, 49151), "team-a", 0)),
+    (26, m.Pin(MODEL_FINGERPRINT, tokens(*range(40)), "o" * 64, m.MAX_TTL_MS)),
+    (27, m.Unpin("team-a", "")),
+    (28, m.Unpin("team-a", "SmolLM2-135M")),
+    (29, m.ListPins()),
 ]
 
 REPLIES: list[tuple[int, type[Any], m.Message]] = [
@@ -92,6 +97,10 @@ REPLIES: list[tuple[int, type[Any], m.Message]] = [
     (21, m.Evict, m.Evicted(31, 31 * 741_376)),
     (23, m.KeepAlive, m.KeptAlive([])),
     (24, m.KeepAlive, m.KeptAlive([254])),
+    (25, m.Pin, m.Pinned(4)),
+    (26, m.Pin, m.Pinned(0)),
+    (27, m.Unpin, m.Unpinned(12)),
+    (29, m.ListPins, m.Reported({"pins": [{"owner": "team-a", "expires_seconds": None}]})),
 ]
 
 DETAILS: dict[str, Any] = {
@@ -261,7 +270,7 @@ def payloads() -> dict[str, Any]:
 
 
 def directory() -> dict[str, Any]:
-    """A header, and a record in slot 2."""
+    """A header, a record in slot 2, and a pin at place 1."""
     arena = arena_fingerprint(MODEL_FINGERPRINT, "llama-state", 4)
     parent = block_key(root_key(arena), tokens(1, 2, 3, 4))
     registration: dict[str, Any] = {
@@ -274,11 +283,14 @@ def directory() -> dict[str, Any]:
     }
     header = layout.Header(4, 3, 4096, registration)
     record = layout.Record(4, tokens(5, 6), block_key(parent, tokens(5, 6)), parent, 9, U64 - 1)
-    memory = memoryview(bytearray(layout.record_offset(3, 4)))
+    memory = memoryview(bytearray(layout.directory_length(3, 4)))
     layout.write_header(memory, header)
     header_bytes = bytes(memory[: layout.DIRECTORY_HEADER_BYTES]).rstrip(b"\0")
     layout.write_record(memory, 2, 4, record, 77)
     first = layout.record_offset(2, 4)
+    pin = layout.PinEntry(record.key, "team-a", 1234.5)
+    pin_offset = layout.pins_offset(3, 4) + layout.PIN_BYTES
+    layout.write_pin(memory, pin_offset, pin)
     return {
         "header": {"fields": _fields(header), "hex": header_bytes.hex()},
         "record": {
@@ -287,6 +299,12 @@ def directory() -> dict[str, Any]:
             "last_use": 77,
             "fields": _fields(record),
             "hex": bytes(memory[first : first + layout.record_bytes(4)]).hex(),
+        },
+        "pin": {
+            "place": 1,
+            "offset": pin_offset,
+            "fields": _fields(pin),
+            "hex": bytes(memory[pin_offset : pin_offset + layout.PIN_BYTES]).hex(),
         },
     }
 

@@ -203,6 +203,109 @@ def test_a_record_of_too_many_tokens_is_none_even_if_its_checksum_is_right() -> 
     assert layout.read_record(memory, 1, 6) is None
 
 
+# --- pins
+
+PIN = layout.PinEntry(b"k" * 16, "team-a", 1234.5)
+OTHER_PIN = layout.PinEntry(b"K" * 16, "o" * layout.MAX_OWNER, 0.0)
+PINS = st.builds(
+    layout.PinEntry,
+    st.binary(min_size=16, max_size=16),
+    st.text(st.characters(codec="ascii"), min_size=1, max_size=layout.MAX_OWNER),
+    st.floats(0, allow_infinity=False, allow_nan=False),
+)
+
+
+def places() -> memoryview:
+    return memoryview(bytearray(3 * layout.PIN_BYTES))
+
+
+@given(pin=PINS, place=st.integers(0, 2))
+def test_a_pin_comes_back_as_it_was_written(pin: layout.PinEntry, place: int) -> None:
+    memory = places()
+    layout.write_pin(memory, place * layout.PIN_BYTES, pin)
+    found = [layout.read_pin(memory, each * layout.PIN_BYTES) for each in range(3)]
+    assert found == [pin if each == place else None for each in range(3)]
+    layout.drop_pin(memory, place * layout.PIN_BYTES)
+    assert layout.read_pin(memory, place * layout.PIN_BYTES) is None
+
+
+@pytest.mark.parametrize("before", [None, OTHER_PIN])
+@pytest.mark.parametrize("order", ["forwards", "backwards", "shuffled"])
+def test_a_pin_torn_at_any_byte_is_absent(before: layout.PinEntry | None, order: str) -> None:
+    recorder: Any = Recorder()
+    layout.write_pin(recorder, 0, PIN)
+    memory = places()
+    if before is not None:
+        layout.write_pin(memory, 0, before)
+    rng = random.Random(3)
+    steps = []
+    for write in recorder.writes:
+        part = [(write.offset + index, byte) for index, byte in enumerate(write.content)]
+        if order == "backwards":
+            part.reverse()
+        elif order == "shuffled":
+            rng.shuffle(part)
+        steps += part
+    seen = []
+    for offset, byte in steps:
+        memory[offset] = byte
+        seen.append(layout.read_pin(memory, 0))
+    whole = seen.index(PIN)
+    assert seen[whole:] == [PIN] * (len(seen) - whole)
+    assert len(seen) - whole < 8, "before its checksum was written"
+    assert set(seen[:whole]) <= {None, before}
+    assert seen[7] is None, "not cleared before"
+
+
+def test_a_pin_that_is_renewed_is_there_at_every_moment() -> None:
+    recorder: Any = Recorder()
+    layout.renew_pin(recorder, 0, 99.25)
+    ((offset, content),) = recorder.writes
+    assert (offset % 8, len(content)) == (0, 8), "one aligned store"
+    memory = places()
+    layout.write_pin(memory, 0, PIN)
+    layout.renew_pin(memory, 0, 99.25)
+    assert layout.read_pin(memory, 0) == PIN._replace(expires=99.25)
+
+
+def test_no_damaged_pin_is_taken_for_a_pin() -> None:
+    memory = places()
+    layout.write_pin(memory, 0, PIN)
+    for offset in [*range(8), *range(16, layout.PIN_BYTES)]:
+        for bit in range(8):
+            memory[offset] ^= 1 << bit
+            assert layout.read_pin(memory, 0) is None
+            memory[offset] ^= 1 << bit
+    assert layout.read_pin(memory, 0) == PIN
+
+
+@pytest.mark.parametrize("expires", [-1.0, float("nan"), float("inf"), float("-inf")])
+def test_a_pin_that_ends_at_no_time_is_none(expires: float) -> None:
+    memory = places()
+    layout.write_pin(memory, 0, PIN)
+    layout.renew_pin(memory, 0, expires)
+    assert layout.read_pin(memory, 0) is None
+
+
+@pytest.mark.parametrize("name", [b"", b"\xc3\xa9t\xc3\xa9"])
+def test_a_pin_of_nobody_is_none_even_if_its_checksum_is_right(name: bytes) -> None:
+    memory = places()
+    body = b"k" * 16 + bytes([len(name)]) + name.ljust(layout.PIN_BYTES - 33, b"\0")
+    checksum = struct.pack("<Q", layout.xxhash.xxh3_64_intdigest(body))
+    memory[: layout.PIN_BYTES] = checksum + bytes(8) + body
+    assert layout.read_pin(memory, 0) is None
+
+
+def test_pins_lie_behind_all_records_on_pages_of_their_own() -> None:
+    for slots in (1, 3, 1000):
+        start = layout.pins_offset(slots, BLOCK_TOKENS)
+        assert start % 4096 == 0
+        assert 0 <= start - layout.record_offset(slots, BLOCK_TOKENS) < 4096
+        end = start + layout.MAX_PINS * layout.PIN_BYTES
+        assert 0 <= layout.directory_length(slots, BLOCK_TOKENS) - end < 4096
+    assert layout.PIN_BYTES % 8 == 0
+
+
 # --- the header
 
 

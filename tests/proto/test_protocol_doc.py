@@ -8,7 +8,15 @@ import pytest
 from kvd_proto import PROTOCOL_VERSION, codec
 from kvd_proto.errors import BY_CODE, NoSequenceFree, RequestError, ResourceError
 from kvd_proto.geometry import GGML_TYPES, MAX_LAYERS, MAX_ROW_BYTES, Geometry
-from kvd_proto.layout import DIRECTORY_HEADER_BYTES, record_bytes
+from kvd_proto.layout import (
+    DIRECTORY_HEADER_BYTES,
+    MAX_OWNER,
+    MAX_PINS,
+    PIN_BYTES,
+    directory_length,
+    pins_offset,
+    record_bytes,
+)
 from kvd_proto.messages import (
     DATAGRAMS,
     MAX_APPEND_BLOCKS,
@@ -20,6 +28,7 @@ from kvd_proto.messages import (
     MAX_FAILURES,
     MAX_SEQ_IDS,
     MAX_TOKENS,
+    MAX_TTL_MS,
     MAX_WAIT_MS,
     OPERATIONS,
     Alloc,
@@ -45,6 +54,8 @@ LIMITS = {
     "layers of a model": MAX_LAYERS,
     "bytes of a row": MAX_ROW_BYTES,
     "longest `wait_ms` and `idle_timeout_ms`": MAX_WAIT_MS,
+    "longest `ttl_ms`": MAX_TTL_MS,
+    "characters of an owner of pins": MAX_OWNER,
     "commits that one `flush` tells have failed": MAX_FAILURES,
     "characters of an error's message": MAX_ERROR_TEXT,
     "entries of an error's details": MAX_DETAILS,
@@ -190,6 +201,8 @@ def test_the_directory() -> None:
     text = SECTIONS["The directory"].text
     assert f"The header, {DIRECTORY_HEADER_BYTES:,} bytes" in text
     assert f"{record_bytes(0)} + 4 * block_tokens" in text
+    assert f"`pins` + i * {PIN_BYTES}, for each i below {MAX_PINS}" in text
+    assert f"`pins + {directory_length(9, 32) - pins_offset(9, 32)}` bytes" in text
 
 
 # --- reports
@@ -214,6 +227,7 @@ def test_the_reports_have_the_public_keys() -> None:
     assert report_keys("verify") == {"ok", "terms", "differences"}
     assert "sequences[].generation" in report_keys("list_sequences")
     assert "clients[].session" in report_keys("list_clients")
+    assert "pins[].owner" in report_keys("list_pins")
 
 
 # --- the worked example

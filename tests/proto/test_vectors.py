@@ -144,7 +144,7 @@ def test_payload_blocks() -> None:
 def test_directory() -> None:
     found = load("directory.json")
     header = layout.Header(**from_json(found["header"]["fields"]))
-    memory = memoryview(bytearray(layout.record_offset(header.slots, header.block_tokens)))
+    memory = memoryview(bytearray(layout.directory_length(header.slots, header.block_tokens)))
     layout.write_header(memory, header)
     expected = bytes.fromhex(found["header"]["hex"])
     assert bytes(memory).rstrip(b"\0") == expected
@@ -156,6 +156,17 @@ def test_directory() -> None:
     assert layout.read_record(memory, slot, header.block_tokens) == record
     assert struct.unpack_from("<Q", content)[0] == xxhash.xxh3_64_intdigest(content[16:])
     assert layout.read_last_use(memory, slot, header.block_tokens) == found["record"]["last_use"]
+    pin = layout.PinEntry(**from_json(found["pin"]["fields"]))
+    place, offset = found["pin"]["place"], found["pin"]["offset"]
+    start = layout.pins_offset(header.slots, header.block_tokens)
+    assert offset == start + place * layout.PIN_BYTES
+    content = bytes.fromhex(found["pin"]["hex"])
+    memory[offset : offset + len(content)] = content
+    assert layout.read_pin(memory, offset) == pin
+    assert struct.unpack_from("<Qd", content) == (
+        xxhash.xxh3_64_intdigest(content[16:]),
+        pin.expires,
+    )
 
 
 def test_values_survive_json() -> None:

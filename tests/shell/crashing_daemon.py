@@ -77,8 +77,9 @@ def in_a_copy(count: Countdown) -> None:
     copier.np = Numpy()  # type: ignore[assignment]
 
 
-def in_a_record(writes: float) -> Installer:
-    """After so many of the assignments that write a record; a half one is torn in its middle."""
+def in_a_write(name: str, writes: float) -> Installer:
+    """After so many of the assignments of a function of the layout; a half one is torn in its
+    middle."""
 
     class Torn:
         def __init__(self, memory: memoryview, count: Countdown) -> None:
@@ -95,13 +96,13 @@ def in_a_record(writes: float) -> Installer:
                 self.count()
 
     def install(count: Countdown) -> None:
-        original = layout.write_record
+        original = getattr(layout, name)
 
         def wrapped(memory: memoryview, *args: Any) -> None:
             torn: Any = Torn(memory, count)
             original(torn, *args)
 
-        layout.write_record = wrapped
+        setattr(layout, name, wrapped)
 
     return install
 
@@ -126,12 +127,25 @@ POINTS: dict[str, Installer] = {
     "staging made": around(staging.Staging, "__init__", before=False),
     # seal
     "before a record": around(directory.Directory, "write", before=True),
-    "in a record: cleared": in_a_record(1),
-    "in a record: half a body": in_a_record(1.5),
-    "in a record: no checksum": in_a_record(2),
-    "in a record: half a checksum": in_a_record(2.5),
+    "in a record: cleared": in_a_write("write_record", 1),
+    "in a record: half a body": in_a_write("write_record", 1.5),
+    "in a record: no checksum": in_a_write("write_record", 2),
+    "in a record: half a checksum": in_a_write("write_record", 2.5),
     "after a record": around(directory.Directory, "write", before=False),
     "before a use": around(directory.Directory, "use", before=True),
+    # pin
+    "before a pin": around(directory.Directory, "write_pin", before=True),
+    "in a pin: cleared": in_a_write("write_pin", 1),
+    "in a pin: half a body": in_a_write("write_pin", 1.5),
+    "in a pin: no checksum": in_a_write("write_pin", 2),
+    "in a pin: half a checksum": in_a_write("write_pin", 2.5),
+    "after a pin": around(directory.Directory, "write_pin", before=False),
+    "before a pin is renewed": around(directory.Directory, "renew_pin", before=True),
+    "after a pin was renewed": around(directory.Directory, "renew_pin", before=False),
+    "before a pin is dropped": around(directory.Directory, "drop_pin", before=True),
+    "after a pin was dropped": around(directory.Directory, "drop_pin", before=False),
+    "before pins get memory": around(directory.Directory, "ensure_pins", before=True),
+    "after pins got memory": around(directory.Directory, "ensure_pins", before=False),
     # back
     "before memory is given": around(arena.Segment, "back", before=True),
     "before memory is touched": between_giving_and_touching,
@@ -163,8 +177,11 @@ POINTS: dict[str, Installer] = {
 ADOPTION = list(POINTS)[list(POINTS).index("a directory was opened") : -2]
 """Reached only by a daemon that finds what another one has left."""
 STOP = list(POINTS)[-2:]
-ONCE = ["staging made", "a directory without an arena", "an arena that nobody knows"]
-"""A client comes there once, when it connects or registers its model."""
+ONCE = [
+    "staging made", "a directory without an arena", "an arena that nobody knows",
+    "before pins get memory", "after pins got memory",
+]  # fmt: skip
+"""A client comes there once, when it connects, registers its model, or pins for the first time."""
 
 
 if __name__ == "__main__":

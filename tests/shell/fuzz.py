@@ -23,6 +23,7 @@ import zmq
 from kvd_proto import PROTOCOL_VERSION, codec
 from kvd_proto.checks import Check
 from kvd_proto.errors import BY_CODE, SequenceLimit
+from kvd_proto.keys import arena_fingerprint
 from kvd_proto.messages import (
     OPERATIONS,
     Alloc,
@@ -34,11 +35,14 @@ from kvd_proto.messages import (
     Hello,
     KeepAlive,
     ListClients,
+    ListPins,
     ListSequences,
     OpenContext,
+    Pin,
     RegisterModel,
     Release,
     Status,
+    Unpin,
     Verify,
 )
 from tests.proto.shapes import example, fields_of, illegal, largest
@@ -59,10 +63,13 @@ from tests.support import Daemon
 ON_THE_WIRE = frozenset(BY_CODE) - {"internal", "unavailable", "deadline_exceeded"}
 """What a request may be answered; `internal` would be a fault of ours."""
 N_CLIENTS = 4
+PINNABLE = arena_fingerprint(FINGERPRINT, "llama-state", BLOCK_TOKENS)
 IN_FLIGHT = 200
 """Far below the 1,000 replies after which a client is let go for not reading."""
 CODE_OF = {op.request: op.code for op in OPERATIONS}
-RARE = {Verify: 0.01, Status: 0.1, ListClients: 0.2, ListSequences: 0.2, Evict: 0.2}
+RARE = {
+    Verify: 0.01, Status: 0.1, ListClients: 0.2, ListSequences: 0.2, ListPins: 0.2, Evict: 0.2,
+}  # fmt: skip
 """How often one is sent when it is drawn: those that walk over everything."""
 NUMBERS = (0, 1, 2, 7, 8, 31, 255, 256, 4095, 4096, 1 << 31, (1 << 32) - 1, 1 << 63, (1 << 64) - 1)
 HEADS = (b"\x80", b"\x91", b"\x9f", b"\xc0", b"\xc1", b"\xc4\xff", b"\xc6\xff\xff\xff\xff",
@@ -173,6 +180,12 @@ class Evil:
                 return Release(*handle, rng.randrange(2))
             case "Flush":
                 return Flush(rng.choice((0, 1, 2, 1 << 40)))
+            case "Pin":
+                model = PINNABLE if rng.random() < 0.9 else FINGERPRINT
+                owner, ttl = rng.choice(("a", "b")), rng.choice((0, 1, 50))
+                return Pin(model, self.prompt[:cut], owner, ttl)
+            case "Unpin":
+                return Unpin(rng.choice(("a", "b", "none")), rng.choice(("", "model", "none")))
             case "Evict":
                 return Evict(rng.choice(("", "model", "none")), rng.randrange(3))
             case _:

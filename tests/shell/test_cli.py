@@ -106,10 +106,10 @@ def test_it_gives_signs_of_life_while_it_evicts_everything(tmp_path: Path) -> No
             layers = [["f16", 64, "f16", 64]]
             model = client.call(RegisterModel("small", bytes(32), "array", 8, layers)).model
             context = client.call(OpenContext(model, 1, [])).context
-            for number in range(40):
+            for number in range(160):
                 sequence = client.alloc(context, b"")
-                prompt = many_tokens(number << 16, 8 * 1024)
-                staged = pack("<1024Q", *[4096] * 1024)
+                prompt = many_tokens(number << 16, 8 * 256)
+                staged = pack("<256Q", *[4096] * 256)
                 client.call(make_append(context, sequence, 0, prompt, staged))
                 client.release(context, sequence)
             while client.status()["models"][0]["blocks"]["cached"] < 40 * 1024:

@@ -1,5 +1,6 @@
-"""The daemon dies at each point of commit, seal, back, evict, punch, adoption and stop; the next
-one finds all that was stored, bit for bit, and accounts that agree to the byte.
+"""The daemon dies at each point of commit, seal, pin, back, evict, punch, adoption and stop; the
+next one finds all that was stored, bit for bit, all that was pinned, and accounts that agree to the
+byte.
 
 KVD_CRASH_AT says at which times of coming to a point it dies: "1" here, more in `make soak`.
 """
@@ -11,16 +12,19 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
 from kvd.instance import purge
 from kvd_proto import codec
-from kvd_proto.messages import Evict, Flush
+from kvd_proto.keys import arena_fingerprint
+from kvd_proto.messages import Evict, Flush, ListPins, Pin, Pinned, Unpin, Unpinned
 from tests.shell.crashing_daemon import ADOPTION, ONCE, POINTS, STOP
 from tests.shell.raw import (
     BLOCK_TOKENS,
+    FINGERPRINT,
     SECONDS,
     Raw,
     expected_blocks,
@@ -34,6 +38,9 @@ TIMES = [int(each) for each in os.environ.get("KVD_CRASH_AT", "1").split(",")]
 BUDGET = "1MiB"
 CHAIN = 3
 """Blocks of a chain; a chain's bytes are those of its number."""
+PINNED = 3
+"""Chains that stay pinned, each by an owner of its own."""
+MODEL = arena_fingerprint(FINGERPRINT, "llama-state", BLOCK_TOKENS)
 
 
 STARTED: "list[subprocess.Popen[bytes]]" = []
@@ -60,14 +67,37 @@ def chain(number: int) -> bytes:
     return many_tokens(number * 1000, CHAIN * BLOCK_TOKENS)
 
 
-def store_until_it_dies(daemon: Daemon) -> list[int]:
-    """Store chain after chain, evict now and then; the chains that are stored for certain."""
-    stored: list[int] = []
+@dataclass
+class Told:
+    """The numbers of chains of which a daemon said that they are stored, and pinned; and of those
+    that it was asked to pin or unpin when it died."""
+
+    stored: list[int] = field(default_factory=list)
+    pinned: set[int] = field(default_factory=set)
+    asked: set[int] = field(default_factory=set)
+
+    def pin(self, client: Raw, number: int, ttl_ms: int) -> None:
+        self.asked.add(number)
+        message = Pin(MODEL, chain(number), f"chain-{number}", ttl_ms)
+        assert client.call(message) == Pinned(CHAIN * BLOCK_TOKENS)
+        self.pinned.add(number)
+        self.asked.discard(number)
+
+    def unpin(self, client: Raw, number: int) -> None:
+        self.pinned.discard(number)
+        self.asked.add(number)
+        assert client.call(Unpin(f"chain-{number}", "")) == Unpinned(1)
+        self.asked.discard(number)
+
+
+def store_until_it_dies(daemon: Daemon) -> Told:
+    """Store and pin chain after chain, evict and unpin now and then."""
+    told = Told()
     try:
         client = Patient(daemon)
     except Exception:
         daemon.process.wait(SECONDS)  # it died in the handshake
-        return stored
+        return told
     client.process = daemon.process
     try:
         context = client.open()
@@ -77,8 +107,12 @@ def store_until_it_dies(daemon: Daemon) -> list[int]:
                 staged = client.stage(chain(number), 0, fill=number)
                 appended = client.call(make_append(context, sequence, 0, chain(number), staged))
                 assert client.call(Flush(appended.commit)).failures == []
-                stored.append(number)
+                told.stored.append(number)
             client.release(context, sequence)
+            told.pin(client, number, 3_600_000)
+            told.pin(client, number, 0)
+            if number > PINNED:
+                told.unpin(client, number - PINNED)
             if number % 20 == 0:
                 client.call(Evict("", 5))
                 client.call(Evict("", 0)) if number % 60 == 0 else None
@@ -87,10 +121,11 @@ def store_until_it_dies(daemon: Daemon) -> list[int]:
             daemon.process.wait(SECONDS)
     finally:
         client.close()
-    return stored
+    return told
 
 
-def check(daemon: Daemon, stored: list[int], *, all_of_them: bool) -> None:
+def check(daemon: Daemon, told: Told, *, all_of_them: bool) -> None:
+    stored = told.stored
     with raw_client(daemon) as client:
         context = client.open()
         found = 0
@@ -99,10 +134,14 @@ def check(daemon: Daemon, stored: list[int], *, all_of_them: bool) -> None:
             n_blocks = sequence.matched_tokens // BLOCK_TOKENS
             assert client.read(context, sequence) == expected_blocks(n_blocks, fill=number)
             found += n_blocks == CHAIN
-            if all_of_them and number in stored:
+            if number in told.pinned or (all_of_them and number in stored):
                 assert n_blocks == CHAIN, f"chain {number} was stored, and is not there"
             client.release(context, sequence)
         assert found or not all_of_them or not stored
+        rows = client.call(ListPins()).report["pins"]
+        pinned = {int(row["owner"].removeprefix("chain-")) for row in rows}
+        assert told.pinned <= pinned <= told.pinned | told.asked
+        assert all(row["blocks"] == CHAIN for row in rows)
         assert client.verify()["differences"] == []
         counters = client.status()["counters"]
         assert counters["damaged_blocks"] == 0
@@ -154,13 +193,13 @@ def start_crashing(point: str, nth: int, runtime_dir: Path, instance: str) -> Da
 def test_it_dies_at_work(tmp_path: Path, instance: str, point: str, nth: int) -> None:
     runtime_dir = tmp_path / "rt"
     daemon = start_crashing(point, nth, runtime_dir, instance)
-    stored = store_until_it_dies(daemon)
+    told = store_until_it_dies(daemon)
     assert daemon.process.wait(SECONDS) == -signal.SIGKILL, "it never came to that point"
-    may_evict = len(stored) > 10
+    may_evict = len(told.stored) > 10
     with running_daemon(
         "--max-memory", BUDGET, runtime_dir=runtime_dir, instance=instance
     ) as next_one:
-        check(next_one, stored, all_of_them=not may_evict)
+        check(next_one, told, all_of_them=not may_evict)
 
 
 @pytest.mark.parametrize("nth", TIMES[:1])
@@ -169,31 +208,33 @@ def test_it_dies_while_it_adopts(tmp_path: Path, instance: str, point: str, nth:
     """Twice in a row."""
     runtime_dir = tmp_path / "rt"
     first = start_daemon("--max-memory", BUDGET, runtime_dir=runtime_dir, instance=instance)
-    stored = []
+    told = Told()
     with raw_client(first) as client:
         context = client.open()
         for number in range(1, 9):
             client.release(context, client.store(context, chain(number), fill=number))
-            stored.append(number)
+            told.stored.append(number)
+            told.pin(client, number, 0)
         first.kill()
     for _ in range(2):
         process = crashing(point, nth, runtime_dir, instance)
         assert process.wait(SECONDS) == -signal.SIGKILL, "it never came to that point"
     with running_daemon("--max-memory", BUDGET, runtime_dir=runtime_dir, instance=instance) as last:
-        check(last, stored, all_of_them=True)
+        check(last, told, all_of_them=True)
 
 
 @pytest.mark.parametrize("point", STOP)
 def test_it_dies_while_it_stops(tmp_path: Path, instance: str, point: str) -> None:
     runtime_dir = tmp_path / "rt"
     daemon = start_crashing(point, 1, runtime_dir, instance)
-    stored = []
+    told = Told()
     with raw_client(daemon) as client:
         context = client.open()
         for number in range(1, 9):
             client.release(context, client.store(context, chain(number), fill=number))
-            stored.append(number)
+            told.stored.append(number)
+            told.pin(client, number, 0)
         daemon.process.terminate()
         assert daemon.process.wait(SECONDS) == -signal.SIGKILL, "it never came to that point"
     with running_daemon("--max-memory", BUDGET, runtime_dir=runtime_dir, instance=instance) as last:
-        check(last, stored, all_of_them=True)
+        check(last, told, all_of_them=True)

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from kvd_proto import errors
-from kvd_proto.messages import Evict, Flush, RegisterModel
+from kvd_proto.keys import arena_fingerprint
+from kvd_proto.messages import Evict, Flush, Pin, Pinned, RegisterModel
 from tests.shell import raw
 from tests.shell.raw import BLOCK_TOKENS, STRIDE, Raw, make_append, many_tokens, raw_client
 from tests.support import Daemon, running_daemon
@@ -90,6 +91,26 @@ def test_model_whose_directory_finds_no_memory_is_refused(cramped: Daemon) -> No
         assert client.verify()["differences"] == []
         assert client.call(Evict("", 0)).blocks == n_blocks
         assert client.call(message).stride_bytes == STRIDE
+
+
+@needs_mount
+def test_pin_whose_directory_finds_no_memory_is_refused(cramped: Daemon) -> None:
+    """And made when there is room again; what was set aside for it is in the accounts once."""
+    fingerprint = arena_fingerprint(raw.FINGERPRINT, "llama-state", BLOCK_TOKENS)
+    pin = Pin(fingerprint, many_tokens(0, BLOCK_TOKENS), "owner", 0)
+    with raw_client(cramped, staging_bytes=STAGING) as client:
+        context = client.open()
+        token = 10_000
+        assert commit(client, context, 0).stored == MANY
+        for step in (20, 1):  # until not a page is left
+            while not isinstance(commit(client, context, token, step), errors.NoSpace):
+                token += 1000
+        assert [type(client.ask(pin)) for _ in range(2)] == [errors.NoSpace] * 2
+        assert client.verify()["differences"] == []
+        assert client.call(Evict("", 20)).blocks == 20
+        # Twenty of the oldest are gone, and the first block of the oldest chain is not.
+        assert client.call(pin) == Pinned(BLOCK_TOKENS)
+        assert client.verify()["differences"] == []
 
 
 def test_full_budget_names_why_and_recovers(tmp_path: Path) -> None:

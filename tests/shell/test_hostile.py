@@ -40,12 +40,14 @@ from kvd_proto.messages import (
     KeepAlive,
     ListClients,
     OpenContext,
+    Pin,
     Ping,
     Pong,
     Refused,
     RegisterModel,
     Release,
     SegmentShared,
+    Unpin,
     Welcome,
 )
 from tests.shell.conftest import BYSTANDERS_TOKENS, Bystander
@@ -576,6 +578,8 @@ SAMPLES = {
     "Flush": [0],
     "Evict": ["", 1],
     "KeepAlive": [1, [0], [1]],
+    "Pin": [FINGERPRINT, PROMPT, "owner", 0],
+    "Unpin": ["owner", ""],
 }
 NEVER_RIGHT = [None, True, 1.5, float("nan"), {}, {"a": 1}, -1, -(1 << 63), msgpack.Timestamp(1)]
 SOMETIMES_RIGHT = [0, (1 << 63), (1 << 64) - 1, "", "x" * 300, b"", bytes(100), [], [[]], [0] * 600]
@@ -644,6 +648,8 @@ def test_routing_id_that_is_no_session(client: Raw):
             Flush(0),
             Evict("", 0),
             KeepAlive(1, [], []),
+            Pin(FINGERPRINT, PROMPT, "owner", 0),
+            Unpin("owner", ""),
         ):
             assert type(client.ask(message)) is errors.UnknownSession
 

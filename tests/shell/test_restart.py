@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from kvd.arena import Segment
 from kvd.directory import Directory
 from kvd_proto import layout
 from kvd_proto.errors import AllLeased, UnknownContext
-from kvd_proto.messages import Evict, Flush, Get
+from kvd_proto.keys import arena_fingerprint
+from kvd_proto.messages import Evict, Flush, Get, ListPins, Pin, Unpin, Unpinned
 from tests.shell.raw import (
     BLOCK_TOKENS,
     FINGERPRINT,
@@ -175,6 +177,159 @@ def test_eviction_goes_on_in_the_order_of_last_use(tmp_path: Path) -> None:
 def _evict(client: Raw, n_blocks: int) -> int:
     """How many were dropped; none while a client of before may still read them."""
     return int(client.call(Evict("", n_blocks)).blocks)
+
+
+# --- pins
+
+MODEL = arena_fingerprint(FINGERPRINT, "llama-state", BLOCK_TOKENS)
+
+
+def pin(client: Raw, prompt: bytes, owner: str = "owner", ttl_ms: int = 0) -> int:
+    return int(client.call(Pin(MODEL, prompt, owner, ttl_ms)).tokens)
+
+
+def pins(client: Raw) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = client.call(ListPins()).report["pins"]
+    return rows
+
+
+@pytest.fixture
+def pinned(killed: Daemon) -> Daemon:
+    """The killed daemon, after another one that has pinned OTHER for ever, and PROMPT for an
+    hour."""
+    daemon = start_daemon(runtime_dir=killed.runtime_dir, instance=killed.instance)
+    with raw_client(daemon) as client:
+        client.open()
+        assert pin(client, PROMPT, "a", 3_600_000) == len(PROMPT) // 4
+        assert pin(client, OTHER, "b") == len(OTHER) // 4
+        daemon.kill()
+    return killed
+
+
+def test_pins_survive_a_kill_and_their_time_goes_on(pinned: Daemon) -> None:
+    with next_daemon(pinned) as daemon, raw_client(daemon) as client:
+        context = client.open()
+        a, b = sorted(pins(client), key=lambda row: str(row["owner"]))
+        assert (a["owner"], a["tokens"], a["blocks"]) == ("a", len(PROMPT) // 4, 4)
+        assert 3000 < a["expires_seconds"] < 3600
+        assert (b["owner"], b["tokens"], b["expires_seconds"]) == ("b", len(OTHER) // 4, None)
+        until(lambda: client.status()["models"][0]["blocks"]["pinned"] == 6)
+        assert client.status()["accounting"]["pinned_bytes"] == 6 * STRIDE
+        assert _evict(client, 0) == 0
+        with raw_client(daemon) as other:
+            assert_warm(other)
+        assert client.call(Unpin("a", "")) == Unpinned(1)
+        until(lambda: client.status()["models"][0]["blocks"]["active"] == 0)
+        assert _evict(client, 0) == 2
+        assert matched(client, context, PROMPT) == 2 * BLOCK_TOKENS
+        assert matched(client, context, OTHER) == len(OTHER) // 4
+        assert client.verify()["differences"] == []
+
+
+def test_pins_survive_a_stop(tmp_path: Path) -> None:
+    first = start_daemon("--keep-on-stop", runtime_dir=tmp_path / "rt")
+    with raw_client(first) as client:
+        context = client.open()
+        client.release(context, client.store(context, PROMPT))
+        pin(client, PROMPT)
+        assert first.stop() == 0
+    with next_daemon(first) as second, raw_client(second) as client:
+        until(lambda: client.status()["models"][0]["blocks"]["pinned"] == 4)
+        assert [row["owner"] for row in pins(client)] == ["owner"]
+
+
+def test_a_pin_whose_time_has_come_meanwhile_is_not_taken(killed: Daemon) -> None:
+    daemon = start_daemon(runtime_dir=killed.runtime_dir, instance=killed.instance)
+    with raw_client(daemon) as client:
+        client.open()
+        before = time.monotonic()
+        pin(client, PROMPT, ttl_ms=50)
+        daemon.kill()
+    until(lambda: time.monotonic() > before + 1)
+    with next_daemon(killed) as last, raw_client(last) as client:
+        assert pins(client) == []
+        until(lambda: _evict(client, 0) == 6)
+        assert client.verify()["differences"] == []
+
+
+def test_the_pins_memory_is_in_the_accounts_to_the_byte(pinned: Daemon) -> None:
+    daemon = start_daemon(runtime_dir=pinned.runtime_dir, instance=pinned.instance)
+    with raw_client(daemon) as client:
+        with opened(segment(daemon, "dir")) as directory:
+            backed = directory.backed_bytes()
+        assert client.status()["accounting"]["directory_bytes"] == backed == 64 * 1024 + 4096
+        for number in range(39):  # one more than the first page has room for
+            assert pin(client, PROMPT, f"owner {number}")
+        with opened(segment(daemon, "dir")) as directory:
+            assert directory.backed_bytes() == backed + 4096
+        assert client.status()["accounting"]["directory_bytes"] == backed + 4096
+        assert client.status()["accounting"]["drift_bytes"] == 0
+        assert client.verify()["differences"] == []
+        daemon.kill()
+    # Only what the highest pin needs is taken over.
+    third = start_daemon(runtime_dir=pinned.runtime_dir, instance=pinned.instance)
+    with raw_client(third) as client:
+        assert len(pins(client)) == 41
+        for number in range(39):
+            client.call(Unpin(f"owner {number}", ""))
+        third.kill()
+    with next_daemon(pinned) as last, raw_client(last) as client:
+        assert client.status()["accounting"]["directory_bytes"] == backed
+        assert client.verify()["differences"] == []
+
+
+def test_memory_for_pins_that_nobody_wrote_is_given_back(pinned: Daemon) -> None:
+    """The daemon has died after it was given, and before it was touched."""
+    with opened(segment(pinned, "dir")) as directory:
+        before = directory.backed_bytes()
+        start = layout.pins_offset(_slots(pinned), BLOCK_TOKENS)
+        os.posix_fallocate(directory._fd, start + 4096, 8192)
+        assert directory.backed_bytes() == before + 8192
+    with next_daemon(pinned) as daemon, raw_client(daemon) as client:
+        assert client.status()["accounting"]["directory_bytes"] == before
+        assert client.verify()["differences"] == []
+
+
+def _slots(killed: Daemon) -> int:
+    directory = Directory.adopt(segment(killed, "dir"))
+    try:
+        return directory.header.slots
+    finally:
+        directory.close(unlink=False)
+
+
+@pytest.mark.parametrize("at", [0, 16, 32, 33, 103])
+def test_a_torn_pin_is_none(pinned: Daemon, at: int) -> None:
+    start = layout.pins_offset(_slots(pinned), BLOCK_TOKENS)
+    with opened(segment(pinned, "dir")) as directory:
+        directory.buffer[start + at] ^= 0x10
+    with next_daemon(pinned) as daemon, raw_client(daemon) as client:
+        assert [row["owner"] for row in pins(client)] == ["b"]
+        until(lambda: _evict(client, 0) == 2)
+        assert client.verify()["differences"] == []
+
+
+def test_a_pin_goes_with_its_damaged_block(pinned: Daemon) -> None:
+    damage_payload(pinned, slot_of(pinned, 2 * BLOCK_TOKENS, BLOCK_TOKENS))
+    with next_daemon(pinned) as daemon, raw_client(daemon) as client:
+        until(lambda: client.status()["counters"]["damaged_blocks"] == 1)
+        assert len(pins(client)) == 1
+        assert client.verify()["differences"] == []
+
+
+def test_verify_finds_a_pin_that_was_overwritten(pinned: Daemon) -> None:
+    with next_daemon(pinned) as daemon, raw_client(daemon) as client:
+        until(lambda: len(pins(client)) == 2)
+        start = layout.pins_offset(_slots(daemon), BLOCK_TOKENS)
+        with opened(segment(daemon, "dir")) as directory:
+            directory.buffer[start + 40] ^= 0x10
+        report = client.verify()
+        assert report["differences"] == [
+            "model: the pin of 'a' at place 0 is in only one of core and directory"
+        ]
+        with opened(segment(daemon, "dir")) as directory:
+            directory.buffer[start + 40] ^= 0x10
+        assert client.verify()["ok"]
 
 
 # --- damage

@@ -201,6 +201,7 @@ def test_a_pipeline_of_more_commits_than_there_may_be_loses_none(client: Raw) ->
 def test_every_limit_that_is_set_is_the_cores() -> None:
     changed = Settings(
         max_models=11,
+        max_pins=18,
         max_session_models=12,
         max_contexts=13,
         max_session_sequences=14,
@@ -209,6 +210,7 @@ def test_every_limit_that_is_set_is_the_cores() -> None:
         max_reserved=17,
     )
     found = limits_of(changed, Tenants((), 1 << 30, 1 << 20), 1)
+    assert found.max_pins == 18
     assert (found.max_models, found.session_models, found.session_contexts) == (11, 12, 13)
     assert (found.session_sequences, found.session_waiting) == (14, 15)
     assert (found.session_commits, found.session_reserved) == (16, 17)

@@ -20,7 +20,17 @@ from kvd.lifeline import Listener
 from kvd.settings import parse_size
 from kvd.tenants import Membership, Tenants, read_tables
 from kvd_proto import codec, errors
-from kvd_proto.messages import Evict, ListClients, ListSequences, Ping, Pong, Status, Verify
+from kvd_proto.messages import (
+    Evict,
+    ListClients,
+    ListPins,
+    ListSequences,
+    Ping,
+    Pong,
+    Status,
+    Unpin,
+    Verify,
+)
 from tests.shell.raw import BLOCK_TOKENS, STRIDE, many_tokens, raw_client, until
 from tests.support import Daemon, running_daemon, start_daemon
 
@@ -123,6 +133,7 @@ CLIENT = """
     from struct import pack
     from types import SimpleNamespace
     from kvd_proto import errors
+    from kvd_proto.keys import arena_fingerprint
     from kvd_proto.messages import *
     from tests.shell.raw import *
     os.setgroups(groups)
@@ -161,12 +172,22 @@ CLIENT = """
         if name == "guess":  # a model of this number was registered by another tenant
             return type(client.ask(OpenContext(values[0], 1, []))).__name__
         if name == "report":
-            kinds = {"status": Status, "sequences": ListSequences, "clients": ListClients}
+            kinds = {
+                "status": Status, "sequences": ListSequences, "clients": ListClients,
+                "pins": ListPins,
+            }
             return client.call(kinds[values[0]]()).report
         if name == "verify":
             return type(client.ask(Verify())).__name__
         if name == "evict":
             return client.call(Evict("", 0)).blocks
+        if name == "pin":
+            first, n_blocks = values
+            model = arena_fingerprint(FINGERPRINT, "llama-state", BLOCK_TOKENS)
+            reply = client.ask(Pin(model, many_tokens(first, n_blocks * BLOCK_TOKENS), "me", 0))
+            return reply.tokens if isinstance(reply, Pinned) else type(reply).__name__
+        if name == "unpin":
+            return client.call(Unpin("me", "")).pins
         if name == "reserve":
             n_blocks = values[0]
             message = make_alloc(contexts[-1], b"", reserve=n_blocks * BLOCK_TOKENS)
@@ -286,6 +307,44 @@ def test_two_tenants_get_nothing_of_each_others(daemon: Daemon, become: Any) -> 
     assert a("hold", 0, 3) == 3 * BLOCK_TOKENS
     for user in (a, b):
         assert user("reopen") == "PermissionError"
+
+
+@needs_root
+def test_pins_are_a_tenants_own(daemon: Daemon, become: Any) -> None:
+    a, b, a2 = become(A), become(B), become(NOBODYS, 63000, 62001)
+    assert a("pin", 0, 3) == "UnknownModel"
+    a("store", 0, 3, 1)
+    assert a("pin", 0, 3) == 3 * BLOCK_TOKENS
+    assert b("pin", 0, 3) == "UnknownModel", "that model is another tenant's"
+    b("store", 0, 2, 2)
+    assert b("pin", 0, 3) == 2 * BLOCK_TOKENS
+    assert [row["tenant"] for row in b("report", "pins")["pins"]] == ["b"]
+    assert b("unpin") == 1
+    assert [row["tokens"] for row in a("report", "pins")["pins"]] == [3 * BLOCK_TOKENS]
+    assert a("report", "status")["tenants"][0]["pinned_bytes"] == 3 * STRIDE
+    assert a2("evict") == 0
+    assert a2("unpin") == 1, "owners are names, and a tenant's own business"
+    assert b("pin", 0, 1) == BLOCK_TOKENS
+    with raw_client(daemon) as root:
+        assert [row["tenant"] for row in root.call(ListPins()).report["pins"]] == ["b"]
+        assert root.call(Unpin("me", "")).pins == 1
+        assert root.verify()["differences"] == []
+
+
+@needs_root
+def test_a_tenant_cannot_pin_beyond_its_quota(daemon: Daemon, become: Any) -> None:
+    """2 MiB, of which its staging and its directory take some."""
+    a, b = become(A), become(B)
+    n_pins, left = 0, 2 * MIB
+    while left >= 40 * STRIDE:
+        n_pins += 1
+        a("store", 10_000 * n_pins, 20, 1)
+        assert a("pin", 10_000 * n_pins, 20) == 20 * BLOCK_TOKENS
+        left = a("report", "status")["accounting"]["unassigned_bytes"]
+    assert a("reserve", 40) == "OverQuota"
+    assert b("store", 0, 20, 1)["right"], "others have room"
+    assert a("unpin") == n_pins
+    assert a("reserve", 40) == "Allocated"
 
 
 @needs_root

@@ -17,26 +17,18 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
-from typing import Any, NamedTuple
+from typing import Any
 
 from kvd_client.client import Client
-from kvd_client.errors import DeadlineExceeded, KvdError, RequestError, Unavailable
-from kvd_client.kvctl import views
+from kvd_client.errors import DeadlineExceeded, KvdError, Unavailable
+from kvd_client.kvctl import pins, views
+from kvd_client.kvctl.answer import FAILED, NO_DAEMON, OK, Answer, check_model
 from kvd_client.kvctl.tables import Look, count, duration, size
 from kvd_client.operations import DEFAULT_TIMEOUT
 from kvd_proto.paths import DEFAULT_INSTANCE
 
-OK, FAILED, USAGE, NO_DAEMON = 0, 1, 2, 3
 _INTERRUPTED = 130
 """128 + SIGINT, as shells have it."""
-
-
-class Answer(NamedTuple):
-    """What to print, for programs or for people, and the exit code."""
-
-    report: Any
-    show: Callable[[Look], str]
-    code: int = OK
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -106,12 +98,8 @@ def _ping(client: Client, _: argparse.Namespace) -> Answer:
 
 
 def _evict(client: Client, options: argparse.Namespace) -> Answer:
-    known = {row["name"] for row in client.status()["models"]}
-    if options.model and options.model not in known:
-        raise RequestError(
-            f"no model is called {options.model!r}; there "
-            + (f"are: {', '.join(sorted(known))}" if known else "is none")
-        )
+    if options.model:
+        check_model(client, options.model)
     evicted = client.evict(options.model, 0 if options.all else options.blocks)
     blocks = f"{count(evicted.blocks)} block{'s' if evicted.blocks != 1 else ''}"
     text = f"{blocks} evicted, {size(evicted.freed_bytes)} given back to the system"
@@ -137,7 +125,10 @@ def _parser() -> argparse.ArgumentParser:
         ("seqs", _seqs, "open and waiting sequences"),
         ("clients", _clients, "who is connected, and what each holds"),
         ("models", _models, "registered models and their blocks"),
-        ("evict", _evict, "drop cached blocks that nobody leases, the oldest first"),
+        ("evict", _evict, "drop cached blocks that nobody leases or pins, the oldest first"),
+        ("pin", pins.pin, "keep the cached prefix of these token ids from eviction"),
+        ("unpin", pins.unpin, "end pins"),
+        ("pins", pins.show, "what is pinned, by whom, and for how long"),
         ("ping", _ping, "whether the daemon answers, and how fast"),
         ("verify", _verify, "recount everything from the blocks and the system"),
     )
@@ -152,6 +143,10 @@ def _parser() -> argparse.ArgumentParser:
             how_many = command.add_mutually_exclusive_group(required=True)
             how_many.add_argument("--blocks", type=_positive, metavar="N", help="at most so many")
             how_many.add_argument("--all", action="store_true", help="all of them")
+        elif name == "pin":
+            pins.add_pin_options(command)
+        elif name == "unpin":
+            pins.add_unpin_options(command)
     return parser
 
 

@@ -219,6 +219,32 @@ def clients(rows: Sequence[Report], look: Look) -> str:
     return "\n".join([table(columns, cells, look), *stopped])
 
 
+def pins(rows: Sequence[Report], look: Look) -> str:
+    """Each pin, and how long it stays."""
+    if not rows:
+        return "nothing is pinned"
+    columns = (
+        Column("OWNER", elastic=True),
+        Column("TENANT", elastic=True),
+        Column("MODEL", elastic=True),
+        Column("TOKENS", right=True),
+        Column("BLOCKS", right=True),
+        Column("ENDS IN", right=True),
+    )
+    cells = [
+        (
+            row["owner"],
+            row["tenant"],
+            row["model"],
+            count(row["tokens"]),
+            count(row["blocks"]),
+            "-" if row["expires_seconds"] is None else duration(max(0.0, row["expires_seconds"])),
+        )
+        for row in rows
+    ]
+    return table(columns, cells, look)
+
+
 def verify(report: Report, look: Look) -> str:
     """Whether the recount agrees, and every term of it."""
     if report["ok"]:

@@ -12,5 +12,7 @@ cache.py       all state in one place
 models.py      registering models, opening and closing contexts
 allocating.py  alloc, get, release; waiting for an id
 storing.py     append and flush
+pins.py        who keeps which block without a lease, and where the directory says so
+pinning.py     pin and unpin
 accounting.py  the identities, as code: running totals against a slow recount
 """

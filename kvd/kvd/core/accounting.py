@@ -1,10 +1,9 @@
 """The running totals, what must add up, and what is reported from them.
 
     budget == unassigned + directories + staging
-              + sum over arenas of (free + filling + active + cached), in bytes of stride
+              + sum over arenas of (free + filling + active + pinned + cached), in bytes of stride
 
-That each of the terms is right: recount.py. Nothing can be pinned yet, so the pinned term that
-reports carry is always 0.
+That each of the terms is right: recount.py.
 """
 
 from dataclasses import dataclass
@@ -32,9 +31,10 @@ class Totals:
     free: int
     filling: int
     active: int
+    pinned: int
     cached: int
     padding: int
-    """Of filling, active and cached: what the stride has beyond a full block's payload."""
+    """Of filling, active, pinned and cached: what the stride has beyond a full block's payload."""
 
     @property
     def backed(self) -> int:
@@ -50,6 +50,7 @@ class Totals:
             + self.free
             + self.filling
             + self.active
+            + self.pinned
             + self.cached
         )
         if total != self.budget:
@@ -63,14 +64,15 @@ def totals(cache: Cache, tenant: Tenant | None = None) -> Totals:
     return Totals(
         budget=budget.n_bytes if tenant is None else tenant.quota,
         unassigned=budget.unassigned if tenant is None else tenant.headroom,
-        directory=sum(arena.directory_bytes for arena in arenas),
+        directory=sum(arena.memory_beside for arena in arenas),
         staging=budget.staging if tenant is None else tenant.staging,
         free=sum(len(arena.free) * arena.stride for arena in arenas),
         filling=sum(arena.filling * arena.stride for arena in arenas),
         active=sum(arena.active * arena.stride for arena in arenas),
+        pinned=sum(arena.pinned * arena.stride for arena in arenas),
         cached=sum(arena.cached * arena.stride for arena in arenas),
         padding=sum(
-            (arena.stride - arena.payload_bytes) * (arena.filling + arena.active + arena.cached)
+            (arena.stride - arena.payload_bytes) * (arena.backed - len(arena.free))
             for arena in arenas
         ),
     )
@@ -83,7 +85,7 @@ def arena_counts(arena: Arena) -> dict[str, int]:
         "filling": arena.filling,
         "active": arena.active,
         "cached": arena.cached,
-        "pinned": 0,
+        "pinned": arena.pinned,
         "total": arena.backed,
     }
 
@@ -91,6 +93,23 @@ def arena_counts(arena: Arena) -> dict[str, int]:
 def sealed_blocks(arena: Arena) -> list[Block]:
     """What the arena's directory must hold: adopted blocks have their record already."""
     return [block for block in arena.blocks if block and block.state in (ADOPTED, SEALED)]
+
+
+def report_of_pins(cache: Cache, now: float, tenant: Tenant | None = None) -> list[dict[str, Any]]:
+    """A row for each pin, of one tenant or (None) of all."""
+    arenas = cache.budget.arenas.values() if tenant is None else tenant.arenas
+    return [
+        {
+            "tenant": arena.tenant.name,
+            "model": arena.name,
+            "owner": pin.owner,
+            "tokens": pin.block.end,
+            "blocks": -(-pin.block.end // arena.block_tokens),
+            "expires_seconds": round(pin.expires - now, 3) if pin.expires else None,
+        }
+        for arena in arenas
+        for pin in arena.pins.pins.values()
+    ]
 
 
 def report_of_sequences(

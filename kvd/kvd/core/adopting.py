@@ -6,23 +6,28 @@ its bytes have been checked (checking.py).
 
 The order of last use comes back exactly, over all arenas: the records have it (budget.py). Each
 block is leased once to the time before, until no client of the earlier daemon can read the arena
-any more; then it takes its old place in the LRU, unless it has been used since.
+any more; then it takes its old place in the LRU, unless it has been used since, or is pinned. A pin
+is taken if its block is, and its time is not over.
 """
 
 from collections.abc import Iterable
 
+from kvd.core import pins
 from kvd.core.budget import Arena
 from kvd.core.cache import Cache
 from kvd.core.events import (
     ArenaAdopted,
     ArenaFound,
     ArenaRefused,
+    DropPin,
     DropRecord,
     Effect,
+    FoundPin,
     FoundRecord,
     Punch,
 )
 from kvd.core.models import check_models, make_arena
+from kvd.core.pins import Pin
 from kvd.core.tree import ADOPTED, Block
 from kvd_proto.errors import KvdError
 from kvd_proto.geometry import Geometry
@@ -35,7 +40,7 @@ _LATEST_GENERATION = 1 << 63
 goes on from it must not make records that the next daemon would not take."""
 
 
-def adopt(cache: Cache, found: ArenaFound, effects: list[Effect]) -> None:
+def adopt(cache: Cache, found: ArenaFound, now: float, effects: list[Effect]) -> None:
     """Take an arena over, or refuse it with the reason. No session is there yet."""
     cache.next_arena = max(cache.next_arena, found.arena + 1)
     try:
@@ -48,23 +53,32 @@ def adopt(cache: Cache, found: ArenaFound, effects: list[Effect]) -> None:
     unused = [*lost, *found.unrecorded]
     retired = unused if found.has_readers else []
     slots = [block.slot for block in blocks] + retired
+    kept = _find_pinned(found.pins, blocks, now)
+    arena.pins.adopt({pin.place for pin in kept})
     n_bytes = arena.directory_for(max(slots, default=-1) + 1) + len(slots) * arena.stride
+    n_bytes += arena.pins.n_bytes
     if n_bytes > cache.budget.unassigned:
         effects.append(ArenaRefused(found.arena, "it does not fit the budget beside the others"))
         return
     if n_bytes > arena.tenant.headroom:
         effects.append(ArenaRefused(found.arena, "it does not fit its tenant's quota"))
         return
+    ended = sorted({pin.place for pin in found.pins} - {pin.place for pin in kept})
+    effects.extend(DropPin(arena.number, place) for place in ended)
     effects.extend(DropRecord(arena.number, slot) for slot in lost)
     if unused and not retired:
         effects.append(Punch(arena.number, unused))
     budget = cache.budget
     budget.adopt(arena, blocks, retired)
+    for pin in kept:
+        pins.start(cache, pin)
     cache.unchecked.update(dict.fromkeys(blocks))
     uses = [max(block.last_use, block.generation) for block in blocks]
     budget.clock = max(budget.clock, *uses, 0)
     cache.counters.adopted_blocks += len(blocks)
-    effects.append(ArenaAdopted(arena.number, len(blocks), arena.directory_bytes))
+    effects.append(
+        ArenaAdopted(arena.number, len(blocks), arena.directory_bytes, arena.pins.n_bytes)
+    )
     if not found.has_readers:
         budget.readers_gone(arena, effects)
 
@@ -124,6 +138,16 @@ def _fits(record: FoundRecord, parent: Block, arena: Arena) -> bool:
         and record.key == block_key(parent.key, record.tokens)
         and parent.child(record.tokens) is None
     )
+
+
+def _find_pinned(found: Iterable[FoundPin], blocks: Iterable[Block], now: float) -> list[Pin]:
+    """The pins whose block is there and whose time is not over, one of each owner and block."""
+    by_key = {block.key: block for block in blocks}
+    kept: dict[tuple[str, bytes], Pin] = {}
+    for place, key, owner, expires in found:
+        if key in by_key and (not expires or expires > now):
+            kept.setdefault((owner, key), Pin(owner, by_key[key], place, expires))
+    return list(kept.values())
 
 
 def _last_use(record: FoundRecord) -> int:

@@ -3,10 +3,12 @@
 from operator import attrgetter
 from struct import pack
 
-from kvd.core.budget import WALK_BLOCKS
-from kvd.core.cache import AllocBacking, Cache, Checking, WaitingAlloc
+from kvd.core import pins
+from kvd.core.budget import WALK_BLOCKS, Arena
+from kvd.core.cache import AllocBacking, Cache, Checking, Deferred
 from kvd.core.checking import check_first
 from kvd.core.events import Backed, Effect
+from kvd.core.pins import Pin
 from kvd.core.sequences import (
     Context,
     Opening,
@@ -18,6 +20,7 @@ from kvd.core.sequences import (
     find_sequence,
 )
 from kvd.core.tree import SEALED, Match, match
+from kvd_proto import messages
 from kvd_proto.errors import (
     BadMessage,
     KvdError,
@@ -53,12 +56,8 @@ def alloc(
     """Answer now, or return None: the reply comes when an id is free, the reserve is backed, what
     an earlier daemon left has been checked, or a long prompt has matched to its end."""
     context = find_context(session, cache.contexts, message.context)
-    if cache.unchecked:
-        check = check_first(cache, context.arena, message.tokens, effects)
-        if check is not None:
-            _count_waiting(cache, session, message)
-            check.allocs.append(WaitingAlloc(session, correlation, message))
-            return None
+    if defer(cache, session, correlation, context.arena, message, effects):
+        return None
     limits = cache.limits
     if (
         context.free_ids
@@ -171,37 +170,49 @@ def refuse_waiters(cache: Cache, context: Context, effects: list[Effect]) -> Non
         cache.reply(context.session, waiter.correlation, error, effects)
 
 
-def alloc_again(cache: Cache, job: Checking, now: float, effects: list[Effect]) -> None:
-    """Try those again that have waited for this check."""
-    for session, correlation, message in job.allocs:
-        _waits_no_longer(session, message)
-        body: Allocated | KvdError | None
-        try:
-            body = alloc(cache, session, correlation, message, now, effects)
-        except KvdError as error:
-            body = error
-        if body is not None:
-            cache.reply(session, correlation, body, effects)
+def defer(
+    cache: Cache,
+    session: Session,
+    correlation: int,
+    arena: Arena,
+    message: Alloc | messages.Pin,
+    effects: list[Effect],
+) -> bool:
+    """Let a request wait until all that it could match has been checked. False: it need not."""
+    check = check_first(cache, arena, message.tokens, effects) if cache.unchecked else None
+    if check is None:
+        return False
+    _count_waiting(cache, session, message)
+    check.deferred.append(Deferred(session, correlation, message))
+    return True
 
 
-def forget_allocs(cache: Cache, session: Session) -> None:
-    """The session has ended: nobody waits for the checks that its allocs have asked for."""
+def waits_no_longer(session: Session, message: Alloc | messages.Pin) -> None:
+    """It is tried again, or not wanted any more."""
+    session.waiting -= 1
+    session.waiting_bytes -= len(message.tokens)
+
+
+def forget_deferred(cache: Cache, session: Session) -> None:
+    """The session has ended: nobody waits for the checks that its requests have asked for."""
     for job in cache.jobs.values():
         if isinstance(job, Checking):
-            for waiting in [each for each in job.allocs if each.session is session]:
-                _waits_no_longer(session, waiting.message)
-                job.allocs.remove(waiting)
+            for waiting in [each for each in job.deferred if each.session is session]:
+                waits_no_longer(session, waiting.message)
+                job.deferred.remove(waiting)
 
 
 def expire(cache: Cache, now: float, effects: list[Effect]) -> None:
-    """Answer those whose time to wait is over. Mark sequences that nobody asked for in time; their
-    ids come back by release or death."""
+    """Answer those whose time to wait is over, and end pins whose time is. Mark sequences that
+    nobody asked for in time; their ids come back by release or death."""
     while (owner := cache.deadlines.pop(now)) is not None:
         if isinstance(owner, Waiter):
             _stop_waiting(cache, owner)
             error = _no_id(cache, owner.context)
             error.details["waited_ms"] = owner.message.wait_ms
             cache.reply(owner.context.session, owner.correlation, error, effects)
+        elif isinstance(owner, Pin):
+            pins.end(cache, owner, effects)
         else:
             owner.state = State.TIMED_OUT
             owner.context.session.counters.sequences_timed_out += 1
@@ -367,8 +378,8 @@ def _end_reservation(cache: Cache, sequence: Sequence, slots: list[int]) -> None
     sequence.context.session.reserved_bytes -= len(slots) * arena.stride
 
 
-def _count_waiting(cache: Cache, session: Session, message: Alloc) -> None:
-    """One more alloc of this session waits, if it may: the daemon keeps its tokens meanwhile."""
+def _count_waiting(cache: Cache, session: Session, message: Alloc | messages.Pin) -> None:
+    """One more request of this session waits, if it may: the daemon keeps its tokens meanwhile."""
     limits = cache.limits
     n_bytes = session.waiting_bytes + len(message.tokens)
     if session.waiting >= limits.session_waiting or n_bytes > limits.session_waiting_bytes:
@@ -383,11 +394,6 @@ def _count_waiting(cache: Cache, session: Session, message: Alloc) -> None:
     session.waiting_bytes = n_bytes
 
 
-def _waits_no_longer(session: Session, message: Alloc) -> None:
-    session.waiting -= 1
-    session.waiting_bytes -= len(message.tokens)
-
-
 def _wait(cache: Cache, waiter: Waiter) -> None:
     cache.next_ticket += 1
     cache.waiting[waiter] = waiter.context.waiting[waiter] = None
@@ -395,7 +401,7 @@ def _wait(cache: Cache, waiter: Waiter) -> None:
 
 
 def _stop_waiting(cache: Cache, waiter: Waiter) -> None:
-    _waits_no_longer(waiter.context.session, waiter.message)
+    waits_no_longer(waiter.context.session, waiter.message)
     del cache.waiting[waiter]
     del waiter.context.waiting[waiter]
 

@@ -7,12 +7,13 @@ Every slot of an arena is in one of these places:
     free       backed, holds nothing
     filling    set aside or being written
     active     sealed, and held by a lease on it or on a block below it
-    cached     sealed and not held: in the LRU
+    pinned     sealed and not held, but kept by a pin on it or on a block below it
+    cached     sealed, neither held nor kept: in the LRU
     retired    holds nothing that is served, but a client of an earlier daemon may still read it;
                counts as filling
 
-What an earlier daemon has left counts as active or cached like the rest, though it is not sealed
-before it has been checked.
+What an earlier daemon has left counts as active, pinned or cached like the rest, though it is not
+sealed before it has been checked.
 
 `unassigned` is what remains of the budget after directories, staging and all backed slots. There is
 an LRU for each tenant, for all of its arenas, so memory moves to where it is used. It is ordered by
@@ -22,8 +23,8 @@ its quota gives way itself, from its own LRU. If it is the budget that has no ro
 of all LRUs goes, whosever it is: a comparison for each tenant.
 
 A directory never shrinks. It goes with its arena, when nobody uses that: no session has registered
-it, and nothing in it is held. An empty one goes before anything is evicted; one with blocks, when
-its tenant has as many models as it may, and registers another.
+it, and nothing in it is held or pinned. An empty one goes before anything is evicted; one with
+blocks, when its tenant has as many models as it may, and registers another.
 
 A lease may cover 31,250 blocks, so it ends from the tail up in steps, between which it is a lease
 on what is left of it (`letting_go`). Who needs the room at once does not wait for that.
@@ -49,6 +50,7 @@ from kvd.core.events import (
     SessionId,
     UseRecord,
 )
+from kvd.core.pins import PinTable, pins_bytes_for
 from kvd.core.tenants import Tenant, TenantRule
 from kvd.core.tree import ADOPTED, FILLING, GONE, NO_SLOT, SEALED, Block
 from kvd_proto.errors import AllLeased, BudgetTooSmall, Detail, ResourceError
@@ -104,26 +106,34 @@ class Arena:
         long as a job has its slot."""
         self.unchecked = 0
         """Blocks that an earlier daemon left, and that are not served before they are checked."""
+        self.pins = PinTable()
         self.filling = 0
         self.active = 0
+        self.pinned = 0
         self.cached = 0
         self.directory_bytes = min(self.directory_limit, round_up(DIRECTORY_HEADER_BYTES))
 
     @property
     def backed(self) -> int:
         """Slots that have memory."""
-        return len(self.free) + self.filling + self.active + self.cached
+        return len(self.free) + self.filling + self.active + self.pinned + self.cached
+
+    @property
+    def memory_beside(self) -> int:
+        """Bytes of the directory, its pins included."""
+        return self.directory_bytes + self.pins.n_bytes
 
     @property
     def is_unused(self) -> bool:
-        """Whether no session has registered it, and none of its slots is held: all of it may go."""
+        """Whether no session has registered it, and none of its slots is held or pinned: all of it
+        may go."""
         return not self.sessions and self.backed == len(self.free) + self.cached
 
     @property
     def reclaimable(self) -> int:
         """Bytes that may go: of free and cached slots; and if it is unused, of its directory."""
         slots = (len(self.free) + self.cached) * self.stride
-        return slots + self.directory_bytes if self.is_unused else slots
+        return slots + self.memory_beside if self.is_unused else slots
 
     @property
     def directory_limit(self) -> int:
@@ -217,7 +227,7 @@ class Budget:
     def directories(self) -> int:
         """Bytes of the directories that cannot go, since their arenas are used."""
         used = (arena for arena in self.arenas.values() if not arena.is_unused)
-        return sum(arena.directory_bytes for arena in used)
+        return sum(arena.memory_beside for arena in used)
 
     # --- holds: what a living sequence leases is never evicted
 
@@ -226,17 +236,20 @@ class Budget:
         node = block
         arena = block.arena
         lru = arena.lru
-        n_cached = 0
+        n_cached = n_pinned = 0
         while (parent := node.parent) is not None:
             node.holds += 1
             if node.holds > 1:
                 break
-            if node.state is not FILLING:
+            if node.pins:
+                n_pinned += 1
+            elif node.state is not FILLING:
                 del lru[node]
                 n_cached += 1
             node = parent
         arena.cached -= n_cached
-        arena.active += n_cached
+        arena.pinned -= n_pinned
+        arena.active += n_cached + n_pinned
 
     def unhold(self, block: Block, effects: list[Effect]) -> None:
         """Undo one `hold`. What nobody holds any more becomes the youngest of the LRU, tail first;
@@ -245,7 +258,44 @@ class Budget:
         if block.holds == 1 or block in block.arena.former:
             self.use(block, effects)
         self._let_go(block, self.allowance)
-        if block.parent is not None and not block.holds and block.is_superseded:
+        self._drop_superseded(block, effects)
+
+    def pin(self, block: Block) -> None:
+        """Keep `block` and all its ancestors, whether they are held or not. Stops at the first that
+        is kept already."""
+        node: Block | None = block
+        arena = block.arena
+        while node is not None and node.parent is not None:
+            node.pins += 1
+            if node.pins > 1:
+                return
+            if not node.holds:
+                del arena.lru[node]
+                arena.cached -= 1
+                arena.pinned += 1
+            node = node.parent
+
+    def unpin(self, block: Block, effects: list[Effect]) -> None:
+        """Undo one `pin`. It counts as a use until now: what nobody holds or keeps any more becomes
+        the youngest of the LRU, tail first."""
+        if block.pins == 1 and not block.holds:
+            self.use(block, effects)
+        node: Block | None = block
+        arena = block.arena
+        while node is not None and node.parent is not None:
+            node.pins -= 1
+            if node.pins:
+                break
+            if not node.holds:
+                arena.pinned -= 1
+                arena.cached += 1
+                arena.lru[node] = self.clock
+            node = node.parent
+        self._drop_superseded(block, effects)
+
+    def _drop_superseded(self, block: Block, effects: list[Effect]) -> None:
+        """Drop an open tail that a longer block has replaced, unless somebody keeps it."""
+        if block.parent is not None and not block.is_kept and block.is_superseded:
             self.drop(block, effects)
 
     def let_go_some(self, effects: list[Effect]) -> None:
@@ -274,25 +324,29 @@ class Budget:
         effects.append(UseRecord(block.arena.number, block.slot, last_use))
 
     def _let_go(self, block: Block, most: int) -> None:
-        """Count one `hold` less. What nobody holds any more is cached, and was used now: `most`
-        blocks, and no more than these from the allowance; what is left is noted."""
+        """Count one `hold` less. What nobody holds any more is pinned, or is cached and was used
+        now: `most` blocks, and no more than these from the allowance; what is left is noted."""
         node = block
         arena, lru, clock = block.arena, block.arena.lru, self.clock
-        n_cached = 0
+        n_cached = n_pinned = 0
         while (parent := node.parent) is not None:
             if node.holds > 1:
                 node.holds -= 1
                 break
-            if n_cached >= most:
+            if n_cached + n_pinned >= most:
                 self.letting_go.append(node)
                 break
             node.holds = 0
-            lru[node] = clock
-            n_cached += 1
+            if node.pins:
+                n_pinned += 1
+            else:
+                lru[node] = clock
+                n_cached += 1
             node = parent
-        arena.active -= n_cached
+        arena.active -= n_cached + n_pinned
+        arena.pinned += n_pinned
         arena.cached += n_cached
-        self.allowance -= n_cached
+        self.allowance -= n_cached + n_pinned
 
     # --- what an earlier daemon left
 
@@ -312,7 +366,7 @@ class Budget:
         for block in blocks:
             block.holds = 1 + len(block.children)
             arena.blocks[block.slot] = block
-        self.spend(arena.tenant, arena.directory_bytes + arena.backed * arena.stride)
+        self.spend(arena.tenant, arena.memory_beside + arena.backed * arena.stride)
         self.arenas[arena.number] = arena
         arena.tenant.arenas.append(arena)
 
@@ -326,8 +380,7 @@ class Budget:
         arena.lru.clear()
         arena.lru.update(sorted(places.items(), key=lambda each: (each[1], -each[0].start)))
         for block in former:
-            if not block.holds and block.is_superseded:
-                self.drop(block, effects)
+            self._drop_superseded(block, effects)
         arena.filling -= len(arena.retired)
         arena.free.extend(arena.retired)
         arena.retired.clear()
@@ -364,6 +417,16 @@ class Budget:
         self.arenas[arena.number] = arena
         arena.tenant.arenas.append(arena)
 
+    def charge_pins(self, arena: Arena, effects: list[Effect]) -> None:
+        """Take the bytes for one more pin in the arena's directory, unless it has them already;
+        raises ResourceError."""
+        table = arena.pins
+        growth = pins_bytes_for(table.high_water + 1) - table.n_bytes
+        if growth > 0:
+            self._make_room(arena.tenant, growth, effects)
+            self.spend(arena.tenant, growth)
+            table.n_bytes += growth
+
     def forget_arena(self, arena: Arena) -> None:
         """Take an arena out in which nothing is held, with all that is cached in it."""
         del self.arenas[arena.number]
@@ -372,7 +435,7 @@ class Budget:
             del arena.lru[block]
             block.state = GONE
         arena.tenant.evicted_blocks += arena.cached
-        self.spend(arena.tenant, -arena.directory_bytes - arena.backed * arena.stride)
+        self.spend(arena.tenant, -arena.memory_beside - arena.backed * arena.stride)
 
     def give_up(self, arena: Arena, effects: list[Effect]) -> None:
         """Forget an arena that is unused, and give its memory back."""
@@ -506,6 +569,7 @@ class Budget:
             "budget_bytes": self.n_bytes,
             "directory_bytes": directories,
             "staging_bytes": self.staging,
+            "pinned_bytes": sum(each.pinned * each.stride for each in self.arenas.values()),
             "unassigned_bytes": self.unassigned,
         }
         if n_slots * arena.stride + directories > self.n_bytes:

@@ -1,5 +1,5 @@
 """The state of the core in one place, and what several operations share. The operations: models.py,
-allocating.py, storing.py; the dispatch: machine.py.
+allocating.py, storing.py, pinning.py; the dispatch: machine.py.
 """
 
 from collections import deque
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
-from kvd.core.budget import Budget
+from kvd.core.budget import Arena, Budget
 from kvd.core.commits import Commit
 from kvd.core.deadlines import Deadlines
 from kvd.core.events import Effect, Reply, SessionId
@@ -15,7 +15,7 @@ from kvd.core.sequences import Context, Opening, Sequence, Session, Waiter
 from kvd.core.tenants import TenantRule
 from kvd.core.tree import Block
 from kvd_proto.errors import KvdError
-from kvd_proto.messages import Alloc
+from kvd_proto.messages import Alloc, Pin
 
 NO_LIMIT = 1 << 62
 
@@ -35,6 +35,8 @@ class Limits:
     """Those that have a quota or a salt."""
     max_models: int = NO_LIMIT
     """Of one tenant. One more takes the place of an arena that nobody uses."""
+    max_pins: int = 1000
+    """Of one tenant; at most MAX_PINS of kvd_proto.layout."""
     # What one session may have, so that it leaves something to others.
     session_models: int = NO_LIMIT
     session_contexts: int = NO_LIMIT
@@ -114,12 +116,32 @@ class Copying(NamedTuple):
     blocks: list[Block]
 
 
-class WaitingAlloc(NamedTuple):
-    """An alloc that waits until blocks that it may match have been checked."""
+class WantedPin(NamedTuple):
+    """A pin of a sealed block, for so many seconds (0: for ever), and whom to answer. It holds the
+    block while it waits."""
 
     session: Session
     correlation: int
-    message: Alloc
+    owner: str
+    block: Block
+    n_tokens: int
+    seconds: float
+
+
+class PinsGrowing(NamedTuple):
+    """The arena's directory gets memory for pins, up to `n_bytes`; who waits for that."""
+
+    arena: Arena
+    n_bytes: int
+    wanted: list[WantedPin]
+
+
+class Deferred(NamedTuple):
+    """A request that waits until blocks that it may match have been checked."""
+
+    session: Session
+    correlation: int
+    message: Alloc | Pin
 
 
 class Checking(NamedTuple):
@@ -127,7 +149,7 @@ class Checking(NamedTuple):
     for their end."""
 
     blocks: list[Block]
-    allocs: list[WaitingAlloc]
+    deferred: list[Deferred]
 
 
 @dataclass(slots=True, eq=False)
@@ -143,7 +165,7 @@ class Eviction:
     freed_bytes: int = 0
 
 
-Job = AllocBacking | AppendBacking | Copying | Checking
+Job = AllocBacking | AppendBacking | PinsGrowing | Copying | Checking
 
 
 @dataclass(slots=True)

@@ -4,10 +4,11 @@
                                               └─ it is wrong: gone, with all below
 
 One check of a few MiB is always under way, so that copies of clients, which share the copier's
-queue, never wait long. An alloc whose path has unchecked blocks has them checked at once, and is
-tried again then. How blocks are adopted: adopting.py.
+queue, never wait long. An alloc, or a pin, whose path has unchecked blocks has them checked at
+once, and is tried again then. How blocks are adopted: adopting.py.
 """
 
+from kvd.core import pins
 from kvd.core.budget import Arena
 from kvd.core.cache import Cache, Checking
 from kvd.core.commits import supersede
@@ -70,6 +71,7 @@ def checked(cache: Cache, job: Checking, event: Checked, effects: list[Effect]) 
             _seal(cache, block, effects)
         else:
             damaged += 1
+            pins.end_below(cache, block, effects)
             error = InternalError("a block that was left by an earlier daemon is damaged")
             remove(cache, block, error, effects)
     if damaged:
@@ -91,5 +93,5 @@ def _seal(cache: Cache, block: Block, effects: list[Effect]) -> None:
     block.state = SEALED
     block.arena.unchecked -= 1
     supersede(block, cache.budget, effects)
-    if not block.holds and block.is_superseded:
+    if not block.is_kept and block.is_superseded:
         cache.budget.drop(block, effects)

@@ -211,5 +211,5 @@ def supersede(block: Block, budget: Budget, effects: list[Effect]) -> None:
     parent = block.parent
     assert parent is not None
     for shorter in parent.prefixes(block.tokens):
-        if shorter.state is not FILLING and not shorter.holds:
+        if shorter.state is not FILLING and not shorter.is_kept:
             budget.drop(shorter, effects)

@@ -1,4 +1,4 @@
-"""Whose time is over when: requests that wait for an id, and sequences that nobody uses.
+"""Whose time is over when: requests that wait for an id, sequences that nobody uses, and pins.
 
 Does not cover what happens then: allocating.py.
 """
@@ -6,9 +6,10 @@ Does not cover what happens then: allocating.py.
 from heapq import heapify, heappop, heappush
 from typing import NamedTuple
 
+from kvd.core.pins import Pin
 from kvd.core.sequences import Sequence, Waiter
 
-Timed = Waiter | Sequence
+Timed = Waiter | Sequence | Pin
 
 SMALL = 64
 """Below so many entries it is not worth looking for those that are out of date."""

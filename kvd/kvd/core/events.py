@@ -1,11 +1,11 @@
 """What can happen to the core, and what it asks of the shell. Plain data, both ways.
 
-An effect is carried out by the shell in the order given. Jobs (`Back`, `Copy`, `Check`) come back
-as an event with the same job number. The shell carries out a `Punch` and a `RemoveArena` before any
-`Back` that comes later, which counts with what they give back, and behind every `Check` before
-them; jobs of several sessions take turns. The core leaves a slot alone while a job has it, so no
-order of jobs can hurt it; but what is being checked may go, and then the check's result means
-nothing.
+An effect is carried out by the shell in the order given. Jobs (`Back`, `BackPins`, `Copy`,
+`Check`) come back as an event with the same job number. The shell carries out a `Punch` and a
+`RemoveArena` before any `Back` or `BackPins` that comes later, which count with what they give
+back, and behind every `Check` before them; jobs of several sessions take turns. The core leaves a
+slot alone while a job has it, so no order of jobs can hurt it; but what is being checked may go,
+and then the check's result means nothing.
 """
 
 from typing import Any, NamedTuple
@@ -48,7 +48,7 @@ class Requested(NamedTuple):
 
 
 class Backed(NamedTuple):
-    """A `Back` job ended; with an error none of its slots are backed."""
+    """A `Back` or `BackPins` job ended; with an error it has given no memory."""
 
     job: int
     error: KvdError | None
@@ -81,6 +81,16 @@ class FoundRecord(NamedTuple):
     last_use: int
 
 
+class FoundPin(NamedTuple):
+    """A pin of a directory that was found: `owner` keeps the block of this key until `expires`
+    (0.0: for ever), in the clock of `now`."""
+
+    place: int
+    key: bytes
+    owner: str
+    expires: float
+
+
 class ArenaFound(NamedTuple):
     """An arena that an earlier daemon left, before any session is there. `arena` is the number that
     it gets. `has_readers`: clients of that daemon can still read it, until `ReadersGone`.
@@ -98,6 +108,7 @@ class ArenaFound(NamedTuple):
     has_readers: bool
     records: list[FoundRecord]
     unrecorded: list[int]
+    pins: list[FoundPin]
 
 
 class ReadersGone(NamedTuple):
@@ -214,6 +225,15 @@ class Back(NamedTuple):
     directory_bytes: int
 
 
+class BackPins(NamedTuple):
+    """Give the first `n_bytes` of the directory's pins memory; for `session`."""
+
+    job: int
+    arena: int
+    session: SessionId
+    n_bytes: int
+
+
 class Punch(NamedTuple):
     """Take the memory of slots that nobody can still read."""
 
@@ -265,11 +285,12 @@ class BlocksDamaged(NamedTuple):
 
 class ArenaAdopted(NamedTuple):
     """What was found is used on: so many blocks, and of the directory the first
-    `directory_bytes`."""
+    `directory_bytes`, and of its pins the first `pins_bytes`."""
 
     arena: int
     blocks: int
     directory_bytes: int
+    pins_bytes: int
 
 
 class ArenaRefused(NamedTuple):
@@ -307,6 +328,31 @@ class DropRecord(NamedTuple):
     slot: int
 
 
+class WritePin(NamedTuple):
+    """A block is pinned: that enters the directory, before it is answered. `place` has memory."""
+
+    arena: int
+    place: int
+    key: bytes
+    owner: str
+    expires: float
+
+
+class RenewPin(NamedTuple):
+    """A pin ends at another time."""
+
+    arena: int
+    place: int
+    expires: float
+
+
+class DropPin(NamedTuple):
+    """A pin has ended: it leaves the directory."""
+
+    arena: int
+    place: int
+
+
 Effect = (
     Reply
     | OpenStaging
@@ -317,12 +363,16 @@ Effect = (
     | RemoveArena
     | ShareArena
     | Back
+    | BackPins
     | Punch
     | Copy
     | Check
     | WriteRecord
     | UseRecord
     | DropRecord
+    | WritePin
+    | RenewPin
+    | DropPin
     | BlocksDamaged
     | ArenaAdopted
     | ArenaRefused

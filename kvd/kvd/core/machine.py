@@ -7,7 +7,7 @@ is a fault of ours and does come out.
 import math
 from typing import Any
 
-from kvd.core import adopting, allocating, checking, models, storing
+from kvd.core import adopting, allocating, checking, models, pinning, storing
 from kvd.core.budget import WALK_BLOCKS, Budget
 from kvd.core.cache import (
     AllocBacking,
@@ -18,6 +18,7 @@ from kvd.core.cache import (
     Counters,
     Eviction,
     Limits,
+    PinsGrowing,
 )
 from kvd.core.commits import withdraw
 from kvd.core.events import (
@@ -50,8 +51,10 @@ from kvd_proto.messages import (
     Get,
     KeepAlive,
     OpenContext,
+    Pin,
     RegisterModel,
     Release,
+    Unpin,
 )
 
 EVICT_BLOCKS = 128
@@ -88,6 +91,8 @@ class Core:
                     allocating.serve_waiters(cache, now, effects)
                 elif isinstance(job, AppendBacking):
                     storing.append_backed(cache, job, event, effects)
+                elif isinstance(job, PinsGrowing):
+                    pinning.grown(cache, job, event, now, effects)
             case Copied(number):
                 copying = cache.jobs.pop(number)
                 assert isinstance(copying, Copying)
@@ -95,7 +100,7 @@ class Core:
             case Checked():
                 self._checked(event, now, effects)
             case ArenaFound():
-                adopting.adopt(cache, event, effects)
+                adopting.adopt(cache, event, now, effects)
                 checking.check_next(cache, effects)
             case ReadersGone(number):
                 cache.budget.readers_gone(cache.budget.arenas[number], effects)
@@ -195,6 +200,10 @@ class Core:
                 return models.open_context(cache, session, message, now)
             case CloseContext():
                 return models.close_context(cache, session, message, now, effects)
+            case Pin():
+                return pinning.pin(cache, session, correlation, message, now, effects)
+            case Unpin():
+                return pinning.unpin(cache, session, message, effects)
             case Evict(name, n_blocks):
                 cache.evictions.append(Eviction(session, correlation, name, n_blocks or None))
                 self._evict_some(effects)
@@ -202,12 +211,23 @@ class Core:
         raise AssertionError(f"the shell answers {type(message).__name__}, not the core")
 
     def _checked(self, event: Checked, now: float, effects: list[Effect]) -> None:
-        """A check has ended: allocs that waited for it are tried again."""
+        """A check has ended: requests that waited for it are tried again."""
         cache = self.cache
         job = cache.jobs.pop(event.job)
         assert isinstance(job, Checking)
         checking.checked(cache, job, event, effects)
-        allocating.alloc_again(cache, job, now, effects)
+        for session, correlation, message in job.deferred:
+            allocating.waits_no_longer(session, message)
+            body: Any
+            try:
+                if isinstance(message, Alloc):
+                    body = allocating.alloc(cache, session, correlation, message, now, effects)
+                else:
+                    body = pinning.pin(cache, session, correlation, message, now, effects)
+            except KvdError as error:
+                body = error
+            if body is not None:
+                cache.reply(session, correlation, body, effects)
         checking.check_next(cache, effects)
 
     def _connect(self, event: Connected, now: float, effects: list[Effect]) -> None:
@@ -248,7 +268,7 @@ class Core:
             return
         session.alive = False
         if cache.unchecked:
-            allocating.forget_allocs(cache, session)
+            allocating.forget_deferred(cache, session)
         for context in list(session.contexts.values()):
             models.drop_context(cache, context, State.FAILED, effects)
         models.leave_models(cache, session)

@@ -1,10 +1,10 @@
 """The accounting identities, as code: a slow recount that every running total must agree with.
 
     budget == unassigned + directories + staging
-              + sum over arenas of (free + filling + active + cached), in bytes of stride
+              + sum over arenas of (free + filling + active + pinned + cached), in bytes of stride
     per tenant: held == its directories + staging + backed slots <= quota, in bytes of stride, and
     budget == unassigned + sum over tenants of held
-    per arena, in slots: backed == free + filling + active + cached, and each is in one place
+    per arena, in slots: backed == free + filling + active + pinned + cached, each in one place
 
 The recount may go in steps, between which anything may happen, so that it holds nobody up. What
 must hold of one block is looked at block by block, each at a moment of its own: it must hold at
@@ -18,10 +18,20 @@ from operator import attrgetter
 
 from kvd.core.accounting import AccountingError, totals
 from kvd.core.budget import Arena
-from kvd.core.cache import AllocBacking, AppendBacking, Cache, Checking, Copying
+from kvd.core.cache import (
+    AllocBacking,
+    AppendBacking,
+    Cache,
+    Checking,
+    Copying,
+    PinsGrowing,
+    WantedPin,
+)
+from kvd.core.pins import pins_bytes_for
 from kvd.core.sequences import Sequence, Session
 from kvd.core.tenants import Tenant
-from kvd.core.tree import ADOPTED, FILLING, GONE, Block
+from kvd.core.tree import ADOPTED, FILLING, GONE, SEALED, Block
+from kvd_proto.messages import Alloc, Pin
 
 STEP_BLOCKS = 128
 """Looked at at once, for 3 to 5 us each."""
@@ -95,7 +105,8 @@ def _check_tenants(cache: Cache, sessions: list[Session]) -> None:
         if arenas != tenant.arenas:
             raise AccountingError(f"arenas of {tenant.name}: {tenant.arenas}, recounted {arenas}")
         slots = sum(arena.backed * arena.stride for arena in arenas)
-        directories = sum(arena.directory_bytes for arena in arenas)
+        directories = sum(arena.memory_beside for arena in arenas)
+        _equal(f"pins of {tenant.name}", tenant.pins, sum(len(each.pins.pins) for each in arenas))
         _equal(f"held by {tenant.name}", tenant.held, staging + slots + directories)
         if tenant.held > tenant.quota:
             raise AccountingError(
@@ -112,10 +123,12 @@ def _check_session(cache: Cache, session: Session) -> None:
     name, contexts = session.client, session.contexts.values()
     n_open = sum(len(context.open) for context in contexts)
     _equal(f"open sequences of {name}", session.open_sequences, n_open)
-    waiting = [waiter.message for context in contexts for waiter in context.waiting]
+    waiting: list[Alloc | Pin] = [
+        waiter.message for context in contexts for waiter in context.waiting
+    ]
     for job in cache.jobs.values():
         if isinstance(job, Checking):
-            waiting += [each.message for each in job.allocs if each.session is session]
+            waiting += [each.message for each in job.deferred if each.session is session]
     _equal(f"waiting allocs of {name}", session.waiting, len(waiting))
     n_bytes = sum(len(message.tokens) for message in waiting)
     _equal(f"tokens of waiting allocs of {name}", session.waiting_bytes, n_bytes)
@@ -125,38 +138,47 @@ def _check_slots(cache: Cache, arena: Arena, slots: range) -> None:
     """Whether the blocks in these slots are what they must be, each for itself; and as many of the
     root's children, so that no block is in the tree alone."""
     leases: dict[Block, int] = {}
-    for leased in [*(each.leased for each in cache.sequences()), *cache.budget.letting_go]:
+    held = [each.leased for each in cache.sequences()]
+    held += [each.block for each in _wanted_pins(cache)]
+    for leased in [*held, *cache.budget.letting_go]:
         leases[leased] = leases.get(leased, 0) + 1
+    pins: dict[Block, int] = {}
+    for pin in arena.pins.pins.values():
+        pins[pin.block] = pins.get(pin.block, 0) + 1
     for slot in slots:
         block = arena.blocks[slot] if slot < len(arena.blocks) else None
         if block is not None and block.state is not GONE:
-            _check_block(cache, arena, slot, block, leases.get(block, 0))
+            _check_block(cache, arena, slot, block, leases.get(block, 0), pins.get(block, 0))
     for child in arena.root.children[slots.start : slots.stop]:
         _check_is_filed(arena, child)
 
 
-def _check_block(cache: Cache, arena: Arena, slot: int, block: Block, leases: int) -> None:
+def _check_block(
+    cache: Cache, arena: Arena, slot: int, block: Block, leases: int, pins: int
+) -> None:
     parent = block.parent
     assert parent is not None
     if block.slot != slot:
         raise AccountingError(f"the block in slot {slot} says that it is in slot {block.slot}")
     if parent.state is GONE or parent.child(block.tokens) is not block:
         raise AccountingError(f"slot {slot} has a block that is not in the tree")
-    held = 0
+    held = kept = 0
     for child in block.children:
         held += child.holds > 0
+        kept += child.pins > 0
         _check_is_filed(arena, child)
     is_filling = block.state is FILLING
     expected = leases + held + is_filling + (block in arena.former)
     _equal(f"holds of slot {slot}", block.holds, expected)
+    _equal(f"pins of slot {slot}", block.pins, pins + kept)
     if block.children and block.n_tokens != arena.block_tokens:
         raise AccountingError(f"slot {slot} is not full and has children")
     if block.state is ADOPTED and block not in cache.unchecked:
         raise AccountingError(f"slot {slot} was left by an earlier daemon, and nobody checks it")
     place = arena.lru.get(block)
-    if block.holds:
+    if block.is_kept:
         if place is not None:
-            raise AccountingError(f"slot {slot} is held, and in the LRU")
+            raise AccountingError(f"slot {slot} is held or pinned, and in the LRU")
         return
     if place is None:
         raise AccountingError(f"nobody holds slot {slot}, which is not in the LRU")
@@ -191,9 +213,12 @@ def _check_counts(cache: Cache, arena: Arena) -> None:
         raise AccountingError(_name_places(arena, aside))
     n_held = sum(map(bool, map(_holds, filter(None, arena.blocks))))
     n_held -= sum(map(bool, map(_holds, gone)))
+    pinned = _pinned_blocks(arena)
     _equal("filling", arena.filling, len(filling) + len(aside))
     _equal("active", arena.active, n_held - len(filling))
-    _equal("cached", arena.cached, n_blocks - n_held)
+    _equal("pinned", arena.pinned, sum(not block.holds for block in pinned))
+    _equal("cached", arena.cached, n_blocks - n_held - arena.pinned)
+    _check_pins(arena)
     adopted = 0
     if arena.unchecked:
         adopted = sum(block.state is ADOPTED for block in arena.blocks if block is not None)
@@ -201,6 +226,41 @@ def _check_counts(cache: Cache, arena: Arena) -> None:
     _equal("directory", arena.directory_bytes, arena.directory_for(arena.high_water))
     registered = sum(arena.number in session.shared for session in cache.sessions.values())
     _equal("sessions that have registered it", arena.sessions, registered)
+
+
+def _pinned_blocks(arena: Arena) -> set[Block]:
+    """All that some pin keeps: its block and what is above that."""
+    found: set[Block] = set()
+    for pin in arena.pins.pins.values():
+        node: Block | None = pin.block
+        while node is not None and node.parent is not None and node not in found:
+            found.add(node)
+            node = node.parent
+    return found
+
+
+def _check_pins(arena: Arena) -> None:
+    """Each pin is of a block that is there, and has a place of its own, which has memory."""
+    table = arena.pins
+    for (owner, block), pin in table.pins.items():
+        if (pin.owner, pin.block) != (owner, block) or block.state not in (ADOPTED, SEALED):
+            raise AccountingError(f"the pin at place {pin.place} is not of slot {block.slot}")
+    places = sorted([*table.free, *(pin.place for pin in table.pins.values())])
+    if places != list(range(table.high_water)):
+        raise AccountingError(
+            f"arena {arena.number}: each place below {table.high_water} should be one of {places}"
+        )
+    if not pins_bytes_for(table.high_water) <= table.backed <= table.n_bytes:
+        raise AccountingError(
+            f"arena {arena.number}: {table.high_water} places for pins, {table.backed} of "
+            f"{table.n_bytes} bytes backed"
+        )
+
+
+def _wanted_pins(cache: Cache) -> list[WantedPin]:
+    """Those that wait for memory, and hold their blocks meanwhile."""
+    jobs = [job for job in cache.jobs.values() if isinstance(job, PinsGrowing)]
+    return [wanted for job in jobs for wanted in job.wanted]
 
 
 def _name_places(arena: Arena, aside: list[int]) -> str:
@@ -275,7 +335,7 @@ def _slots_set_aside(cache: Cache, arena: Arena) -> list[int]:
         if isinstance(job, AllocBacking):
             if job.sequence.context.arena is arena:
                 found += job.slots
-        elif not isinstance(job, Checking):
+        elif not isinstance(job, Checking | PinsGrowing):
             gone = [block for block in job.blocks if block.state is GONE]
             found += [block.slot for block in gone if block.arena is arena]
     return found

@@ -28,7 +28,8 @@ class Tenant:
     """One tenant's part of the budget.
 
     `held` is the running total of its directories, its backed slots and its sessions' stagings, and
-    never more than `quota`, which is the budget if none was set. `lru` maps what it has cached to
+    never more than `quota`, which is the budget if none was set. `pins` counts those of all its
+    arenas. `lru` maps what it has cached to
     the moment of its last use, oldest first.
     """
 
@@ -39,6 +40,7 @@ class Tenant:
         self.quota = rule.quota if rule.quota is not None and rule.quota < budget else budget
         self.held = 0
         self.staging = 0
+        self.pins = 0
         self.arenas: list[Arena] = []
         self.lru: OrderedDict[Block, int] = OrderedDict()
         self.evicted_blocks = 0

@@ -35,7 +35,8 @@ class Block:
     """A node of the tree: `tokens` from position `start`, stored in `slot` of its arena.
 
     `holds` counts the leases on this block, its children that are held themselves, and 1 while it
-    is filling; a block with holds is never evicted. The root of an arena is a block without parent.
+    is filling; `pins` counts the pins on it and its children that are kept by one themselves. A
+    block with either is never evicted. The root of an arena is a block without parent.
     """
 
     __slots__ = (
@@ -48,6 +49,7 @@ class Block:
         "key",
         "last_use",
         "parent",
+        "pins",
         "slot",
         "sources",
         "start",
@@ -67,6 +69,7 @@ class Block:
         self.state = FILLING
         self.children: list[Block] = []
         self.holds = 0
+        self.pins = 0
         self.generation = 0
         self.checksum = 0
         self.last_use = 0
@@ -91,6 +94,11 @@ class Block:
         """Whose staged copy fills it. Only while it is filling."""
         assert self.sources
         return self.sources[0]
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether anybody holds or pins it, or a block below it."""
+        return bool(self.holds or self.pins)
 
     @property
     def is_superseded(self) -> bool:

@@ -28,7 +28,7 @@ from kvd.core.accounting import (
     arena_counts,
     totals,
 )
-from kvd.core.budget import Arena
+from kvd.core.arenas import Arena
 from kvd.core.cache import Cache, Counters, sum_of
 from kvd.core.events import SessionId
 from kvd.core.recount import STEP_BLOCKS, check_in_steps, check_totals

@@ -13,7 +13,7 @@ from kvd.core.accounting import (
     sealed_blocks,
     totals,
 )
-from kvd.core.budget import Arena
+from kvd.core.arenas import Arena
 from kvd.core.cache import AllocBacking, AppendBacking, Cache, Copying
 from kvd.core.recount import check
 from kvd.core.tenants import Tenant

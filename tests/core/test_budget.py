@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvd.core.budget import DIRECTORY_CHUNK, Arena, Budget, directory_bytes_for
+from kvd.core.arenas import DIRECTORY_CHUNK, Arena, directory_bytes_for
+from kvd.core.budget import Budget
 from kvd.core.events import DropRecord, Effect, Punch, UseRecord
 from kvd.core.tree import FILLING, SEALED, Block
 from kvd_proto.errors import AllLeased, BudgetTooSmall

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from kvd.core import accounting, recount
-from kvd.core.budget import Arena
+from kvd.core.arenas import Arena
 from kvd.core.events import (
     BackPins,
     Connected,

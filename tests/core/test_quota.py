@@ -3,7 +3,7 @@
 import pytest
 
 from kvd.core import accounting, recount
-from kvd.core.budget import directory_bytes_for
+from kvd.core.arenas import directory_bytes_for
 from kvd.core.cache import Limits
 from kvd.core.events import DropRecord, Punch, RefuseSession, ShareArena
 from kvd.core.machine import Core

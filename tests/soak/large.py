@@ -8,7 +8,7 @@ import xxhash
 
 from kvd.adoption import ARENA, DIRECTORY, boot_id
 from kvd.arena import Segment
-from kvd.core.budget import directory_bytes_for
+from kvd.core.arenas import directory_bytes_for
 from kvd.core.events import CreateArena, WriteRecord
 from kvd.directory import Directory
 from kvd.instance import InstanceLock

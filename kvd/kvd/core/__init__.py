@@ -3,7 +3,8 @@
 machine.py     one mutator: takes an event, returns effects
 events.py      what can happen, and what the shell is asked to do
 tree.py        blocks and the prefix tree: exact and token-exact matches
-budget.py      arenas' slots, leases over ancestors, tail-first LRU, making room
+arenas.py      the slots and the tree of one model
+budget.py      leases over ancestors, tail-first LRU, making room
 tenants.py     what each tenant may take, holds, and would give up first
 sequences.py   sessions, contexts, sequence ids and generations
 deadlines.py   whose time is over when
@@ -14,5 +15,8 @@ allocating.py  alloc, get, release; waiting for an id
 storing.py     append and flush
 pins.py        who keeps which block without a lease, and where the directory says so
 pinning.py     pin and unpin
-accounting.py  the identities, as code: running totals against a slow recount
+adopting.py    what an earlier daemon left, from records to blocks
+checking.py    its bytes against their checksums, before they are served
+accounting.py  the totals, what must add up, and reports
+recount.py     the slow recount that the totals must agree with, in steps
 """

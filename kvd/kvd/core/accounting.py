@@ -9,7 +9,7 @@ That each of the terms is right: recount.py.
 from dataclasses import dataclass
 from typing import Any
 
-from kvd.core.budget import Arena
+from kvd.core.arenas import Arena
 from kvd.core.cache import Cache
 from kvd.core.sequences import State
 from kvd.core.tenants import Tenant

@@ -13,7 +13,7 @@ is taken if its block is, and its time is not over.
 from collections.abc import Iterable
 
 from kvd.core import pins
-from kvd.core.budget import Arena
+from kvd.core.arenas import Arena
 from kvd.core.cache import Cache
 from kvd.core.events import (
     ArenaAdopted,

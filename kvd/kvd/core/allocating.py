@@ -4,7 +4,8 @@ from operator import attrgetter
 from struct import pack
 
 from kvd.core import pins
-from kvd.core.budget import WALK_BLOCKS, Arena
+from kvd.core.arenas import Arena
+from kvd.core.budget import WALK_BLOCKS
 from kvd.core.cache import AllocBacking, Cache, Checking, Deferred
 from kvd.core.checking import check_first
 from kvd.core.events import Backed, Effect

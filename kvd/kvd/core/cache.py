@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
-from kvd.core.budget import Arena, Budget
+from kvd.core.arenas import Arena
+from kvd.core.budget import Budget
 from kvd.core.commits import Commit
 from kvd.core.deadlines import Deadlines
 from kvd.core.events import Effect, Reply, SessionId

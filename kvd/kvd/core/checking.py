@@ -9,7 +9,7 @@ once, and is tried again then. How blocks are adopted: adopting.py.
 """
 
 from kvd.core import pins
-from kvd.core.budget import Arena
+from kvd.core.arenas import Arena
 from kvd.core.cache import Cache, Checking
 from kvd.core.commits import supersede
 from kvd.core.events import BlocksDamaged, Check, Checked, CheckItem, Effect

@@ -3,7 +3,7 @@
 from collections import deque
 
 from kvd.core.allocating import close_sequence, refuse_beyond_limit, refuse_waiters, serve_waiters
-from kvd.core.budget import Arena
+from kvd.core.arenas import Arena
 from kvd.core.cache import Cache
 from kvd.core.events import CreateArena, Effect, ShareArena
 from kvd.core.sequences import Context, Session, State, find_context

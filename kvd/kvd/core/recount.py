@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from operator import attrgetter
 
 from kvd.core.accounting import AccountingError, totals
-from kvd.core.budget import Arena
+from kvd.core.arenas import Arena
 from kvd.core.cache import (
     AllocBacking,
     AppendBacking,

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, NamedTuple
 
-from kvd.core.budget import Arena
+from kvd.core.arenas import Arena
 from kvd.core.events import SessionId
 from kvd.core.tenants import Tenant
 from kvd.core.tree import Block

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from kvd_proto.errors import OverQuota
 
 if TYPE_CHECKING:
-    from kvd.core.budget import Arena
+    from kvd.core.arenas import Arena
     from kvd.core.tree import Block
 
 

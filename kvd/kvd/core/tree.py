@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from kvd_proto.keys import TOKEN_BYTES
 
 if TYPE_CHECKING:
-    from kvd.core.budget import Arena
+    from kvd.core.arenas import Arena
     from kvd.core.commits import Source
 
 FILLING, ADOPTED, SEALED, GONE = "filling", "adopted", "sealed", "gone"

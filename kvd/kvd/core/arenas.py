@@ -1,0 +1,125 @@
+"""The slots and the prefix tree of one (tenant, model).
+
+Every slot of an arena is in one of these places:
+
+    fresh      never backed, numbered from `high_water` up
+    punched    has been used, or was to be, and has no memory now
+    free       backed, holds nothing
+    filling    set aside or being written
+    active     sealed, and held by a lease on it or on a block below it
+    pinned     sealed and not held, but kept by a pin on it or on a block below it
+    cached     sealed, neither held nor kept: in the LRU
+    retired    holds nothing that is served, but a client of an earlier daemon may still read it;
+               counts as filling
+
+What an earlier daemon has left counts as active, pinned or cached like the rest, though it is not
+sealed before it has been checked.
+
+Who holds a slot and makes room for it: budget.py.
+"""
+
+from kvd.core.pins import PinTable
+from kvd.core.tenants import Tenant
+from kvd.core.tree import NO_SLOT, SEALED, Block
+from kvd_proto.geometry import Geometry, round_up
+from kvd_proto.layout import DIRECTORY_HEADER_BYTES, record_bytes
+from kvd_proto.payload import PayloadFormat
+
+DIRECTORY_CHUNK = 64 * 1024
+"""Directories grow by so much: a few hundred records, so that small arenas stay small."""
+
+
+class Arena:
+    """The slots and the prefix tree of one (tenant, model)."""
+
+    def __init__(
+        self,
+        number: int,
+        tenant: Tenant,
+        name: str,
+        fingerprint: bytes,
+        geometry: Geometry,
+        payload_format: PayloadFormat,
+        block_tokens: int,
+        slots: int,
+        root_key: bytes,
+    ) -> None:
+        self.number = number
+        self.tenant = tenant
+        self.lru = tenant.lru
+        self.name = name
+        self.fingerprint = fingerprint
+        self.geometry = geometry
+        self.format = payload_format
+        self.block_tokens = block_tokens
+        self.payload_bytes = payload_format.max_bytes
+        self.stride = round_up(payload_format.max_bytes)
+        self.slots = slots
+        self.root = Block(self, None, b"", root_key, NO_SLOT)
+        self.root.state = SEALED
+        self.high_water = 0
+        self.punched: list[int] = []
+        self.free: list[int] = []
+        self.retired: list[int] = []
+        self.sessions = 0
+        """So many have registered it."""
+        self.former: dict[Block, None] = {}
+        """What clients of an earlier daemon may still read: it is leased to them until they are
+        gone."""
+        self.blocks: list[Block | None] = []
+        """By slot below `high_water`: the block that is there or will be; also one that is gone, as
+        long as a job has its slot."""
+        self.unchecked = 0
+        """Blocks that an earlier daemon left, and that are not served before they are checked."""
+        self.pins = PinTable()
+        self.filling = 0
+        self.active = 0
+        self.pinned = 0
+        self.cached = 0
+        self.directory_bytes = min(self.directory_limit, round_up(DIRECTORY_HEADER_BYTES))
+
+    @property
+    def backed(self) -> int:
+        """Slots that have memory."""
+        return len(self.free) + self.filling + self.active + self.pinned + self.cached
+
+    @property
+    def memory_beside(self) -> int:
+        """Bytes of the directory, its pins included."""
+        return self.directory_bytes + self.pins.n_bytes
+
+    @property
+    def is_unused(self) -> bool:
+        """Whether no session has registered it, and none of its slots is held or pinned: all of it
+        may go."""
+        return not self.sessions and self.backed == len(self.free) + self.cached
+
+    @property
+    def reclaimable(self) -> int:
+        """Bytes that may go: of free and cached slots; and if it is unused, of its directory."""
+        slots = (len(self.free) + self.cached) * self.stride
+        return slots + self.memory_beside if self.is_unused else slots
+
+    @property
+    def directory_limit(self) -> int:
+        """The directory's length when every slot has been used."""
+        return directory_bytes_for(self.slots, self.block_tokens)
+
+    def directory_for(self, high_water: int) -> int:
+        """The directory's backed bytes once slots below `high_water` have been used."""
+        wanted = directory_bytes_for(high_water, self.block_tokens)
+        if wanted <= self.directory_bytes:
+            return self.directory_bytes
+        return min(self.directory_limit, round_up(wanted, DIRECTORY_CHUNK))
+
+    def cost_of_fresh(self, n_slots: int) -> int:
+        """Bytes of the budget that backing `n_slots` more takes, the directory's growth
+        included."""
+        beyond = self.high_water + max(0, n_slots - len(self.punched))
+        growth = self.directory_for(beyond) - self.directory_bytes
+        return n_slots * self.stride + growth
+
+
+def directory_bytes_for(slots: int, block_tokens: int) -> int:
+    """Bytes of a directory that has records for `slots` slots, in whole pages."""
+    return round_up(DIRECTORY_HEADER_BYTES + slots * record_bytes(block_tokens))

@@ -43,11 +43,9 @@ class Found(NamedTuple):
     """As it would be made; its number is not known yet."""
     records: list[FoundRecord]
     unrecorded: list[int]
-
-    @property
-    def has_readers(self) -> bool:
-        """Whether clients of the daemon before can still read it."""
-        return self.segment.has_readers_before(self.directory.life + 1)
+    has_readers: bool
+    """Whether clients of the daemon before could read it when it was found. Asked once: who has a
+    descriptor can lock and unlock what it likes, and all must go by the same answer."""
 
     def event(self, number: int) -> ArenaFound:
         """To tell the core; `number` is the arena's from now on."""
@@ -88,6 +86,8 @@ def find(lock: InstanceLock, tenants: Collection[str]) -> list[Found]:
             found.append(_open(name, arena_name, boot, tenants))
         except (OSError, ValueError) as error:
             log.warning("cold start", segment=name, reason=error)
+        except Exception as error:  # a fault of ours, which costs the others nothing
+            log.error("cold start", error, segment=name)
     kept = [name for each in found for name in (each.directory.segment.name, each.segment.name)]
     removed = lock.sweep(kept)
     if removed:
@@ -116,7 +116,7 @@ def _open(directory_name: str, arena_name: str, boot: bytes, tenants: Collection
         directory.close(unlink=False)
         raise
     records = [_record(entry) for entry in kept.entries]
-    return Found(segment, directory, arena, records, kept.unrecorded)
+    return Found(segment, directory, arena, records, kept.unrecorded, has_readers)
 
 
 def _read_registration(directory: Directory, boot: bytes) -> CreateArena:

@@ -13,6 +13,9 @@ from kvd.core.budget import directory_bytes_for
 from kvd.core.events import CreateArena, WriteRecord
 from kvd_proto import layout
 
+_LAST_LIFE = 1 << 62
+"""A life is a place in a file for the kernel's locks (arena.py), which are signed."""
+
 
 class Entry(NamedTuple):
     """A record that was found in a slot, and when its block was used last."""
@@ -76,6 +79,9 @@ class Directory:
                 raise ValueError("its header is torn, or of another format")
             if segment.size != directory_bytes_for(header.slots, header.block_tokens):
                 raise ValueError(f"it has {segment.size} bytes, which is not what its header says")
+            life = layout.read_life(segment.buffer)
+            if not 0 < life < _LAST_LIFE:
+                raise ValueError(f"no daemon was its {life}th")
             return cls(segment, header, backed)
         except BaseException:
             segment.close(unlink=False)

@@ -143,14 +143,19 @@ class Server:
     def _adopt(self, lock: InstanceLock, tenants: Tenants) -> None:
         """Take over what an earlier daemon left. Whatever that is, it never keeps us from
         starting."""
+        found: list[adoption.Found] = []
         try:
-            for number, found in enumerate(adoption.find(lock, tenants.names), 1):
-                self.store.find_arena(number, found)
-                self.handle(found.event(number))
+            found += adoption.find(lock, tenants.names)
+            for number, each in enumerate(found, 1):
+                self.store.find_arena(number, each)
+                self.handle(each.event(number))
         except Exception as error:
             log.error("cold start", error)
             self._events.clear()
             self.store.close(keep_arenas=False)
+            for each in found:  # those that the store has not got yet would keep their memory
+                each.segment.close(unlink=True)
+                each.directory.close(unlink=True)
             lock.sweep()
             self.core = Core(self._limits)
             self.store = Store(lock.segment_name, self.handle)

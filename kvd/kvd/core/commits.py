@@ -189,15 +189,10 @@ def remove_failed(block: Block, error: KvdError, budget: Budget, effects: list[E
 
 
 def sequences_below(block: Block, sequences: list[Sequence]) -> list[Sequence]:
-    """Those of `sequences` that lease `block` or a block below it."""
-    found = []
-    for sequence in sequences:
-        node: Block | None = sequence.leased
-        while node is not None and node is not block:
-            node = node.parent
-        if node is block:
-            found.append(sequence)
-    return found
+    """Those of `sequences` that lease `block` or a block below it. A walk of what is below it,
+    which goes with it; not of what is above the sequences, which may be very long."""
+    subtree = {block, *block.below()}
+    return [sequence for sequence in sequences if sequence.leased in subtree]
 
 
 def _detach(block: Block, budget: Budget, effects: list[Effect]) -> None:

@@ -231,6 +231,8 @@ class Server:
                     store.punch(effect)
                 case events.Check():
                     store.check(effect)
+                case events.Damaged():
+                    store.tell_damage(effect)
                 case events.ArenaAdopted():
                     store.adopt_arena(effect)
                 case events.ArenaRefused(arena, reason):

@@ -44,6 +44,7 @@ from kvd.core.events import (
     Copy,
     CopyResult,
     CreateArena,
+    Damaged,
     DropRecord,
     Event,
     Punch,
@@ -201,6 +202,10 @@ class Store:
             life=stored.directory.life,
         )
 
+    def tell_damage(self, effect: Damaged) -> None:
+        model = self.arenas[effect.arena].arena.name
+        log.error("damaged blocks", model=model, blocks=effect.blocks)
+
     def refuse_arena(self, number: int) -> None:
         """Remove a found arena that the core cannot use."""
         self.arenas.pop(number).close(unlink=True)
@@ -303,10 +308,7 @@ class Store:
 
         def then(result: JobResult) -> None:
             _succeeded(result)
-            results = cast(list[bool], result.value)
-            if not all(results):
-                log.error("damaged blocks", model=stored.arena.name, blocks=results.count(False))
-            self._handle(Checked(effect.job, results))
+            self._handle(Checked(effect.job, cast(list[bool], result.value)))
 
         # Ahead of what gives these slots' memory back, should they be evicted meanwhile: a read of
         # a hole would fill it.

@@ -11,7 +11,7 @@ tried again then. How blocks are adopted: adopting.py.
 from kvd.core.budget import Arena
 from kvd.core.cache import Cache, Checking
 from kvd.core.commits import supersede
-from kvd.core.events import Check, Checked, CheckItem, Effect
+from kvd.core.events import Check, Checked, CheckItem, Damaged, Effect
 from kvd.core.storing import remove
 from kvd.core.tree import ADOPTED, SEALED, Block, unchecked
 from kvd_proto.errors import InternalError
@@ -61,6 +61,7 @@ def check_next(cache: Cache, effects: list[Effect]) -> None:
 
 def checked(cache: Cache, job: Checking, event: Checked, effects: list[Effect]) -> None:
     """Seal what has the right checksum; drop what has not, with all below it."""
+    before = cache.counters.damaged_blocks
     for block, is_right in zip(job.blocks, event.results, strict=True):
         cache.unchecked.pop(block, None)
         if block.state is not ADOPTED:
@@ -71,6 +72,9 @@ def checked(cache: Cache, job: Checking, event: Checked, effects: list[Effect]) 
             cache.counters.damaged_blocks += 1
             error = InternalError("a block that was left by an earlier daemon is damaged")
             remove(cache, block, error, effects)
+    damaged = cache.counters.damaged_blocks - before
+    if damaged:
+        effects.append(Damaged(job.blocks[0].arena.number, damaged))
 
 
 def _start(cache: Cache, blocks: list[Block], effects: list[Effect]) -> None:

@@ -256,6 +256,13 @@ class Check(NamedTuple):
     items: list[CheckItem]
 
 
+class Damaged(NamedTuple):
+    """So many blocks that an earlier daemon left were found to have other bytes than it wrote."""
+
+    arena: int
+    blocks: int
+
+
 class ArenaAdopted(NamedTuple):
     """What was found is used on: so many blocks, and of the directory the first
     `directory_bytes`."""
@@ -316,6 +323,7 @@ Effect = (
     | WriteRecord
     | UseRecord
     | DropRecord
+    | Damaged
     | ArenaAdopted
     | ArenaRefused
 )

@@ -167,7 +167,8 @@ class Server:
         n_bytes = sum(stored.segment.backed_bytes() for stored in self.store.arenas.values())
         self.store.close(keep_arenas=keep)
         if keep and n_bytes:
-            log.info("kept for the next start", n_bytes=n_bytes, remove_with="kvd purge")
+            remove_with = f"kvd purge --instance {self._settings.instance}"
+            log.info("kept for the next start", n_bytes=n_bytes, remove_with=remove_with)
 
     def _dispatch(self, wait: float) -> None:
         """Wait for descriptors, `wait` seconds at most (-1: for ever), and call their handlers."""

@@ -118,6 +118,7 @@ def test_a_stop_keeps_the_cache_for_the_next_start(tmp_path: Path) -> None:
             client.store(context, prompt)
         assert first.stop() == 0
     until(lambda: "kept for the next start" in log_of(first))
+    assert f'remove_with="kvd purge --instance {first.instance}"' in log_of(first)
     with next_daemon(first) as second, raw_client(second) as client:
         assert_warm(client)
     assert not second.segments(), "told not to keep them, it removed them"

@@ -73,6 +73,9 @@ class Arena:
             self._fd = -1
 
     def _map(self) -> mmap.mmap:
+        if self._fd < 0:
+            # Without this check we would map zeros: mmap takes -1 for no file at all.
+            raise ValueError("the arena is closed")
         if self._mapping is None:
             self._mapping = mmap.mmap(self._fd, self.size, mmap.MAP_SHARED, mmap.PROT_READ)
         return self._mapping

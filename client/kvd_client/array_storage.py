@@ -61,6 +61,7 @@ class Storage:
             lifeline = os.dup(sequence.session.lifeline_fd)
             self._let_go = weakref.finalize(self, os.close, lifeline)
         peers.append(self)
+        self._client.shown.add(self)
 
     def take_match(self) -> Operation[None]:
         """Begin with the blocks that alloc matched. Of one that goes on otherwise, the rows that
@@ -196,6 +197,7 @@ class Storage:
         for block in self.blocks:
             block.close()
         self._peers.remove(self)
+        self._client.shown.discard(self)
         self._let_go()
 
     def _ready(self, completed: int) -> list[Posted]:

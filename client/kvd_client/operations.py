@@ -16,7 +16,8 @@ import time
 from collections.abc import Callable, Generator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
+from weakref import WeakSet
 
 from kvd_client.errors import (
     Closed,
@@ -81,6 +82,14 @@ class Wait(NamedTuple):
 Operation = Generator[Wait, None, T]
 
 
+class Shown(Protocol):
+    """Something whose bytes users look at, some of them in the staging."""
+
+    def hide(self) -> None:
+        """Raises ViewsAlive, and changes nothing, while somebody looks at them."""
+        ...
+
+
 class ClientState:
     """What both clients share: the session, when to look for a daemon again, and who we are."""
 
@@ -108,6 +117,7 @@ class ClientState:
         self.session: Session | None = None
         self.contexts: set[ContextState] = set()
         """Those that are not closed."""
+        self.shown: WeakSet[Shown] = WeakSet()
         self.closed = False
         self._handshake: Handshake | None = None
         self._pid = os.getpid()
@@ -296,6 +306,9 @@ class ClientState:
         if self.closed:
             return
         if self.session is not None and not self.forked:
+            # The daemon takes the staging back when the session ends: they would see zeros.
+            for each in list(self.shown):
+                each.hide()
             try:
                 self.session.close_mappings()
             except ViewsAlive:

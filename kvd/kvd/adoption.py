@@ -45,8 +45,8 @@ class Found(NamedTuple):
     unrecorded: list[int]
     pins: list[FoundPin]
     has_readers: bool
-    """Whether clients of a daemon before could still read it when it was found. Asked once, so that
-    everybody goes by the same answer."""
+    """Whether clients of a daemon before could still read it when it was found. Asked once: who has
+    a descriptor can lock and unlock what it likes, and all must go by the same answer."""
 
     def event(self, number: int) -> ArenaFound:
         """To tell the core; `number` is the arena's from now on."""
@@ -88,6 +88,8 @@ def find(lock: InstanceLock, tenants: Collection[str]) -> list[Found]:
             found.append(_open(name, arena_name, boot, tenants))
         except (OSError, ValueError) as error:
             log.warning("cold start", segment=name, reason=error)
+        except Exception as error:  # a fault of ours, which costs the others nothing
+            log.error("cold start", error, segment=name)
     kept = [name for each in found for name in (each.directory.segment.name, each.segment.name)]
     removed = lock.sweep(kept)
     if removed:

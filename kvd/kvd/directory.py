@@ -16,6 +16,9 @@ from kvd.arena import Segment
 from kvd.core.events import CreateArena, FoundPin, WritePin, WriteRecord
 from kvd_proto import layout
 
+_LAST_LIFE = 1 << 62
+"""A life is a place in a file for the kernel's locks (arena.py), which are signed."""
+
 
 class Entry(NamedTuple):
     """A record that was found in a slot, and when its block was used last."""
@@ -82,6 +85,9 @@ class Directory:
                 raise ValueError("its header is torn, or of another format")
             if segment.size != layout.directory_length(header.slots, header.block_tokens):
                 raise ValueError(f"it has {segment.size} bytes, which is not what its header says")
+            life = layout.read_life(segment.buffer)
+            if not 0 < life < _LAST_LIFE:
+                raise ValueError(f"no daemon was its {life}th")
             pins = layout.pins_offset(header.slots, header.block_tokens)
             return cls(segment, header, min(backed, pins), _backed_from(segment, pins))
         except BaseException:

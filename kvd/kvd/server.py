@@ -145,14 +145,19 @@ class Server:
     def _adopt(self, lock: InstanceLock, tenants: Tenants) -> None:
         """Take over what an earlier daemon left. Whatever that is, it never keeps us from
         starting."""
+        found: list[adoption.Found] = []
         try:
-            for number, found in enumerate(adoption.find(lock, tenants.names), 1):
-                self.store.find_arena(number, found)
-                self.handle(found.event(number))
+            found += adoption.find(lock, tenants.names)
+            for number, each in enumerate(found, 1):
+                self.store.find_arena(number, each)
+                self.handle(each.event(number))
         except Exception as error:
             log.error("cold start", error)
             self._events.clear()
             self.store.close(keep_arenas=False)
+            for each in found:  # those that the store has not got yet would keep their memory
+                each.segment.close(unlink=True)
+                each.directory.close(unlink=True)
             lock.sweep()
             self.core = Core(self._limits)
             self.store = Store(lock.segment_name, self.handle)
@@ -164,7 +169,8 @@ class Server:
         n_bytes = sum(stored.segment.backed_bytes() for stored in self.store.arenas.values())
         self.store.close(keep_arenas=keep)
         if keep and n_bytes:
-            log.info("kept for the next start", n_bytes=n_bytes, remove_with="kvd purge")
+            remove_with = f"kvd purge --instance {self._settings.instance}"
+            log.info("kept for the next start", n_bytes=n_bytes, remove_with=remove_with)
 
     def _dispatch(self, wait: float) -> None:
         """Wait for descriptors, `wait` seconds at most (-1: for ever), and call their handlers."""

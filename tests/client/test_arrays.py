@@ -475,6 +475,23 @@ def test_views_are_read_only_and_lie_in_arena_and_staging(client: kvd_client.Cli
         del mapping, block, each, sealed, tail
 
 
+def test_a_client_does_not_close_while_one_looks_at_what_is_not_stored(daemon: Daemon) -> None:
+    """The daemon takes the staging back at the end of the session: a view would show zeros."""
+    model = small_model()
+    rows, tokens = rows_of(model, 5), prompt_of(5)
+    with kvd_client.connect(daemon.runtime_dir) as client:
+        context = ArrayContext(client, model)
+        sequence = context.alloc([])
+        append(sequence, tokens, rows)
+        (view,) = sequence.views(0)
+        with pytest.raises(errors.ViewsAlive):
+            client.close()
+        assert np.array_equal(view.k, rows[0].k)
+        assert holds(sequence, rows, 5)
+        del view
+        client.close()
+
+
 def test_release_refuses_while_a_view_is_alive_and_changes_nothing(
     client: kvd_client.Client,
 ) -> None:

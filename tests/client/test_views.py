@@ -1,6 +1,7 @@
 """Views of blocks: read-only, invalid after the lease, and refused to be left dangling."""
 
 import gc
+import os
 from collections.abc import Callable
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 
 import kvd_client
 from kvd_client import errors
+from kvd_client.arena import Arena
 from tests.client.blocks import (
     BLOCK_TOKENS,
     MODEL,
@@ -205,3 +207,12 @@ def test_a_slot_that_has_had_other_memory_reads_right(
         with second.alloc(PROMPT) as sequence:
             assert holds(sequence, PROMPT)
     eventually(lambda: client.verify()["ok"])
+
+
+def test_an_arena_that_was_let_go_is_not_read_as_zeros() -> None:
+    fd = os.memfd_create("arena")
+    os.ftruncate(fd, 4096)
+    arena = Arena(fd, 4096)
+    arena.close()
+    with pytest.raises(ValueError, match="closed"):
+        arena.read(0, 10)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from kvd.core import checking
-from kvd.core.events import Back, Check, CheckItem, DropRecord
+from kvd.core.events import Back, BlocksDamaged, Check, CheckItem, DropRecord
 from kvd.core.tree import ADOPTED, SEALED
 from kvd_proto.errors import AllLeased, BadPosition, NoSequenceFree, TooMany, UnknownContext
 from kvd_proto.messages import (
@@ -182,6 +182,7 @@ def test_what_is_damaged_is_not_served_nor_what_is_below(driver: Driver) -> None
     reply = driver.replies[correlation]
     assert (reply.matched_tokens, slots_of(reply.slots)) == (2, [1])
     assert driver.of_kind(DropRecord) == [DropRecord(1, 3), DropRecord(1, 2)]
+    assert driver.of_kind(BlocksDamaged) == [BlocksDamaged(1, 1)]
     assert driver.cache.counters.damaged_blocks == 1, "the other one was good"
     assert driver.counts() == {"active": 1, "cached": 1, "free": 2}
 
@@ -379,6 +380,7 @@ def test_what_is_evicted_before_it_was_checked_is_forgotten(driver: Driver) -> N
     assert driver.ask(b"a", Evict("", 0)).blocks == 4
     assert driver.counts() == {}
     driver.check(0)
+    assert driver.of_kind(BlocksDamaged) == [], "its slot has other bytes by now, as it may"
     assert driver.cache.counters.damaged_blocks == 0
     assert (driver.jobs, driver.cache.unchecked) == ([], {})
 

@@ -15,7 +15,7 @@ import pytest
 
 import kvd.core
 from kvd.core.budget import Budget
-from kvd_proto.messages import COMPLETED, CloseContext, Get, Release
+from kvd_proto.messages import COMPLETED, CloseContext, Evict, Get, Release
 from tests.core.driver import PAGE, Driver, Handle, alloc, append
 
 CORE = str(Path(kvd.core.__file__).parent)
@@ -125,7 +125,7 @@ def test_the_counter_sees_a_walk() -> None:
         return counter.of(lambda: action(driver))
 
     for walk in (
-        lambda driver: driver.cache.budget.evict("another model", 1, []),
+        lambda driver: list(driver.cache.budget.oldest_first()),
         lambda driver: driver.cache.budget.arenas[1].root.below(),
         lambda driver: sorted(driver.cache.budget.tenant("t").lru, key=id),
     ):
@@ -236,6 +236,32 @@ def test_memory_of_another_arena() -> None:
         assert driver.counts(1) == {"cached": n_blocks - 1}
         assert driver.counts(2) == {"filling": 1}
         return steps
+
+    same(cost)
+
+
+def test_evict_of_a_model_without_blocks() -> None:
+    def cost(n_blocks: int) -> int:
+        driver = daemon(n_blocks)
+        siblings(driver, n_blocks)
+        counter = Counter()
+        counter.watch(driver)
+        return counter.of(lambda: driver.ask(b"s", Evict("no such model", 0)))
+
+    same(cost)
+
+
+def test_a_block_that_fails_beside_a_long_sequence() -> None:
+    """A client can make its copies fail: it may write over what it has staged."""
+
+    def cost(n_blocks: int) -> int:
+        driver = daemon(n_blocks + 10)
+        chain(driver, n_blocks)
+        driver.append(driver.alloc(b"s", 1), 0, 1 << 20, 1)
+        driver.back()
+        counter = Counter()
+        counter.watch(driver)
+        return counter.of(lambda: driver.copy(0))
 
     same(cost)
 

@@ -1213,7 +1213,7 @@ class World:
         assert filling.keys() == arena.filling.keys()
         for path, block in filling.items():
             sources = arena.filling[path].sources
-            assert [_source(source) for source in block.sources or ()] == [
+            assert [_source(source) for source in (block.sources or {}).values()] == [
                 _source(source) for source in sources
             ]
             # It will end: the shell has a job for it, or for the append that is to fill it.

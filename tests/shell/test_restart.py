@@ -120,6 +120,7 @@ def test_a_stop_keeps_the_cache_for_the_next_start(tmp_path: Path) -> None:
             client.store(context, prompt)
         assert first.stop() == 0
     until(lambda: "kept for the next start" in log_of(first))
+    assert f'remove_with="kvd purge --instance {first.instance}"' in log_of(first)
     with next_daemon(first) as second, raw_client(second) as client:
         assert_warm(client)
     assert not second.segments(), "told not to keep them, it removed them"
@@ -463,11 +464,16 @@ def empty_directory(killed: Daemon) -> None:
     os.truncate(name, size)
 
 
+def spoil_life(killed: Daemon) -> None:
+    with opened(segment(killed, "dir")) as directory:
+        layout.write_life(directory.buffer, (1 << 64) - 1)
+
+
 @pytest.mark.parametrize(
     "spoil",
     [
-        spoil_magic, spoil_boot, spoil_registration, remove_arena, shorten_arena, open_to_others,
-        empty_directory,
+        spoil_magic, spoil_boot, spoil_registration, spoil_life, remove_arena, shorten_arena,
+        open_to_others, empty_directory,
     ],
 )  # fmt: skip
 def test_what_is_not_whole_is_a_cold_start_that_says_why(killed: Daemon, spoil: Any) -> None:
@@ -481,6 +487,33 @@ def test_what_is_not_whole_is_a_cold_start_that_says_why(killed: Daemon, spoil: 
             assert matched(client, context, PROMPT) == 0
             client.store(context, PROMPT)
             assert client.verify()["ok"]
+
+
+@pytest.mark.parametrize("spoil", [spoil_magic, spoil_life, remove_arena])
+def test_it_costs_the_other_models_nothing(tmp_path: Path, spoil: Any) -> None:
+    first = start_daemon(runtime_dir=tmp_path / "rt")
+    with raw_client(first) as client:
+        client.store(client.open(), PROMPT)
+        spoilt = {name for name in first.segments() if not name.endswith(".lock")}
+        with raw_client(first) as other:
+            context = other.open(fingerprint=bytes(32))
+            for prompt in (PROMPT, OTHER):
+                other.store(context, prompt)
+            first.kill()
+    whole = [name for name in first.segments() if name not in spoilt]
+    aside = {name: f"/dev/shm/aside-{name}" for name in whole}
+    for name, place in aside.items():
+        os.rename(f"/dev/shm/{name}", place)
+    spoil(first)
+    for name, place in aside.items():
+        os.rename(place, f"/dev/shm/{name}")
+    with next_daemon(first) as second, raw_client(second) as client:
+        until(lambda: "cold start" in log_of(second))
+        context = client.open()
+        assert matched(client, context, PROMPT) == 0
+        context = client.open(fingerprint=bytes(32))
+        assert matched(client, context, PROMPT) == len(PROMPT) // 4
+        assert client.verify()["ok"]
 
 
 def test_another_budget_is_a_cold_start_that_says_why(killed: Daemon) -> None:

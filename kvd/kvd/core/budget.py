@@ -425,6 +425,8 @@ class Budget:
         """
         arenas = self.arenas.values() if tenant is None else tenant.arenas
         wanted = {arena for arena in arenas if not name or arena.name == name}
+        # Whoever names a model without blocks causes no walk.
+        n_blocks = min(n_blocks, sum(arena.cached for arena in wanted))
         lru = self.oldest_first() if tenant is None else tenant.lru
         chosen = list(islice((block for block in lru if block.arena in wanted), n_blocks))
         for block in chosen:

@@ -97,7 +97,7 @@ def begin(
     for block, offset in zip(plan.existing, offsets, strict=False):
         if block.state is FILLING:
             assert block.sources is not None
-            block.sources.append(Source(commit, offset))
+            block.sources[commit] = Source(commit, offset)
             commit.pending.add(block)
             joined += 1
     parent = plan.existing[-1] if plan.existing else sequence.tip
@@ -106,7 +106,7 @@ def begin(
     for chunk, slot, offset in zip(plan.missing, slots, new_offsets, strict=True):
         block = Block(arena, parent, chunk, block_key(parent.key, chunk), slot)
         block.holds = 1
-        block.sources = [Source(commit, offset)]
+        block.sources = {commit: Source(commit, offset)}
         arena.blocks[slot] = block
         parent.add(block)
         budget.hold(parent)
@@ -147,8 +147,8 @@ def seal(
             checksum,
         )
     )
-    for source in block.sources or ():
-        source.commit.pending.discard(block)
+    for commit in block.sources or ():
+        commit.pending.discard(block)
     block.sources = None
     supersede(block, budget, effects)
     budget.unhold(block, effects)
@@ -157,7 +157,7 @@ def seal(
 def drop_source(block: Block, commit: Commit) -> None:
     """The block is this commit's to fill no longer."""
     assert block.sources is not None
-    block.sources = [source for source in block.sources if source.commit is not commit]
+    block.sources.pop(commit, None)
     commit.pending.discard(block)
 
 
@@ -180,9 +180,9 @@ def remove_failed(block: Block, error: KvdError, budget: Budget, effects: list[E
             # sequence leases it any more.
             budget.drop_unleased(failed, effects)
             continue
-        for source in failed.sources or ():
-            source.commit.pending.discard(failed)
-            source.commit.failure = error
+        for commit in failed.sources or ():
+            commit.pending.discard(failed)
+            commit.failure = error
         failed.sources = None
         if not failed.in_flight and failed.slot != NO_SLOT:
             budget.give_back(failed.arena, failed.slot)

@@ -23,7 +23,7 @@ from kvd_proto.keys import TOKEN_BYTES
 
 if TYPE_CHECKING:
     from kvd.core.arenas import Arena
-    from kvd.core.commits import Source
+    from kvd.core.commits import Commit, Source
 
 FILLING, ADOPTED, SEALED, GONE = "filling", "adopted", "sealed", "gone"
 NO_SLOT = -1
@@ -77,8 +77,9 @@ class Block:
         sealed. What is above it was used no earlier."""
         self.in_flight = False
         """A job of the shell backs or writes the slot: it is not free before that has ended."""
-        self.sources: list[Source] | None = None
-        """While filling: whose staged copies could fill it; the first one is copied."""
+        self.sources: dict[Commit, Source] | None = None
+        """While filling: whose staged copies could fill it; the first one is copied. By commit, for
+        a client may have thousands that wait for the same block, and die."""
 
     @property
     def n_tokens(self) -> int:
@@ -93,7 +94,7 @@ class Block:
     def first_source(self) -> "Source":
         """Whose staged copy fills it. Only while it is filling."""
         assert self.sources
-        return self.sources[0]
+        return next(iter(self.sources.values()))
 
     @property
     def is_kept(self) -> bool:

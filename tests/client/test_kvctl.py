@@ -394,8 +394,6 @@ def test_a_daemon_that_refuses_is_exit_code_1(tmp_path: Path) -> None:
         ["evict", "--blocks", "-1"],
         ["evict", "--blocks", "many"],
         ["pin"],
-        ["pin", "--model", "tiny", "/nonexistent"],
-        ["pin", "--model", "tiny", "/dev/null"],
         ["pin", "--model", "tiny", "--for", "0"],
         ["pin", "--model", "tiny", "--for", "for ever"],
         ["unpin", "tiny"],
@@ -413,10 +411,35 @@ def test_bad_usage_is_exit_code_2(daemon: Daemon, arguments: list[str]) -> None:
 @pytest.mark.parametrize(
     "tokens", ["", "[]", "{}", "7", "[1.5]", "[true]", "[-1]", "[[1]]", '["1"]', f"[{1 << 32}]"]
 )
-def test_what_is_no_list_of_tokens_is_bad_usage(daemon: Daemon, tokens: str) -> None:
+def test_what_is_no_list_of_tokens_is_bad_usage(
+    daemon: Daemon, worker: kvd_client.Client, tokens: str
+) -> None:
+    assert worker
     done = kvctl(daemon, "pin", "--model", "tiny", input=tokens)
     assert (done.returncode, done.stdout) == (2, "")
     assert "a file with a JSON list of token ids" in done.stderr
+
+
+def test_a_file_of_tokens_that_cannot_be_read_is_bad_usage(
+    daemon: Daemon, worker: kvd_client.Client
+) -> None:
+    assert worker
+    for path in ("/nonexistent", "/dev/null", "/"):
+        done = kvctl(daemon, "pin", "--model", "tiny", path)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert path in done.stderr
+
+
+def test_nothing_is_read_from_a_person_before_the_rest_is_right(daemon: Daemon) -> None:
+    """Standard input that never ends."""
+    theirs, ours = os.pipe()
+    try:
+        assert kvctl(daemon, "pin", stdin=theirs).returncode == 2
+        assert kvctl(daemon, "pin", "--model", "tiny", "--for", "0", stdin=theirs).returncode == 2
+        assert kvctl(daemon, "pin", "--model", "no such model", stdin=theirs).returncode == 1
+    finally:
+        os.close(theirs)
+        os.close(ours)
 
 
 def test_options_may_come_before_or_after_the_command(daemon: Daemon, tmp_path: Path) -> None:

@@ -10,6 +10,10 @@ from kvd_client.kvctl.tables import Look
 OK, FAILED, USAGE, NO_DAEMON = 0, 1, 2, 3
 
 
+class BadUsage(Exception):
+    """What was given with the command cannot be used."""
+
+
 class Answer(NamedTuple):
     """What to print, for programs or for people, and the exit code."""
 

@@ -22,7 +22,7 @@ from typing import Any
 from kvd_client.client import Client
 from kvd_client.errors import DeadlineExceeded, KvdError, Unavailable
 from kvd_client.kvctl import pins, views
-from kvd_client.kvctl.answer import FAILED, NO_DAEMON, OK, Answer, check_model
+from kvd_client.kvctl.answer import FAILED, NO_DAEMON, OK, USAGE, Answer, BadUsage, check_model
 from kvd_client.kvctl.tables import Look, count, duration, size
 from kvd_client.operations import DEFAULT_TIMEOUT
 from kvd_proto.paths import DEFAULT_INSTANCE
@@ -49,6 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KvdError as error:
         _complain(error)
         return FAILED
+    except BadUsage as error:
+        _complain(error)
+        return USAGE
     except KeyboardInterrupt:
         return _INTERRUPTED
     as_json = options.json
@@ -212,7 +215,7 @@ def _print(text: str, code: int) -> int:
     return code
 
 
-def _complain(error: KvdError, advice: str = "") -> None:
+def _complain(error: Exception, advice: str = "") -> None:
     print(f"kvctl: {error}", file=sys.stderr)
     if advice:
         print(f"kvctl: {advice}", file=sys.stderr)

@@ -7,7 +7,7 @@ import sys
 from kvd_client.client import Client
 from kvd_client.errors import BadMessage, RequestError
 from kvd_client.kvctl import views
-from kvd_client.kvctl.answer import FAILED, Answer, check_model
+from kvd_client.kvctl.answer import FAILED, Answer, BadUsage, check_model
 from kvd_client.kvctl.tables import count, duration
 from kvd_client.state import pack_tokens
 from kvd_proto.keys import TOKEN_BYTES
@@ -20,9 +20,10 @@ _SHORTEST_FINGERPRINT = 8
 
 def pin(client: Client, options: argparse.Namespace) -> Answer:
     """Pin what is cached of the tokens; fails if that is nothing."""
-    asked = len(options.tokens) // TOKEN_BYTES
     fingerprint = _find_model(client, options.model)
-    pinned = client.pin(fingerprint, options.tokens, owner=options.owner, ttl=options.ttl)
+    tokens = _read_tokens(options.file)
+    asked = len(tokens) // TOKEN_BYTES
+    pinned = client.pin(fingerprint, tokens, owner=options.owner, ttl=options.ttl)
     report = {"tokens": pinned, "asked": asked, "owner": options.owner}
     if not pinned:
         return Answer(report, lambda _: "nothing of it is cached: nothing was pinned", FAILED)
@@ -63,9 +64,8 @@ def add_pin_options(command: argparse.ArgumentParser) -> None:
         help="when it ends by itself (default: never)",
     )
     command.add_argument(
-        "tokens",
+        "file",
         nargs="?",
-        type=_read_tokens,
         default="-",
         metavar="FILE",
         help='a JSON list of token ids (default, and "-": standard input)',
@@ -107,7 +107,8 @@ def _lifetime(text: str) -> float:
 
 
 def _read_tokens(path: str) -> bytes:
-    """The packed token ids of a file."""
+    """The packed token ids of a file. Read when all else is known to be right, since standard input
+    may be a person. Raises BadUsage."""
     try:
         if path == "-":
             found = json.load(sys.stdin)
@@ -118,6 +119,4 @@ def _read_tokens(path: str) -> bytes:
             raise ValueError("it is not a list with something in it")
         return pack_tokens(found)
     except (OSError, ValueError, RecursionError, BadMessage) as error:
-        raise argparse.ArgumentTypeError(
-            f"a file with a JSON list of token ids, not {path!r}: {error}"
-        ) from None
+        raise BadUsage(f"a file with a JSON list of token ids, not {path!r}: {error}") from None

@@ -60,10 +60,6 @@ class Stall:
         """p99 of the victim's alloc under load, in quiet ones."""
         return p99(self.loud.allocs) / p99(self.quiet.allocs)
 
-    @property
-    def store_ratio(self) -> float:
-        return p99(self.loud.stores) / p99(self.quiet.stores)
-
 
 def p99(values: list[float]) -> float:
     return float(np.percentile(values, 99))

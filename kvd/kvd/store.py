@@ -14,14 +14,13 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import pairwise
 from typing import TypeVar, cast
 
 from kvd import adoption, copier, descriptors, log
-from kvd.arena import ByteRange, NoSpace, Segment
+from kvd.arena import ByteRange, NoSpace, Segment, byte_ranges
 from kvd.copier import (
     BackJob,
     CallJob,
@@ -292,13 +291,13 @@ class Store:
 
         job = self._new_job(then)
         stored.growing[job] = effect.directory_bytes
-        ranges = _ranges(effect.slots, stride)
+        ranges = byte_ranges(effect.slots, stride)
         self._copier.submit(BackJob(job, stored.segment, ranges, prepare), effect.session)
 
     def punch(self, effect: Punch) -> None:
         """Start to give slots back to the operating system."""
         stored = self.arenas[effect.arena]
-        ranges = _ranges(effect.slots, stored.arena.stride_bytes)
+        ranges = byte_ranges(effect.slots, stored.arena.stride_bytes)
         self._copier.submit(PunchJob(self._new_job(_succeeded), stored.segment, ranges))
 
     def copy(self, effect: Copy) -> None:
@@ -448,21 +447,15 @@ def _format(arena: CreateArena) -> PayloadFormat:
 
 def _removing(stored: StoredArena) -> Steps:
     # A client that has gone from here may have it mapped still, and would keep the memory.
-    yield from copier.punching(stored.segment, stored.segment.backed_ranges())
+    segment = stored.segment
+    found = segment.next_backed(0)
+    while found is not None:
+        part = ByteRange(found, min(copier.PUNCH_STEP_BYTES, segment.size - found))
+        yield from copier.punching(segment, [part])
+        yield 0
+        found = segment.next_backed(found)
     stored.close(unlink=False)
     return None
-
-
-def _ranges(slots: Iterable[int], stride: int) -> list[ByteRange]:
-    """The slots' bytes as few ranges: neighbours together, so that one system call does for
-    them."""
-    ordered = sorted(slots)
-    starts = [slot for before, slot in pairwise([-2, *ordered]) if slot != before + 1]
-    ends = [slot + 1 for slot, after in pairwise([*ordered, -2]) if after != slot + 1]
-    return [
-        ByteRange(start * stride, (end - start) * stride)
-        for start, end in zip(starts, ends, strict=True)
-    ]
 
 
 def _check(payload_format: PayloadFormat, start: int, n_tokens: int, copy: memoryview) -> None:

@@ -22,6 +22,7 @@ from kvd.arena import (
     MappingInUse,
     NoSpace,
     Segment,
+    byte_ranges,
     list_segments,
     remove_segment,
 )
@@ -420,3 +421,21 @@ def test_only_own_regular_files_are_listed_and_removed(segment: Segment):
         os.rmdir(others["directory"])
         with contextlib.suppress(FileNotFoundError):
             os.unlink(foreign)
+
+
+def test_the_next_page_with_memory_is_found_without_filling_any(segment: Segment) -> None:
+    assert segment.next_backed(0) is None
+    segment.back(4 * PAGE, 2 * PAGE)
+    assert segment.next_backed(0) == 4 * PAGE
+    assert segment.next_backed(5 * PAGE) == 5 * PAGE
+    assert segment.next_backed(6 * PAGE) is None
+    assert segment.backed_bytes() == 2 * PAGE
+
+
+def test_slots_become_as_few_ranges_as_there_are_gaps() -> None:
+    assert byte_ranges([], PAGE) == []
+    assert byte_ranges({7, 3, 4, 0}, PAGE) == [
+        ByteRange(0, PAGE),
+        ByteRange(3 * PAGE, 2 * PAGE),
+        ByteRange(7 * PAGE, PAGE),
+    ]

@@ -95,6 +95,20 @@ def test_verify_names_and_undoes_a_foreign_fill(daemon: Daemon, client: Raw) -> 
     assert client.status()["accounting"]["drift_bytes"] == 0
 
 
+def test_verify_finds_foreign_fills_wherever_there_is_a_hole(client: Raw) -> None:
+    """In a slot that was punched, beside the last one that has memory, in a row, and at the end."""
+    client.release(client.contexts[0], client.sequence)
+    client.call(Evict("", 2))
+    filled = [N_BLOCKS - 1, N_BLOCKS, 600, 601, 602, len(client.arena) // STRIDE - 1]
+    for slot in filled:
+        assert client.arena[slot * STRIDE] == 0
+    assert client.status()["accounting"]["drift_bytes"] == len(filled) * 4096
+    differences = client.verify()["differences"]
+    for slot, difference in zip(filled, differences, strict=True):
+        assert f"4096 bytes of slot {slot} " in difference
+    assert client.verify()["ok"], "all are undone"
+
+
 @pytest.mark.parametrize("offset", [0, 16, 24, 40, 56, 64, 72])
 def test_verify_finds_a_record_that_was_overwritten(
     daemon: Daemon, client: Raw, offset: int

@@ -157,10 +157,6 @@ class Peer:
             raise PeerGone(self.pid)
         return message
 
-    def peer_alive(self) -> bool:
-        """Whether the process that connected still runs (False as soon as it is a zombie)."""
-        return not self._poll(self.pidfd, select.POLLIN)
-
     def shut_down(self) -> None:
         """End the connection; both sides then see its end, this one in its poll loop."""
         with contextlib.suppress(OSError):  # it has ended already

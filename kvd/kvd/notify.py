@@ -57,10 +57,6 @@ class Notifier:
         """A sign of life."""
         return self._send("WATCHDOG=1")
 
-    def extend_timeout(self, microseconds: int) -> bool:
-        """Starting or stopping takes up to that much longer, counted from now."""
-        return self._send(f"EXTEND_TIMEOUT_USEC={microseconds}")
-
     def close(self) -> None:
         """Afterwards nothing is sent. Closing again does nothing."""
         if self._sock is not None:

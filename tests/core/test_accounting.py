@@ -10,7 +10,6 @@ from kvd.core.accounting import (
     AccountingError,
     Totals,
     arena_counts,
-    sealed_blocks,
     totals,
 )
 from kvd.core.arenas import Arena
@@ -376,11 +375,6 @@ def test_the_error_prints_every_term() -> None:
         "cached=1",
     ):
         assert term in str(error.value)
-
-
-def test_sealed_blocks_are_those_with_a_record(cache: Cache) -> None:
-    paths = {path_of(each) for each in sealed_blocks(first(cache))}
-    assert paths == {(1, 2), CACHED, ABOVE, HELD}
 
 
 def test_an_lru_whose_oldest_block_is_not_the_first_is_found() -> None:

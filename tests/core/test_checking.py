@@ -3,6 +3,7 @@
 What is adopted: test_adopting.py.
 """
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +25,16 @@ from kvd_proto.messages import (
     Get,
     Release,
 )
-from tests.core.driver import PAGE, Driver, Handle, alloc, append, array_format, slots_of
+from tests.core.driver import (
+    PAGE,
+    Driver,
+    Handle,
+    alloc,
+    append,
+    array_format,
+    slots_of,
+    walk_in_steps_of,
+)
 
 A, B, C = (1, 2), (1, 2, 3, 4), (1, 2, 3, 4, 5, 6)
 OTHER = (7, 8)
@@ -125,6 +135,66 @@ def test_an_alloc_waits_until_its_path_has_been_checked(driver: Driver) -> None:
     reply = driver.replies[correlation]
     assert (reply.matched_tokens, slots_of(reply.slots)) == (6, [1, 2, 3])
     assert blocks_checked(driver) == [[0]], "and on in the background"
+
+
+LONG = tuple(range(1, 15))
+"""Seven blocks, in slots 0 to 6."""
+
+
+@pytest.fixture
+def long(monkeypatch: pytest.MonkeyPatch) -> Driver:
+    """The next daemon, of one that stored LONG; the first block is being checked. Walks go on in
+    steps of two blocks."""
+    monkeypatch.setattr(checking, "BATCH_BYTES", 1)
+    driver = Driver()
+    enter(driver, "a")
+    handle = driver.alloc(b"a", 1)
+    driver.store(handle, 0, *LONG)
+    driver.restart()
+    enter(driver, "a")
+    enter(driver, "b")
+    walk_in_steps_of(2, monkeypatch)
+    return driver
+
+
+def test_a_long_prompt_is_checked_and_matched_step_by_step(long: Driver) -> None:
+    correlation = deferred(long, b"a", 1, *LONG)
+    checked = []
+    while correlation not in long.replies:
+        assert long.core.next_deadline() != -math.inf, "it waits for the check"
+        checked += blocks_checked(long)[0]
+        if len(checked) > 2:
+            assert long.counts()["active"] == (len(checked) - 1) // 2 * 2, "what has matched"
+        long.check()
+        long.settle()
+    assert checked == list(range(7))
+    reply = long.replies[correlation]
+    assert (reply.matched_tokens, slots_of(reply.slots)) == (14, list(range(7)))
+
+
+@pytest.mark.parametrize("bad", range(7))
+def test_a_long_prompt_matches_up_to_what_is_damaged(long: Driver, bad: int) -> None:
+    correlation = deferred(long, b"a", 1, *LONG)
+    while correlation not in long.replies:
+        slots = blocks_checked(long)[0]
+        long.check(*([slots.index(bad)] if bad in slots else []))
+        long.settle()
+    assert long.replies[correlation].matched_tokens == 2 * bad
+
+
+def test_who_dies_while_a_long_prompt_is_checked_leaves_nothing(long: Driver) -> None:
+    deferred(long, b"a", 1, *LONG)
+    long.check()
+    long.check()
+    long.settle()
+    assert long.counts()["active"] == 2
+    long.disconnect(b"a")
+    long.settle()
+    while long.jobs:
+        long.check()
+        long.settle()
+    assert long.counts() == {"cached": 7}
+    assert not long.cache.openings
 
 
 def test_what_it_does_not_match_is_not_checked_for_it(driver: Driver) -> None:

@@ -20,6 +20,7 @@ from tests.core.driver import (
     append,
     model,
     packed,
+    sealed_blocks,
 )
 from tests.core.test_complexity import Counter
 
@@ -222,7 +223,7 @@ def test_equal_tokens_of_two_tenants_are_two_blocks_with_two_keys() -> None:
     driver.hold("b", 1, 1)
     fingerprint = arena_fingerprint(model().fingerprint, "array", BLOCK_TOKENS)
     for name, number in (("a", 1), ("b", 2)):
-        (block,) = accounting.sealed_blocks(driver.cache.budget.arenas[number])
+        (block,) = sealed_blocks(driver.cache.budget.arenas[number])
         assert block.key == block_key(root_key(fingerprint, SALTS[name]), packed(1, 2))
 
 

@@ -73,6 +73,7 @@ from kvd_proto.messages import (
     Unpin,
     Unpinned,
 )
+from tests.core.driver import sealed_blocks
 from tests.core.fake_shell import FakeShell, checksum
 from tests.core.reference import (
     Arena,
@@ -1203,7 +1204,7 @@ class World:
     def _compare_arena(self, arena: Arena) -> None:
         real = self.core.cache.budget.arenas[arena.number]
         records = self.shell.arenas[arena.number].records
-        sealed = accounting.sealed_blocks(real)
+        sealed = sealed_blocks(real)
         assert {_path(block): block.slot for block in sealed} == arena.sealed
         assert {block.slot: block.key for block in sealed} == {
             slot: record.key for slot, record in records.items()

@@ -27,7 +27,6 @@ def test_messages(manager: tuple[socket.socket, str]):
         (notifier.ready, b"READY=1"),
         (lambda: notifier.status("12 blocks"), b"STATUS=12 blocks"),
         (lambda: notifier.status("ä\nREADY=1\r\nx\udc80"), "STATUS=ä READY=1 x?".encode()),
-        (lambda: notifier.extend_timeout(5_000_000), b"EXTEND_TIMEOUT_USEC=5000000"),
         (notifier.watchdog, b"WATCHDOG=1"),
         (notifier.stopping, b"STOPPING=1"),
     ):

@@ -13,7 +13,6 @@ from kvd.core.arenas import Arena
 from kvd.core.cache import Cache
 from kvd.core.sequences import State
 from kvd.core.tenants import Tenant
-from kvd.core.tree import ADOPTED, SEALED, Block
 
 
 class AccountingError(AssertionError):
@@ -88,11 +87,6 @@ def arena_counts(arena: Arena) -> dict[str, int]:
         "pinned": arena.pinned,
         "total": arena.backed,
     }
-
-
-def sealed_blocks(arena: Arena) -> list[Block]:
-    """What the arena's directory must hold: adopted blocks have their record already."""
-    return [block for block in arena.blocks if block and block.state in (ADOPTED, SEALED)]
 
 
 def report_of_pins(cache: Cache, now: float, tenant: Tenant | None = None) -> list[dict[str, Any]]:

@@ -179,8 +179,10 @@ def defer(
     message: Alloc | messages.Pin,
     effects: list[Effect],
 ) -> bool:
-    """Let a request wait until all that it could match has been checked. False: it need not."""
-    check = check_first(cache, arena, message.tokens, effects) if cache.unchecked else None
+    """Let a request wait until all that it could match at first has been checked. False: it need
+    not."""
+    most = WALK_BLOCKS if isinstance(message, Alloc) else messages.MAX_TOKENS
+    check = check_first(cache, arena.root, message.tokens, most, effects)
     if check is None:
         return False
     _count_waiting(cache, session, message)
@@ -270,6 +272,10 @@ def open_some(cache: Cache, now: float, effects: list[Effect]) -> None:
     if not sequence.is_open:
         error = StaleHandle("the sequence was closed before its prompt had been matched")
         cache.reply(session, opening.correlation, error, effects)
+        return
+    check = check_first(cache, sequence.tip, message.tokens, WALK_BLOCKS, effects)
+    if check is not None:
+        check.openings.append(opening)
         return
     block_bytes = sequence.context.arena.block_tokens * TOKEN_BYTES
     found = match(sequence.tip, message.tokens, block_bytes, WALK_BLOCKS)

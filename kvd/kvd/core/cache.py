@@ -147,10 +147,11 @@ class Deferred(NamedTuple):
 
 class Checking(NamedTuple):
     """A check of what an earlier daemon left: the blocks in the order of its items, and who waits
-    for their end."""
+    for their end: to begin, or to go on matching."""
 
     blocks: list[Block]
     deferred: list[Deferred]
+    openings: list[Opening]
 
 
 @dataclass(slots=True, eq=False)

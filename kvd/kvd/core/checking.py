@@ -9,7 +9,6 @@ once, and is tried again then. How blocks are adopted: adopting.py.
 """
 
 from kvd.core import pins
-from kvd.core.arenas import Arena
 from kvd.core.cache import Cache, Checking
 from kvd.core.commits import supersede
 from kvd.core.events import BlocksDamaged, Check, Checked, CheckItem, Effect
@@ -23,11 +22,13 @@ BATCH_BYTES = 8 << 20
 
 
 def check_first(
-    cache: Cache, arena: Arena, tokens: bytes, effects: list[Effect]
+    cache: Cache, node: Block, tokens: bytes, most: int, effects: list[Effect]
 ) -> Checking | None:
-    """Have all checked that a match of these tokens could use. With the end of the check that is
-    returned, all of it has been; None: it has been already."""
-    blocks = unchecked(arena.root, tokens, arena.block_tokens * TOKEN_BYTES)
+    """Have all checked that a match of these tokens from `node` on, over `most` blocks, could use.
+    With the end of the check that is returned, all of it has been; None: it has been already."""
+    if not cache.unchecked:
+        return None
+    blocks = unchecked(node, tokens, node.arena.block_tokens * TOKEN_BYTES, most)
     if not blocks:
         return None
     new = [block for block in blocks if cache.unchecked[block] is None]
@@ -81,7 +82,7 @@ def checked(cache: Cache, job: Checking, event: Checked, effects: list[Effect]) 
 
 def _start(cache: Cache, blocks: list[Block], effects: list[Effect]) -> None:
     """Check blocks of one arena."""
-    number = cache.new_job(Checking(blocks, []))
+    number = cache.new_job(Checking(blocks, [], []))
     items = []
     for block in blocks:
         cache.unchecked[block] = number

@@ -216,6 +216,7 @@ class Core:
         job = cache.jobs.pop(event.job)
         assert isinstance(job, Checking)
         checking.checked(cache, job, event, effects)
+        cache.openings.extend(job.openings)
         for session, correlation, message in job.deferred:
             allocating.waits_no_longer(session, message)
             body: Any

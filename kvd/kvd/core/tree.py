@@ -234,12 +234,13 @@ def match(node: Block, tokens: bytes, block_bytes: int, most: int) -> Match:
     return Match(full, agreement.block, position // TOKEN_BYTES + agreement.n_tokens)
 
 
-def unchecked(root: Block, tokens: bytes, block_bytes: int) -> list[Block]:
-    """The adopted blocks that a match could use once they are checked, parents first. Mutates
-    nothing."""
+def unchecked(node: Block, tokens: bytes, block_bytes: int, most: int) -> list[Block]:
+    """The adopted blocks that a `match` of the same arguments could use once they are checked,
+    parents first. Mutates nothing."""
     found: list[Block] = []
-    node = root
-    for position in range(0, len(tokens), block_bytes):
+    begin = node.end * TOKEN_BYTES
+    end = min(len(tokens), begin + most * block_bytes)
+    for position in range(begin, end, block_bytes):
         chunk = tokens[position : position + block_bytes]
         child = node.child(chunk)
         if child is None or child.state is FILLING or len(chunk) < block_bytes:

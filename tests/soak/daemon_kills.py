@@ -1,5 +1,6 @@
 """Kills the daemon at random moments while workers use it, starts it again, and looks for what was
-stored: it must be there, bit for bit, or have been evicted; and nothing else may be there."""
+stored: it must be there, bit for bit, or have been evicted; and nothing else may be there. Some of
+it is pinned: that must be there, whatever was evicted."""
 
 import json
 import os
@@ -20,6 +21,7 @@ from tests.soak.content import BLOCK_BYTES, BLOCK_TOKENS, MODEL, block_rows, row
 from tests.support import Daemon, start_daemon
 
 N_WORKERS = 4
+MAX_PINNED = 8
 SECONDS = 60.0
 
 
@@ -79,6 +81,10 @@ class Worker:
             reader.join()
 
 
+Pinned = dict[str, tuple[list[int], int]]
+"""By owner: a prompt, and how many of its tokens are pinned."""
+
+
 @dataclass
 class Outcome:
     """What was seen. Seconds, counts, and what the workers have lived through."""
@@ -92,6 +98,8 @@ class Outcome:
     looked_up: int = 0
     lost: int = 0
     """Prompts that were stored and not found whole."""
+    pins: int = 0
+    """Pinned prompts that were looked up, and found."""
     lived: list[dict[str, Any]] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -102,7 +110,8 @@ class Outcome:
             f"{self.kills} kills of the daemon; ready again after {ready[len(ready) // 2]:.2f} s, "
             f"{ready[-1]:.2f} s at most\n"
             f"{self.adopted} blocks adopted, {self.damaged} damaged, {self.evicted} evicted; "
-            f"{self.looked_up} stored prompts looked up, {self.lost} not whole\n"
+            f"{self.looked_up} stored prompts looked up, {self.lost} not whole, "
+            f"{self.pins} pinned ones\n"
             f"workers: {total['requests']} requests, {total['shared']} with the daemon, "
             f"{total['alone']} without, {total['hits']} hits, {total['rows']} rows compared, "
             f"{total['stored']} stored, {total['errors']} cut off by a death\n"
@@ -118,6 +127,7 @@ def run(directory: Path, kills: int, seed: int, budget: str) -> Outcome:
     flags = ("--max-memory", budget, "--max-sequences", "32", "--n-seq-max", "4")
     daemon = start_daemon(*flags, runtime_dir=runtime_dir, instance=instance)
     workers = [Worker(runtime_dir, seed + number) for number in range(N_WORKERS)]
+    pinned: Pinned = {}
     try:
         until(lambda: all(worker.stored for worker in workers), SECONDS)
         for _ in range(kills):
@@ -132,11 +142,11 @@ def run(directory: Path, kills: int, seed: int, budget: str) -> Outcome:
             for worker in workers:
                 worker.check()
             if chance.random() < 0.5:
-                _look(daemon, workers, stored, chance, outcome)
+                _look(daemon, workers, stored, chance, outcome, pinned)
         for worker in workers:
             outcome.lived.append(worker.stop())
         every = [len(worker.stored) for worker in workers]
-        _look(daemon, workers, every, chance, outcome, at_most=1_000_000)
+        _look(daemon, workers, every, chance, outcome, pinned, at_most=1_000_000)
     finally:
         for worker in workers:
             worker.kill()
@@ -151,32 +161,51 @@ def _look(
     stored: list[int],
     chance: random.Random,
     outcome: Outcome,
+    pinned: Pinned,
     at_most: int = 20,
 ) -> None:
-    """Look up what the workers had stored before this daemon was there, as another worker would."""
+    """Look up what the workers had stored before this daemon was there, as another worker would,
+    and what is pinned; then pin something else."""
     prompts = [
         prompt
         for worker, count in zip(workers, stored, strict=True)
         for prompt in worker.stored[:count]
     ]
-    buffer = np.empty(BLOCK_BYTES, np.uint8)
     with (
         kvd_client.connect(daemon.runtime_dir, staging_bytes=0, timeout=SECONDS) as client,
         client.open_context(MODEL.model, 1) as context,
     ):
         for tokens in chance.sample(prompts, min(at_most, len(prompts))):
-            with context.alloc(tokens) as sequence:
-                outcome.looked_up += 1
-                outcome.lost += sequence.matched_tokens < len(tokens)
-                expected = rows(tokens[: sequence.matched_tokens])
-                for index, start in enumerate(range(0, sequence.matched_tokens, BLOCK_TOKENS)):
-                    sequence.read_into(index, buffer)
-                    wanted = expected[:, :, start : start + BLOCK_TOKENS]
-                    found = block_rows(buffer)[:, :, : wanted.shape[2]]
-                    assert np.array_equal(found, wanted), f"wrong bytes in {index} of {tokens}"
+            outcome.looked_up += 1
+            outcome.lost += _matched(context, tokens) < len(tokens)
+        assert {row["owner"] for row in client.pins()} == set(pinned)
+        for owner, (tokens, n_tokens) in pinned.items():
+            assert _matched(context, tokens) >= n_tokens, f"the pin of {owner} kept nothing"
+            outcome.pins += 1
+        if len(pinned) == MAX_PINNED:
+            for owner in list(pinned)[: MAX_PINNED // 2]:
+                assert client.unpin(owner) == 1
+                del pinned[owner]
+        tokens = chance.choice(prompts)
+        owner = f"pin {outcome.kills}"
+        if n_tokens := client.pin(MODEL.model, tokens, owner=owner):
+            pinned[owner] = (tokens, n_tokens)
         report = client.verify()
         assert report["ok"], report
         counters = client.status()["counters"]
     outcome.adopted += counters["adopted_blocks"]
     outcome.damaged += counters["damaged_blocks"]
     outcome.evicted += counters["evicted_blocks"]
+
+
+def _matched(context: kvd_client.Context, tokens: list[int]) -> int:
+    """How many of the tokens are cached, each byte of which is right."""
+    buffer = np.empty(BLOCK_BYTES, np.uint8)
+    with context.alloc(tokens) as sequence:
+        expected = rows(tokens[: sequence.matched_tokens])
+        for index, start in enumerate(range(0, sequence.matched_tokens, BLOCK_TOKENS)):
+            sequence.read_into(index, buffer)
+            wanted = expected[:, :, start : start + BLOCK_TOKENS]
+            found = block_rows(buffer)[:, :, : wanted.shape[2]]
+            assert np.array_equal(found, wanted), f"wrong bytes in {index} of {tokens}"
+        return sequence.matched_tokens

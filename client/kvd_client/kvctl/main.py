@@ -21,7 +21,7 @@ from typing import Any
 
 from kvd_client.client import Client
 from kvd_client.errors import DeadlineExceeded, KvdError, Unavailable
-from kvd_client.kvctl import pins, views
+from kvd_client.kvctl import pins, views, warm
 from kvd_client.kvctl.answer import FAILED, NO_DAEMON, OK, USAGE, Answer, BadUsage, check_model
 from kvd_client.kvctl.tables import Look, count, duration, size
 from kvd_client.operations import DEFAULT_TIMEOUT
@@ -132,6 +132,7 @@ def _parser() -> argparse.ArgumentParser:
         ("pin", pins.pin, "keep the cached prefix of these token ids from eviction"),
         ("unpin", pins.unpin, "end pins"),
         ("pins", pins.show, "what is pinned, by whom, and for how long"),
+        ("warm", warm.warm, "compute prompts with a llama.cpp model, store and pin them"),
         ("ping", _ping, "whether the daemon answers, and how fast"),
         ("verify", _verify, "recount everything from the blocks and the system"),
     )
@@ -150,6 +151,8 @@ def _parser() -> argparse.ArgumentParser:
             pins.add_pin_options(command)
         elif name == "unpin":
             pins.add_unpin_options(command)
+        elif name == "warm":
+            warm.add_options(command)
     return parser
 
 

@@ -58,7 +58,7 @@ def add_pin_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--for",
         dest="ttl",
-        type=_lifetime,
+        type=lifetime,
         default=0.0,
         metavar="SECONDS",
         help="when it ends by itself (default: never)",
@@ -94,7 +94,8 @@ def _find_model(client: Client, name: str) -> bytes:
     return bytes.fromhex(found.pop())
 
 
-def _lifetime(text: str) -> float:
+def lifetime(text: str) -> float:
+    """Seconds that a pin may last; an argument's type."""
     try:
         seconds = float(text)
     except ValueError:

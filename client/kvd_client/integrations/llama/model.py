@@ -49,6 +49,7 @@ class LlamaModel:
         self._pointer: int = pointer
         self._engines = 0
         self.n_vocab: int = bindings.llama_vocab_n_tokens(self._vocab)
+        self.bos: int = bindings.llama_vocab_bos(self._vocab)
         self.eos: int = bindings.llama_vocab_eos(self._vocab)
 
     @property
@@ -65,6 +66,19 @@ class LlamaModel:
     def is_eog(self, token: int) -> bool:
         """Whether the token ends a generation (end of text, of turn, ...)."""
         return bool(bindings.llama_vocab_is_eog(self._vocab, token))
+
+    @property
+    def chat_template(self) -> str | None:
+        """The Jinja template of a conversation, or None."""
+        template = bindings.llama_model_chat_template(self.pointer, None)
+        return None if template is None else template.decode("utf-8", "replace")
+
+    def token_text(self, token: int) -> str:
+        """How the vocabulary writes a token; empty for -1, which stands for one it has not."""
+        if token < 0:
+            return ""
+        text = bindings.llama_vocab_get_text(self._vocab, token)
+        return bytes(text or b"").decode("utf-8", "replace")
 
     def tokenize(
         self, text: str, *, add_special: bool = True, parse_special: bool = True

@@ -170,7 +170,8 @@ class LlamaSequence:
         self.logits: npt.NDArray[np.float32] | None = None
         self._closed = False
         self._commit: Commit | None = None
-        self._unstorable = False
+        self.problem = ""
+        """Why nothing more of it is stored."""
 
     @property
     def tokens(self) -> Tokens:
@@ -209,6 +210,19 @@ class LlamaSequence:
             self.logits = self._engine.logits()
         assert self.logits is not None
         return self.logits
+
+    def prefill_some(self) -> int:
+        """Decode the next batch of what `prefill` would decode, the same batches as it makes;
+        returns how many tokens of the prompt are left. For who shows its progress."""
+        end = min(self._n_tokens, self.length + self._engine.n_batch)
+        if self.length < end:
+            is_last = end == self._n_tokens
+            rest = self._buffer[self.length : end]
+            self._engine.prefill(self.seq_id, rest, self.length, logits_last=is_last)
+            self.length = end
+            if is_last:
+                self.logits = self._engine.logits()
+        return self._n_tokens - self.length
 
     def decode(self, token: int) -> npt.NDArray[np.float32]:
         """Append one token; returns the logits after it."""
@@ -250,7 +264,7 @@ class LlamaSequence:
         leased = self.leased
         if self._commit is not None and self._commit.error is not None:
             self._give_up_storing(self._commit.error)
-        if self._unstorable or not leased.shared:
+        if self.problem or not leased.shared:
             return
         block_tokens = self.worker.context.model.block_tokens
         try:
@@ -283,8 +297,8 @@ class LlamaSequence:
         self.leased.release(failed=failed)
 
     def _give_up_storing(self, error: Exception) -> None:
-        if not self._unstorable:
-            self._unstorable = True
+        if not self.problem:
+            self.problem = str(error)
             logger.warning("a sequence is not stored beyond %d: %s", self.leased.full_tokens, error)
 
     def _export(self, start: int, n_tokens: int, wait: float | None) -> None:

@@ -14,7 +14,7 @@ if its quota were the budget.
 """
 
 from collections import Counter
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Collection, Generator, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -31,6 +31,7 @@ from kvd.core.accounting import (
 from kvd.core.arenas import Arena
 from kvd.core.cache import Cache, Counters, sum_of
 from kvd.core.events import SessionId
+from kvd.core.reasons import Reason
 from kvd.core.recount import STEP_BLOCKS, check_in_steps, check_totals
 from kvd.core.sequences import Session
 from kvd.core.tenants import Tenant
@@ -314,7 +315,7 @@ def _status(
         "models": [_model(arena) for arena in arenas],
         "counters": {
             **asdict(_counters(cache, tenant)),
-            "evicted_blocks": sum(each.evicted_blocks for each in tenants),
+            **_evicted(tenants),
         },
     }
 
@@ -356,6 +357,14 @@ def _counters(cache: Cache, tenant: Tenant | None) -> Counters:
     if tenant is not None:
         return cache.counters_of.get(tenant.name, Counters())
     return sum_of([cache.counters, *cache.counters_of.values()])
+
+
+def _evicted(tenants: Collection[Tenant]) -> dict[str, Any]:
+    """How many blocks were dropped, and why."""
+    by_reason = {
+        reason.value: sum(tenant.evicted[reason] for tenant in tenants) for reason in Reason
+    }
+    return {"evicted_blocks": sum(by_reason.values()), "evicted": by_reason}
 
 
 def _model(arena: Arena) -> dict[str, Any]:

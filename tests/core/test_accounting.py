@@ -14,6 +14,7 @@ from kvd.core.accounting import (
 )
 from kvd.core.arenas import Arena
 from kvd.core.cache import AllocBacking, AppendBacking, Cache, Copying
+from kvd.core.reasons import Reason
 from kvd.core.recount import check
 from kvd.core.tenants import Tenant
 from kvd.core.tree import ADOPTED, GONE, Block
@@ -64,7 +65,7 @@ def cache() -> Cache:
     budget = driver.cache.budget
     arena = budget.arenas[1]
     for path in ((20, 21), (22, 23)):
-        budget.drop(block_of(arena, path), [])
+        budget.drop(block_of(arena, path), Reason.ROOM, [])
     budget._punch(arena, 1, [])
     check(driver.cache)
     return driver.cache

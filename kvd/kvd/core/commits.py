@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from kvd.core.budget import Budget
 from kvd.core.events import CopyItem, Effect, WriteRecord
+from kvd.core.reasons import Reason
 from kvd.core.sequences import Sequence, Session
 from kvd.core.tree import FILLING, GONE, NO_SLOT, SEALED, Block
 from kvd_proto.errors import KvdError
@@ -168,17 +169,20 @@ def withdraw(commit: Commit) -> None:
             drop_source(block, commit)
 
 
-def remove_failed(block: Block, error: KvdError, budget: Budget, effects: list[Effect]) -> None:
+def remove_failed(
+    block: Block, error: KvdError, reason: Reason, budget: Budget, effects: list[Effect]
+) -> None:
     """Take a block that no source can fill out of the tree, with everything below it.
 
     A slot is free at once, or when the job that the shell has for it has ended (`in_flight`).
-    Sequences that rest on a removed block must be moved off first.
+    Sequences that rest on a removed block must be moved off first. Those that were sealed, or left
+    by an earlier daemon, are dropped for this reason.
     """
     for failed in reversed([block, *block.below()]):
         if failed.state is not FILLING:
             # Its copy was sealed while its parent still waited for one, or both were adopted. No
             # sequence leases it any more.
-            budget.drop_unleased(failed, effects)
+            budget.drop_unleased(failed, reason, effects)
             continue
         for commit in failed.sources or ():
             commit.pending.discard(failed)
@@ -212,4 +216,4 @@ def supersede(block: Block, budget: Budget, effects: list[Effect]) -> None:
     assert parent is not None
     for shorter in parent.prefixes(block.tokens):
         if shorter.state is not FILLING and not shorter.is_kept:
-            budget.drop(shorter, effects)
+            budget.drop(shorter, Reason.SUPERSEDED, effects)

@@ -325,8 +325,8 @@ class Server:
 
     def _tick(self) -> float:
         """Do what is due; returns for how many seconds the loop may wait, -1 for ever."""
-        if self._reporter.is_recounting:
-            self._reporter.recount_some()
+        if self._reporter.is_walking:
+            self._reporter.walk_some()
         now = time.monotonic()
         deadline = self.core.next_deadline()
         if deadline is None:
@@ -342,7 +342,7 @@ class Server:
             self._linger(now),
             self._look_for_readers(now),
         )
-        if self._reporter.is_recounting:
+        if self._reporter.is_walking:
             return 0.0
         return -1 if due == math.inf else min(max(0.0, due - now), LONGEST_WAIT)
 

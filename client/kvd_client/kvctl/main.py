@@ -73,8 +73,8 @@ def _seqs(client: Client, _: argparse.Namespace) -> Answer:
 
 
 def _clients(client: Client, _: argparse.Namespace) -> Answer:
-    rows = client.clients()
-    return Answer({"clients": rows}, lambda look: views.clients(rows, look))
+    report = client.holders()
+    return Answer(report, lambda look: views.clients(report, look))
 
 
 def _models(client: Client, _: argparse.Namespace) -> Answer:

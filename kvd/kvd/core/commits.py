@@ -114,6 +114,10 @@ def begin(
         commit.pending.add(block)
         new.append(block)
         parent = block
+    if new:
+        n_tokens = parent.end - new[0].start
+        arena.filling_tokens += n_tokens
+        commit.session.filling.add(len(new), n_tokens, arena.stride)
     return Begun(new, len(plan.existing) - joined, joined)
 
 
@@ -136,6 +140,8 @@ def seal(
     block.generation = block.last_use = generation
     block.arena.filling -= 1
     block.arena.active += 1
+    block.arena.filling_tokens -= block.n_tokens
+    _count(block, -1)
     effects.append(
         WriteRecord(
             block.arena.number,
@@ -158,7 +164,12 @@ def seal(
 def drop_source(block: Block, commit: Commit) -> None:
     """The block is this commit's to fill no longer."""
     assert block.sources is not None
-    block.sources.pop(commit, None)
+    was_first = block.first_source.commit is commit
+    if was_first:
+        _count(block, -1)
+    del block.sources[commit]
+    if was_first and block.sources:
+        _count(block, 1)
     commit.pending.discard(block)
 
 
@@ -184,9 +195,11 @@ def remove_failed(
             # sequence leases it any more.
             budget.drop_unleased(failed, reason, effects)
             continue
-        for commit in failed.sources or ():
-            commit.pending.discard(failed)
-            commit.failure = error
+        if failed.sources:
+            _count(failed, -1)
+            for commit in failed.sources:
+                commit.pending.discard(failed)
+                commit.failure = error
         failed.sources = None
         if not failed.in_flight and failed.slot != NO_SLOT:
             budget.give_back(failed.arena, failed.slot)
@@ -206,7 +219,15 @@ def _detach(block: Block, budget: Budget, effects: list[Effect]) -> None:
     assert parent is not None
     parent.remove(block)
     block.state = GONE
+    block.arena.filling_tokens -= block.n_tokens
     budget.unhold(parent, effects)
+
+
+def _count(block: Block, blocks: int) -> None:
+    """A filling block counts for the session whose staged copy is its first source: one more (1),
+    or one less (-1)."""
+    session = block.first_source.commit.session
+    session.filling.add(blocks, blocks * block.n_tokens, block.arena.stride)
 
 
 def supersede(block: Block, budget: Budget, effects: list[Effect]) -> None:

@@ -79,7 +79,7 @@ def append(
         cache.budget.unhold(anchor, effects)
         raise
     slots = [sequence.reserved.pop() for _ in range(own)] + taken.slots
-    session.reserved_bytes -= own * arena.stride
+    session.reserved.add(-own, 0, arena.stride)
     session.last_commit += 1
     commit = Commit(session, session.last_commit)
     session.commits[commit.number] = commit

@@ -645,9 +645,9 @@ class RestartingWorld(World):
             effects = effects[: effects.index(made[0])]
             del self.answers[self.n_asked], self.askers[self.n_asked]
             effects += self._handle(ArenaFailed(made[0].arena))
-        self.evicting = True  # more than was needed in the end
+            self.returned = made[0].directory_bytes
         self._settle(effects)
-        self.evicting = False
+        self.returned = 0
 
     # --- what world.py does, and more
 

@@ -220,6 +220,8 @@ class World:
         """Blocks that are gone by command."""
         self.given_up = 0
         """Bytes of arenas that nobody used, and that went in this step."""
+        self.returned = 0
+        """Bytes that were wanted, and were not needed in the end."""
         self.paths: dict[bytes, Path] = {}
         """By the block's key."""
 
@@ -1149,14 +1151,18 @@ class World:
                 assert unused <= min((self.unheld[each] for each in stayed), default=self.steps)
                 # No more than was needed for one block that is larger than what went last.
                 budget = self.core.cache.budget
-                spare = self.given_up + (1 + len(evicted)) * LARGEST_STRIDE
+                spare = self._spare(len(evicted))
                 assert budget.unassigned < spare or self.evicting
         self.unheld = {place: self.unheld.get(place, self.steps) for place in unleased}
 
     def _gave_way_itself(self, tenant: str, n_evicted: int) -> bool:
         """Whether it has no more left of its quota than what its own evictions may have made."""
         of = self.core.cache.budget.tenants[tenant]
-        return of.headroom < self.given_up + (1 + n_evicted) * LARGEST_STRIDE
+        return of.headroom < self._spare(n_evicted)
+
+    def _spare(self, n_evicted: int) -> int:
+        """What is left, at most, behind an eviction of only what was needed."""
+        return self.given_up + self.returned + (1 + n_evicted) * LARGEST_STRIDE
 
     def _compare(self) -> None:
         cache = self.core.cache

@@ -262,7 +262,11 @@ class AsyncClient(ClientState):
 
     async def clients(self) -> list[dict[str, Any]]:
         """A row for each session of the daemon."""
-        return cast(list[dict[str, Any]], (await self._report(ListClients()))["clients"])
+        return cast(list[dict[str, Any]], (await self.holders())["clients"])
+
+    async def holders(self) -> dict[str, Any]:
+        """What each client and each tenant holds, of one moment: {clients, tenants}."""
+        return await self._report(ListClients())
 
     async def verify(self) -> dict[str, Any]:
         """Recount: {ok, differences, terms}."""

@@ -307,7 +307,11 @@ class Client(ClientState):
 
     def clients(self) -> list[dict[str, Any]]:
         """A row for each session of the daemon."""
-        return cast(list[dict[str, Any]], self._report(ListClients())["clients"])
+        return cast(list[dict[str, Any]], self.holders()["clients"])
+
+    def holders(self) -> dict[str, Any]:
+        """What each client and each tenant holds, of one moment: {clients, tenants}."""
+        return self._report(ListClients())
 
     def verify(self) -> dict[str, Any]:
         """Recount: {ok, differences, terms}."""

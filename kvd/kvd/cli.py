@@ -1,5 +1,5 @@
 """The command `kvd`: `kvd serve` runs the daemon in the foreground, `kvd purge` removes what one
-that is not running has left in shared memory.
+that is not running has left in shared memory, `kvd config` looks at settings (config_cli.py).
 
 Exit codes: 0 stopped when asked to, 1 a fault, 2 bad usage or settings, 3 another daemon has the
 instance.
@@ -13,11 +13,13 @@ from pathlib import Path
 
 import zmq
 
-from kvd import __version__, descriptors, log, pauses
+from kvd import __version__, advice, config_cli, descriptors, log, pauses
+from kvd.configuration import DEFAULT_FILE, BadSetting, Configuration, flag_of, load
 from kvd.instance import InstanceBusy, InstanceLock, UnsafePath, default_runtime_dir, purge
+from kvd.kinds import Switch
 from kvd.notify import Notifier
 from kvd.server import Server
-from kvd.settings import BadSetting, Settings, load
+from kvd.settings import ABOUT, Settings
 from kvd.signals import StopSignals
 from kvd_proto.paths import DEFAULT_INSTANCE
 
@@ -27,22 +29,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     if options.run == "purge":
         return _purge(options.instance)
-    flags = {name: value for name, value in vars(options).items() if name not in ("run", "config")}
+    flags = {name: value for name, value in vars(options).items() if name in ABOUT}
     try:
-        settings = load(options.config, flags)
+        if options.run == "config":
+            return config_cli.run(options, flags)
+        configuration = load(options.config, flags)
         notifier = Notifier.from_env()
     except (BadSetting, ValueError) as error:
         return _fail(2, error)
-    log.set_up(settings.log_level)
+    log.set_up(configuration.settings.log_level)
     try:
         with closing(notifier):
-            return serve(settings, notifier)
+            return serve(configuration, notifier)
     finally:
         log.close()
 
 
-def serve(settings: Settings, notifier: Notifier) -> int:
+def serve(configuration: Configuration, notifier: Notifier) -> int:
     """Run one daemon until it is told to stop; returns the exit code."""
+    settings = configuration.settings
     directory = settings.runtime_dir or default_runtime_dir(settings.instance)
     try:
         lock = InstanceLock(directory, settings.instance, settings.socket_group)
@@ -57,6 +62,8 @@ def serve(settings: Settings, notifier: Notifier) -> int:
             server = Server(settings, lock, notifier)
         except (OSError, zmq.ZMQError) as error:
             return _fail(1, error)
+        for warning in [*configuration.warnings, *advice.of_machine(settings)]:
+            log.warning("settings", reason=warning)
         log.info(
             "ready",
             version=__version__,
@@ -92,7 +99,8 @@ def _purge(instance: str) -> int:
 
 def _fail(code: int, error: Exception) -> int:
     with suppress(OSError):  # the exit code tells it as well
-        print(f"kvd: {error}", file=sys.stderr, flush=True)
+        for line in str(error).splitlines():
+            print(f"kvd: {line}", file=sys.stderr, flush=True)
     return code
 
 
@@ -103,28 +111,24 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"kvd {__version__}")
     commands = parser.add_subparsers(dest="run", required=True, metavar="COMMAND")
     serving = commands.add_parser("serve", help="run the daemon in the foreground")
-    serving.add_argument("--config", type=Path, metavar="FILE", help="default: /etc/kvd/kvd.toml")
-    serving.add_argument("--instance", help='name of this daemon (default: "default")')
-    serving.add_argument("--runtime-dir", metavar="DIR", help="where its sockets are")
-    serving.add_argument(
-        "--socket-group", metavar="GROUP", help="whose members may connect (default: only its user)"
-    )
-    serving.add_argument("--max-memory", metavar="SIZE", help="the budget (default: 4096MiB)")
-    serving.add_argument("--max-sequences", type=int, metavar="N", help="default: 100")
-    serving.add_argument("--max-sessions", type=int, metavar="N", help="default: 256")
-    serving.add_argument("--n-seq-max", type=int, metavar="N", help="ids a context may have: 8")
-    serving.add_argument("--max-staging", metavar="SIZE", help="of one client (default: 256MiB)")
-    serving.add_argument("--log-level", choices=("debug", "info", "warning", "error"))
-    serving.add_argument(
-        "--keep-on-stop",
-        action=argparse.BooleanOptionalAction,
-        help="keep the cache in shared memory for the next start (default: yes)",
-    )
-    serving.add_argument(
-        "--linger-seconds", type=int, metavar="S", help="stop after so long without a client"
+    _add_settings(serving)
+    config_cli.add_commands(
+        commands.add_parser("config", help="check or show the settings"), _add_settings
     )
     purging = commands.add_parser(
         "purge", help="remove the cache that a stopped daemon keeps in shared memory"
     )
     purging.add_argument("--instance", default=DEFAULT_INSTANCE, help='default: "default"')
     return parser
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    """`--config`, and a flag for each setting that is no table."""
+    parser.add_argument("--config", type=Path, metavar="FILE", help=f"default: {DEFAULT_FILE}")
+    for name, about in ABOUT.items():
+        meaning = f"{about.meaning} (default: {about.kind.show(getattr(Settings(), name))})"
+        if isinstance(about.kind, Switch):
+            action = argparse.BooleanOptionalAction
+            parser.add_argument(flag_of(name), action=action, help=meaning)
+        elif name != "tenants":
+            parser.add_argument(flag_of(name), metavar=about.kind.metavar, help=meaning)

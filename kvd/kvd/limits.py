@@ -67,7 +67,34 @@ def memory_headroom(*, count_file_cache: bool = False, sources: Sources = SYSTEM
         left = _left_in_cgroup(directory, count_file_cache)
         if left is not None and (cgroup is None or left < cgroup):
             cgroup, cgroup_path = left, directory
-    return Headroom(_mem_available(sources), cgroup, cgroup_path, _left_in_shm(sources))
+    return Headroom(_meminfo(sources, b"MemAvailable:"), cgroup, cgroup_path, _left_in_shm(sources))
+
+
+@dataclass(frozen=True, slots=True)
+class Ceilings:
+    """What there is at most, whoever has it at this moment, in bytes; None is unlimited.
+
+    `cgroup` is the least memory.max of our cgroup and its ancestors, and `cgroup_path` the
+    directory of the one that has it. `shm` is the size of /dev/shm. `machine` is MemTotal.
+    """
+
+    machine: int
+    cgroup: int | None
+    cgroup_path: str
+    shm: int | None
+
+
+def ceilings(sources: Sources = SYSTEM) -> Ceilings:
+    """What there is at most."""
+    cgroup: int | None = None
+    cgroup_path = ""
+    for directory in _own_cgroups(sources):
+        limit = _cgroup_limit(directory)
+        if limit is not None and (cgroup is None or limit < cgroup):
+            cgroup, cgroup_path = limit, directory
+    found = os.statvfs(sources.shm)
+    shm = found.f_blocks * found.f_frsize or None
+    return Ceilings(_meminfo(sources, b"MemTotal:"), cgroup, cgroup_path, shm)
 
 
 def check_room(
@@ -92,11 +119,11 @@ def check_room(
     return room
 
 
-def _mem_available(sources: Sources) -> int:
+def _meminfo(sources: Sources, name: bytes) -> int:
     for line in _read(sources.meminfo).splitlines():
-        if line.startswith(b"MemAvailable:"):
+        if line.startswith(name):
             return int(line.split()[1]) * 1024
-    raise OSError(f"{sources.meminfo} has no MemAvailable")
+    raise OSError(f"{sources.meminfo} has no {name.decode()}")
 
 
 def _left_in_shm(sources: Sources) -> int | None:
@@ -126,16 +153,24 @@ def _own_cgroups(sources: Sources) -> list[str]:
 
 
 def _left_in_cgroup(directory: str, count_file_cache: bool) -> int | None:
+    limit = _cgroup_limit(directory)
+    if limit is None:
+        return None
     try:
-        limit = _read(f"{directory}/memory.max").strip()
-        if limit == b"max":
-            return None
-        left = int(limit) - int(_read(f"{directory}/memory.current"))
+        left = limit - int(_read(f"{directory}/memory.current"))
         if count_file_cache:
             left += _inactive_file(directory)
-    except FileNotFoundError:  # the root of all, a cgroup without this controller, one just removed
+    except FileNotFoundError:  # just removed
         return None
     return max(left, 0)
+
+
+def _cgroup_limit(directory: str) -> int | None:
+    try:
+        limit = _read(f"{directory}/memory.max").strip()
+    except FileNotFoundError:  # the root of all, a cgroup without this controller, one just removed
+        return None
+    return None if limit == b"max" else int(limit)
 
 
 def _inactive_file(directory: str) -> int:

@@ -13,12 +13,14 @@ from collections.abc import Callable, Generator
 from functools import partial
 from typing import Any, NamedTuple
 
-from kvd import log, reports
+from kvd import holders, log, reports
 from kvd.core.accounting import report_of_pins, report_of_sequences
 from kvd.core.cache import Cache
 from kvd.core.events import SessionId
 from kvd.core.tenants import Tenant
+from kvd.holders import Holders
 from kvd.requests import Incoming
+from kvd.stepping import SharedWalk
 from kvd.stopped import StoppedClients
 from kvd.store import Store
 from kvd_proto.errors import Forbidden, InternalError, KvdError, TooMany, UnknownSession
@@ -27,13 +29,14 @@ from kvd_proto.messages import ListClients, ListPins, ListSequences, Reported, S
 REPORTS = frozenset((Status, Verify, ListSequences, ListClients, ListPins))
 """The requests that are answered here."""
 MAX_WAITING = 16
-"""Requests for a report of the memory that one client may have open: more is no use to it."""
+"""Requests for a report that one client may have open, of those that take time: more is no use to
+it."""
 TRIES = 5
 """How often a report is taken, if each time the system refuses memory in between."""
 
 
 class Asked(NamedTuple):
-    """A request for a report of the memory, and whose it may be of: None, of everybody's."""
+    """A request for a report that takes time, and whose it may be of: None, of everybody's."""
 
     incoming: Incoming
     tenant: Tenant | None
@@ -42,7 +45,8 @@ class Asked(NamedTuple):
 class Reporter:
     """Answers requests for reports. All who ask for one of the memory while another is being taken
     share the next one, so many who ask at once are no burden. Who asks for `verify` waits for a
-    recount before, which the loop goes on with, step by step, as long as it `is_recounting`."""
+    recount before, and who asks for clients for a count of what they lease: both are walks that the
+    loop goes on with, step by step, as long as it `is_walking`."""
 
     def __init__(
         self,
@@ -64,11 +68,10 @@ class Reporter:
         self._waiting: list[Asked] = []
         self._asked: list[Asked] = []
         """Those whose report is being taken."""
-        self._verifying: list[Asked] = []
-        """Those who wait for a recount to begin."""
-        self._recounted: list[Asked] = []
-        """Those for whom one is under way."""
-        self._recount: Generator[None, None, list[str]] | None = None
+        self._recount: SharedWalk[Asked, list[str]] = SharedWalk(
+            lambda: reports.recount(cache, store), self._recounted
+        )
+        self._count: SharedWalk[Asked, Holders] = SharedWalk(self._begin_count, self._counted)
         self._differences: list[str] = []
         """What the last recount has found."""
         self._open: Counter[SessionId] = Counter()
@@ -76,29 +79,37 @@ class Reporter:
         self._tries = 0
 
     @property
-    def is_recounting(self) -> bool:
+    def is_walking(self) -> bool:
         """Whether there is a step to do."""
-        return self._recount is not None
+        return self._recount.is_walking or self._count.is_walking
 
-    def recount_some(self) -> None:
-        """Do one step. When it was the last, a report is taken for all who wait for it."""
-        assert self._recount is not None
-        try:
-            next(self._recount)
-        except StopIteration as stop:
-            self._differences = stop.value
-        except Exception as error:
-            fault = _fault(error)
-            for asked in self._recounted:
+    def walk_some(self) -> None:
+        """Do one step of each walk that is under way."""
+        self._recount.step()
+        self._count.step()
+
+    def _recounted(self, given: list[Asked], found: list[str] | Exception) -> None:
+        """A report is taken for all who wait for it."""
+        if isinstance(found, Exception):
+            fault = _fault(found)
+            for asked in given:
                 self._answer(asked, fault)
-            self._recounted = []
-        else:
             return
-        self._recount = None
-        self._waiting += self._recounted
-        self._recounted = []
-        self._begin_recount()
+        self._differences = found
+        self._waiting += given
         self._take()
+
+    def _begin_count(self) -> Generator[None, None, Holders]:
+        stopped = self._stopped.look(self._cache.sessions.values())
+        return holders.take(self._cache, self._store, stopped, time.monotonic())
+
+    def _counted(self, given: list[Asked], found: Holders | Exception) -> None:
+        for asked in given:
+            if isinstance(found, Exception):
+                self._answer(asked, _fault(found))
+            else:
+                whose = None if asked.tenant is None else asked.tenant.name
+                self._answer(asked, Reported(found.report(whose)))
 
     def answer(self, incoming: Incoming) -> None:
         """Answer now, or when the operating system has been asked. A fault of ours is an answer,
@@ -112,9 +123,6 @@ class Reporter:
                     report = {"sequences": report_of_sequences(self._cache, now, tenant)}
                 case ListPins():
                     report = {"pins": report_of_pins(self._cache, now, tenant)}
-                case ListClients():
-                    stopped = self._stopped.look(self._cache.sessions.values())
-                    report = reports.clients(self._cache, stopped, now, tenant)
                 case _:
                     self._wait(Asked(incoming, tenant))
                     self._take()
@@ -143,17 +151,13 @@ class Reporter:
         if self._open[session] >= MAX_WAITING:
             raise TooMany("this client waits for as many reports as it may", most=MAX_WAITING)
         self._open[session] += 1
-        if isinstance(message, Verify):
-            self._verifying.append(asked)
-            self._begin_recount()
-        else:
-            self._waiting.append(asked)
-
-    def _begin_recount(self) -> None:
-        """For all who wait for one, unless one is under way."""
-        if self._recount is None and self._verifying:
-            self._recounted, self._verifying = self._verifying, []
-            self._recount = reports.recount(self._cache, self._store)
+        match message:
+            case Verify():
+                self._recount.ask(asked)
+            case ListClients():
+                self._count.ask(asked)
+            case _:
+                self._waiting.append(asked)
 
     def _take(self) -> None:
         """Take a report for all who wait, unless one is being taken."""

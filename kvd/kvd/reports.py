@@ -1,4 +1,5 @@
-"""What the daemon tells people and scripts: status, clients, and the recount of `verify`.
+"""What the daemon tells people and scripts: status, and the recount of `verify`. What each client
+holds: holders.py.
 
 The core's numbers and the operating system's must be of one moment, though memory is given and
 taken back all the time, in the copier's thread. So a report has two halves: `take` reads the core,
@@ -14,7 +15,7 @@ if its quota were the budget.
 """
 
 from collections import Counter
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Collection, Generator, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -31,6 +32,7 @@ from kvd.core.accounting import (
 from kvd.core.arenas import Arena
 from kvd.core.cache import Cache, Counters, sum_of
 from kvd.core.events import SessionId
+from kvd.core.reasons import Reason
 from kvd.core.recount import STEP_BLOCKS, check_in_steps, check_totals
 from kvd.core.sequences import Session
 from kvd.core.tenants import Tenant
@@ -122,7 +124,7 @@ def take(
     status: dict[str | None, dict[str, Any]] = {}
     for tenant in tenants:
         key = None if tenant is None else tenant.name
-        now[key] = _settled(tenant, cache, store)
+        now[key] = settled(tenant, cache, store)
         status[key] = _status(cache, store, now[key], instance, uptime, stopped, tenant)
     sessions = {**cache.sessions, **cache.leaving}
     return Taken(
@@ -249,31 +251,6 @@ def line(cache: Cache) -> str:
     )
 
 
-def clients(cache: Cache, stopped: Stopped, now: float, tenant: Tenant | None) -> dict[str, Any]:
-    """A row for each session, of one tenant or (None) of all, and what it holds."""
-    rows = []
-    for session in _sessions(cache, tenant):
-        sequences = [seq for context in session.contexts.values() for seq in context.open.values()]
-        rows.append(
-            {
-                "session": session.id.hex()[:8],
-                "client": session.client,
-                "pid": session.pid,
-                "uid": session.uid,
-                "tenant": session.tenant.name,
-                "contexts": len(session.contexts),
-                "sequences": len(sequences),
-                "leased_blocks": len(_leased(sequences)),
-                "staging_bytes": session.staging_bytes,
-                "commits_in_flight": len(session.commits),
-                "connected_seconds": round(now - session.connected, 3),
-                "idle_seconds": round(now - session.heard, 3),
-                "stopped": stopped[session.id],
-            }
-        )
-    return {"clients": rows}
-
-
 def _status(
     cache: Cache,
     store: Store,
@@ -314,7 +291,7 @@ def _status(
         "models": [_model(arena) for arena in arenas],
         "counters": {
             **asdict(_counters(cache, tenant)),
-            "evicted_blocks": sum(each.evicted_blocks for each in tenants),
+            **_evicted(tenants),
         },
     }
 
@@ -333,7 +310,7 @@ def _uses(now: Totals) -> dict[str, int]:
 
 
 def _tenant(cache: Cache, store: Store, tenant: Tenant) -> dict[str, Any]:
-    now = _settled(tenant, cache, store)
+    now = settled(tenant, cache, store)
     sessions = _sessions(cache, tenant)
     return {
         "name": tenant.name,
@@ -358,6 +335,14 @@ def _counters(cache: Cache, tenant: Tenant | None) -> Counters:
     return sum_of([cache.counters, *cache.counters_of.values()])
 
 
+def _evicted(tenants: Collection[Tenant]) -> dict[str, Any]:
+    """How many blocks were dropped, and why."""
+    by_reason = {
+        reason.value: sum(tenant.evicted[reason] for tenant in tenants) for reason in Reason
+    }
+    return {"evicted_blocks": sum(by_reason.values()), "evicted": by_reason}
+
+
 def _model(arena: Arena) -> dict[str, Any]:
     return {
         "name": arena.name,
@@ -372,18 +357,7 @@ def _model(arena: Arena) -> dict[str, Any]:
     }
 
 
-def _leased(sequences: list[Any]) -> set[Any]:
-    """The different blocks that these sequences lease, ancestors included."""
-    blocks = set()
-    for sequence in sequences:
-        node = sequence.leased
-        while node.parent is not None and node not in blocks:
-            blocks.add(node)
-            node = node.parent
-    return blocks
-
-
-def _settled(tenant: Tenant | None, cache: Cache, store: Store) -> Totals:
+def settled(tenant: Tenant | None, cache: Cache, store: Store) -> Totals:
     """The totals of one tenant or (None) of everything. What a directory could not get when it was
     to grow is not spent yet, whatever the core has set aside for it: it gets it with the next
     growth."""

@@ -23,7 +23,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack
 
-from kvd import __version__, adoption, log, reports
+from kvd import __version__, adoption, advice, log, reports
 from kvd.core import events
 from kvd.core.cache import Limits
 from kvd.core.machine import Core
@@ -246,6 +246,7 @@ class Server:
                     log.error("damaged blocks", model=store.arenas[arena].arena.name, blocks=blocks)
                 case events.ArenaAdopted():
                     store.adopt_arena(effect)
+                    self._warn_of_size(store.arenas[effect.arena].arena)
                 case events.ArenaRefused(arena, reason):
                     log.warning("cold start", arena=arena, reason=reason)
                     store.refuse_arena(arena)
@@ -274,7 +275,16 @@ class Server:
             self._requests.reply(answer.session, answer.correlation, error)
             return False
         log.info("model registered", model=effect.name, stride=effect.stride_bytes)
+        self._warn_of_size(effect)
         return True
+
+    def _warn_of_size(self, arena: events.CreateArena) -> None:
+        """Say so if too little of a model fits."""
+        needs = advice.Needs(arena.name, arena.block_tokens, arena.stride_bytes)
+        quota = self.core.cache.budget.tenant(arena.tenant).quota
+        warning = advice.of_model(self._settings, needs, quota)
+        if warning is not None:
+            log.warning("budget is small", tenant=arena.tenant, reason=warning)
 
     def _reply_lost(self, session: events.SessionId) -> None:
         self.sessions.give_up(session)
@@ -315,8 +325,8 @@ class Server:
 
     def _tick(self) -> float:
         """Do what is due; returns for how many seconds the loop may wait, -1 for ever."""
-        if self._reporter.is_recounting:
-            self._reporter.recount_some()
+        if self._reporter.is_walking:
+            self._reporter.walk_some()
         now = time.monotonic()
         deadline = self.core.next_deadline()
         if deadline is None:
@@ -332,7 +342,7 @@ class Server:
             self._linger(now),
             self._look_for_readers(now),
         )
-        if self._reporter.is_recounting:
+        if self._reporter.is_walking:
             return 0.0
         return -1 if due == math.inf else min(max(0.0, due - now), LONGEST_WAIT)
 

@@ -14,11 +14,12 @@ everything. With tables:
 
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from kvd.core.tenants import TenantRule
+from kvd.kinds import Ids, Kind, Secret, Size, Unusable, read_table
 from kvd_proto.errors import NoTenant
 
 DEFAULT = "default"
@@ -30,8 +31,14 @@ _NAME = re.compile(r"[a-z0-9-]{1,32}")
 _LAST_ID = (1 << 32) - 2  # (uid_t) -1 is none
 _OVERFLOW_ID = 65534
 """What the kernel says where it cannot say: a user of another user namespace."""
-_SALT_LENGTHS = (16, 128)
 _GROUPS_SHOWN = 16
+KINDS: Mapping[str, Kind] = {
+    "uids": Ids(_LAST_ID, _OVERFLOW_ID),
+    "gids": Ids(_LAST_ID, _OVERFLOW_ID),
+    "quota": Size(1 << 20, 1 << 44),
+    "salt": Secret(16, 128),
+}
+"""What a table of a tenant may say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,24 +59,48 @@ class Membership(NamedTuple):
     max_staging: int
 
 
-def read_tables(value: Any, parse_size: Callable[[Any], int]) -> tuple[TenantTable, ...]:
-    """The tables of all tenants, checked against each other. Raises ValueError, whose text names
-    the tenant and never holds a salt."""
-    if not isinstance(value, dict):
-        raise ValueError("tenants are tables of the configuration file: [tenants.NAME]")
-    if len(value) > MAX_TENANTS:
-        raise ValueError(f"there may be {MAX_TENANTS} tenants, not {len(value)}")
-    tables = tuple(_read_table(name, table, parse_size) for name, table in value.items())
-    for kind in ("uids", "gids"):
-        owner: dict[int, str] = {}
-        for table in tables:
-            for number in getattr(table, kind):
-                other = owner.setdefault(number, table.rule.name)
-                if other != table.rule.name:
-                    raise ValueError(
-                        f"{kind[:-1]} {number} is in two tenants, {other} and {table.rule.name}"
-                    )
-    return tables
+@dataclass(frozen=True, slots=True)
+class TenantTables(Kind):
+    """The tables of all tenants, checked against each other."""
+
+    metavar: ClassVar[str] = "TABLES"
+
+    @property
+    def allowed(self) -> str:
+        return "tables of the configuration file: [tenants.NAME]"
+
+    def read(self, value: Any) -> tuple[TenantTable, ...]:
+        """Raises Unusable with all that is wrong, and never a salt."""
+        if not isinstance(value, dict):
+            raise Unusable([f"tenants: it is {self.allowed}"])
+        errors: list[str] = []
+        if len(value) > MAX_TENANTS:
+            errors.append(f"tenants: there may be {MAX_TENANTS}, not {len(value)}")
+        tables: list[TenantTable] = []
+        for name, table in value.items():
+            try:
+                tables.append(_read_table(name, table))
+            except Unusable as error:
+                errors += error.errors
+        for kind in ("uids", "gids"):
+            owner: dict[int, str] = {}
+            for each in tables:
+                for number in sorted(getattr(each, kind)):
+                    other = owner.setdefault(number, each.rule.name)
+                    if other != each.rule.name:
+                        errors.append(
+                            f"tenants: {kind[:-1]} {number} is in two tenants, {other} and "
+                            f"{each.rule.name}: it is in one of them"
+                        )
+        if errors:
+            raise Unusable(errors)
+        return tuple(tables)
+
+    def show(self, value: Any) -> str:
+        return ", ".join(table.rule.name for table in value) or "none"
+
+    def plain(self, value: Any) -> list[str]:
+        return [table.rule.name for table in value]
 
 
 class Tenants:
@@ -131,40 +162,13 @@ class Tenants:
         )
 
 
-def _read_table(name: str, table: Any, parse_size: Callable[[Any], int]) -> TenantTable:
-    try:
-        if _NAME.fullmatch(name) is None:
-            raise ValueError("a tenant's name is 1 to 32 of a-z, 0-9 and '-'")
-        if not isinstance(table, dict):
-            raise ValueError("a tenant is a table")
-        unknown = sorted(table.keys() - {"uids", "gids", "salt", "quota"})
-        if unknown:
-            raise ValueError(f"there is no {unknown[0]!r}; known: uids, gids, salt, quota")
-        uids, gids = (_read_ids(kind, table.get(kind, [])) for kind in ("uids", "gids"))
-        if not uids and not gids and name != DEFAULT:
-            raise ValueError("it lists neither uids nor gids, so nobody would be of it")
-        quota = parse_size(table["quota"]) if "quota" in table else None
-        return TenantTable(TenantRule(name, _read_salt(table), quota), uids, gids)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
-
-
-def _read_ids(kind: str, value: Any) -> frozenset[int]:
-    if not isinstance(value, list) or any(type(each) is not int for each in value):
-        raise ValueError(f"{kind} is a list of numbers")
-    for number in value:
-        if not 0 <= number <= _LAST_ID:
-            raise ValueError(f"{kind} are from 0 to {_LAST_ID}, not {number}")
-        if number == _OVERFLOW_ID:
-            raise ValueError(f"{_OVERFLOW_ID} stands for everybody whom the kernel cannot name")
-    return frozenset(value)
-
-
-def _read_salt(table: dict[str, Any]) -> bytes:
-    if "salt" not in table:
-        return b""
-    salt, (least, most) = table["salt"], _SALT_LENGTHS
-    encoded = salt.encode() if isinstance(salt, str) else b""
-    if not least <= len(encoded) <= most:
-        raise ValueError(f"a salt is text of {least} to {most} bytes, which nobody can guess")
-    return encoded
+def _read_table(name: str, table: Any) -> TenantTable:
+    where = f"tenants.{name}"
+    if _NAME.fullmatch(name) is None:
+        raise Unusable([f"{where}: a tenant's name is 1 to 32 of a-z, 0-9 and '-'"])
+    values = read_table(where, table, KINDS)
+    uids, gids = (values.get(kind, frozenset()) for kind in ("uids", "gids"))
+    if not uids and not gids and name != DEFAULT:
+        raise Unusable([f"{where}: it lists neither uids nor gids, so nobody would be of it"])
+    rule = TenantRule(name, values.get("salt", b""), values.get("quota"))
+    return TenantTable(rule, uids, gids)

@@ -306,6 +306,11 @@ class Driver:
         """Of all tenants, and of requests without a session."""
         return sum_of([self.cache.counters, *self.cache.counters_of.values()])
 
+    def evicted(self, tenant: str = "t") -> dict[str, int]:
+        """How many of the tenant's blocks were dropped, by reason, those that are 0 left out."""
+        counts = self.cache.budget.tenants[tenant].evicted
+        return {reason.value: count for reason, count in counts.items() if count}
+
     def blocks(self, arena: int = 1) -> dict[tuple[int, ...], int]:
         """All sealed blocks by path, with their slots."""
         return {

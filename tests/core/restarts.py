@@ -274,10 +274,11 @@ class RestartingWorld(World):
             self.sessions, self.contexts, self.arenas, self.answers, self.askers, self.allocs,
             self.reserving, self.backing, self.copying, self.seals, self.staged, self.unheld,
             self.checks, self.deferred, self.deferred_pins, self.retrying, self.condemned,
-            self.from_before,
+            self.from_before, self.dropped,
         ):  # fmt: skip
             each.clear()
         self.evicting = False
+        self.commanded = 0
         self.n_contexts += 1000
         self.core = self._new_core()
         disks = [disk for disk in disks if not disk.is_removed]
@@ -644,9 +645,9 @@ class RestartingWorld(World):
             effects = effects[: effects.index(made[0])]
             del self.answers[self.n_asked], self.askers[self.n_asked]
             effects += self._handle(ArenaFailed(made[0].arena))
-        self.evicting = True  # more than was needed in the end
+            self.returned = made[0].directory_bytes
         self._settle(effects)
-        self.evicting = False
+        self.returned = 0
 
     # --- what world.py does, and more
 
@@ -729,6 +730,9 @@ class RestartingWorld(World):
         self.arenas[number].unchecked.discard(path)
         # Its place among those that nobody has leased in this life is checked when it restarts.
         evicted += set(found) - self.condemned - self.from_before
+
+    def _is_damaged(self, number: int, path: Path) -> bool:
+        return (number, path) in self.condemned
 
     def _check_eviction(
         self,

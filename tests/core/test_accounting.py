@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from random import Random
+from typing import Any
 
 import pytest
 
@@ -14,6 +15,7 @@ from kvd.core.accounting import (
 )
 from kvd.core.arenas import Arena
 from kvd.core.cache import AllocBacking, AppendBacking, Cache, Copying
+from kvd.core.reasons import Reason
 from kvd.core.recount import check
 from kvd.core.tenants import Tenant
 from kvd.core.tree import ADOPTED, GONE, Block
@@ -64,7 +66,7 @@ def cache() -> Cache:
     budget = driver.cache.budget
     arena = budget.arenas[1]
     for path in ((20, 21), (22, 23)):
-        budget.drop(block_of(arena, path), [])
+        budget.drop(block_of(arena, path), Reason.ROOM, [])
     budget._punch(arena, 1, [])
     check(driver.cache)
     return driver.cache
@@ -265,6 +267,14 @@ def reserve_what_is_free(cache: Cache) -> None:
     sequence.reserved[0] = first(cache).free[0]
 
 
+def reserved(cache: Cache) -> Any:
+    return of_session(cache).reserved
+
+
+def filled(cache: Cache) -> Any:
+    return of_session(cache).filling
+
+
 def forget_a_waiter(cache: Cache) -> None:
     cache.waiting.popitem()
 
@@ -282,7 +292,9 @@ def forget_a_waiter(cache: Cache) -> None:
         (add("open_sequences", of_session, 1), "open sequences of s: running total"),
         (add("waiting", of_session, 1), "waiting allocs of s: running total 2, recounted 1"),
         (add("waiting_bytes", of_session, 4), "tokens of waiting allocs of s"),
-        (add("reserved_bytes", of_session, PAGE), "reserved by s: running total"),
+        (add("n_bytes", reserved, PAGE), "reserved by s: running total Amount"),
+        (add("blocks", filled, 1), "filled by s: running total Amount"),
+        (add("filling_tokens", first, 1), "tokens being stored for .*: running total"),
         (add("in_flight", of_session, 1), "copies from the staging of s: running total 2"),
         (add("in_flight", of_dead_session, -1), "copies from the staging of dead"),
         (add("open_sequences", of_cache, 1), "open sequences"),

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from kvd.core.arenas import DIRECTORY_CHUNK, Arena, directory_bytes_for
 from kvd.core.budget import Budget
 from kvd.core.events import DropRecord, Effect, Punch, UseRecord
+from kvd.core.reasons import Reason
 from kvd.core.tree import FILLING, SEALED, Block
 from kvd_proto.errors import AllLeased, BudgetTooSmall
 from kvd_proto.geometry import Geometry
@@ -139,7 +140,7 @@ def test_a_parent_never_goes_before_its_children() -> None:
     bench = Bench(1 << 20, 1)
     a, _ = bench.chain(bench.arenas[0], 1, 2)
     with pytest.raises(AssertionError, match="after its children"):
-        bench.budget.drop(a, bench.effects)
+        bench.budget.drop(a, Reason.ROOM, bench.effects)
 
 
 @given(st.lists(st.tuples(st.integers(0, 11), st.integers(0, 11)), max_size=40))
@@ -405,7 +406,7 @@ def test_evict_takes_the_oldest_of_one_model_and_gives_their_memory_back() -> No
     assert bench.budget.evict("", 99, bench.effects) == 2
     assert bench.happened(DropRecord) == [DropRecord(1, a.slot), DropRecord(2, c.slot)]
     assert bench.budget.unassigned == bench.budget.n_bytes - bench.budget.directories
-    assert bench.budget.evicted_blocks == 3
+    assert bench.budget.tenants["t"].evicted[Reason.COMMAND] == 3
     assert bench.budget.evict("", 99, bench.effects) == 0
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from kvd.core import checking
 from kvd.core.events import Back, BlocksDamaged, Check, CheckItem, DropRecord
+from kvd.core.reasons import Reason
 from kvd.core.tree import ADOPTED, SEALED
 from kvd_proto.errors import AllLeased, BadPosition, NoSequenceFree, TooMany, UnknownContext
 from kvd_proto.messages import (
@@ -254,6 +255,7 @@ def test_what_is_damaged_is_not_served_nor_what_is_below(driver: Driver) -> None
     assert driver.of_kind(DropRecord) == [DropRecord(1, 3), DropRecord(1, 2)]
     assert driver.of_kind(BlocksDamaged) == [BlocksDamaged(1, 1)]
     assert driver.cache.counters.damaged_blocks == 1, "the other one was good"
+    assert driver.evicted() == {"damaged": 2}
     assert driver.counts() == {"active": 1, "cached": 1, "free": 2}
 
 
@@ -396,7 +398,7 @@ def test_what_it_would_match_may_be_evicted_while_it_waits_for_an_id(first: Driv
     budget = first.cache.budget
     block = next(block for block in budget.oldest_first() if block.slot == best[0])
     for below in [*reversed(block.below()), block]:
-        budget.drop(below, [])
+        budget.drop(below, Reason.ROOM, [])
     first.ask(b"a", Release(*holder.fields, COMPLETED))
     reply = first.replies[correlation]
     assert (reply.matched_tokens, slots_of(reply.slots)) == (2, [1])

@@ -145,7 +145,7 @@ def test_evict_by_request() -> None:
     assert driver.ask(b"s", Evict("m", 1)) == Evicted(1, PAGE)
     assert driver.blocks() == {(1, 2): 0}
     assert driver.ask(b"s", Evict("", 0)) == Evicted(1, PAGE)
-    assert driver.cache.budget.evicted_blocks == 2
+    assert driver.evicted() == {"command": 2}
 
 
 def test_a_message_that_the_shell_answers_is_a_fault_of_ours() -> None:

@@ -75,7 +75,7 @@ def test_at_its_quota_a_tenant_evicts_its_own_oldest_and_nobody_elses() -> None:
     assert driver.cached("a") == [3, 4, 5, 6]
     assert driver.cached("b") == [100, 101, 102], "older than all, and another's"
     assert driver.cache.budget.unassigned == 13 * PAGE, "there was room in the budget"
-    assert driver.cache.budget.tenants["a"].evicted_blocks == 2
+    assert (driver.evicted("a"), driver.evicted("b")) == ({"quota": 2}, {})
     assert driver.cache.budget.tenants["a"].held == driver.cache.budget.tenants["a"].quota
 
 
@@ -206,7 +206,7 @@ def test_an_eviction_costs_the_same_however_much_there_is() -> None:
         counter = Counter()
         counter.watch(driver)
         steps = counter.of(lambda: driver.append(handle, 0, 1 << 20))
-        assert driver.cache.budget.tenants[whose].evicted_blocks == 1
+        assert sum(driver.evicted(whose).values()) == 1
         return steps
 
     assert cost(100, None, "b") == cost(1000, None, "b") > 0

@@ -151,7 +151,7 @@ def test_room_set_aside(end: str) -> None:
         fields = driver.ask(b"s", append(_Handle(1, reply), 0, 1, 2, 3, 4))
         assert fields.stored == 2
         driver.work()
-        assert driver.cache.sessions[b"s"].reserved_bytes == PAGE
+        assert driver.cache.sessions[b"s"].reserved.n_bytes == PAGE
         return
     elif end == "disconnect":
         driver.disconnect(b"s")
@@ -159,7 +159,7 @@ def test_room_set_aside(end: str) -> None:
     context = max(driver.cache.sessions[b"s"].contexts)
     driver.ask(b"s", alloc(context, reserve=8))
     driver.work()
-    assert driver.cache.sessions[b"s"].reserved_bytes == 4 * PAGE
+    assert driver.cache.sessions[b"s"].reserved.n_bytes == 4 * PAGE
 
 
 class _Handle:

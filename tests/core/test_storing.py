@@ -203,6 +203,7 @@ def test_a_longer_tail_replaces_the_shorter_one(three: Any) -> None:
     driver.copy()
     assert driver.effects[1:] == [DropRecord(1, 7), Completed(b"a", 2)]
     assert driver.blocks() == {(1, 2): 6}
+    assert driver.evicted() == {"superseded": 1}
 
 
 def test_a_shorter_tail_that_is_leased_goes_when_it_is_let_go(three: Any) -> None:
@@ -214,6 +215,7 @@ def test_a_shorter_tail_that_is_leased_goes_when_it_is_let_go(three: Any) -> Non
     assert driver.blocks() == {(1,): 7, (1, 2): 6}
     driver.ask(b"b", release(reader))
     assert driver.of_kind(DropRecord) == [DropRecord(1, 7)]
+    assert driver.evicted() == {"superseded": 1}
     assert driver.blocks() == {(1, 2): 6}
 
 
@@ -232,6 +234,7 @@ def test_a_shorter_tail_that_is_sealed_later_is_not_kept(three: Any) -> None:
     driver.ask(b"a", release(a))
     driver.ask(b"b", release(b))
     assert driver.of_kind(DropRecord) == [DropRecord(1, 7)]
+    assert driver.evicted() == {"superseded": 1}
     assert driver.blocks() == {(1, 2): 6}
 
 
@@ -320,6 +323,7 @@ def test_all_below_goes_when_the_last_copy_is_bad(three: Any) -> None:
     assert driver.blocks() == {(1, 2, 3, 4): 6, (1, 2, 3, 4, 5): 5, (9, 9): 4}
     driver.copy(0)  # b's (1, 2), which had taken over
     assert driver.of_kind(DropRecord) == [DropRecord(1, 5), DropRecord(1, 6)]
+    assert driver.evicted() == {"orphaned": 2}
     assert driver.blocks() == {(9, 9): 4}
     assert driver.counts() == {"active": 1, "free": 7}
     assert (tokens_of(driver, a), tokens_of(driver, b), tokens_of(driver, c)) == (0, 0, 2)

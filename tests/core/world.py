@@ -5,7 +5,7 @@ Who chooses the steps: test_model.py (hypothesis) and test_simulation.py (a seed
 """
 
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from struct import pack, unpack
 from typing import Any, NamedTuple
@@ -40,6 +40,7 @@ from kvd.core.events import (
     WriteRecord,
 )
 from kvd.core.machine import Core
+from kvd.core.reasons import Reason
 from kvd.core.sequences import State
 from kvd.core.tenants import TenantRule
 from kvd.core.tree import FILLING, Block
@@ -213,8 +214,14 @@ class World:
         """Since which step no sequence leases a sealed block."""
         self.evicting = False
         """Whether it is by command, and not for want of room."""
+        self.dropped: Counter[tuple[str, str]] = Counter()
+        """By tenant and why; "lost" and "evicted" are several reasons."""
+        self.commanded = 0
+        """Blocks that are gone by command."""
         self.given_up = 0
         """Bytes of arenas that nobody used, and that went in this step."""
+        self.returned = 0
+        """Bytes that were wanted, and were not needed in the end."""
         self.paths: dict[bytes, Path] = {}
         """By the block's key."""
 
@@ -571,6 +578,7 @@ class World:
         def answered(body: Any) -> None:
             assert isinstance(body, Evicted)
             assert body.blocks == (min(cached, n_blocks) if n_blocks else cached)
+            self.commanded += body.blocks
             for arena in chosen:
                 assert not self.core.cache.budget.arenas[arena.number].free
 
@@ -922,6 +930,7 @@ class World:
         # And its pins' page, if it has ever had one.
         size = PAGE + (FIRST_DIRECTORY if not arena.births else DIRECTORY)
         self.given_up += size + len(self.shell.arenas[arena.number].memory) * arena.stride
+        self.dropped[arena.tenant, "arena"] += len(arena.sealed)
         for path in arena.sealed:
             self.unheld.pop((arena.number, path), None)
         arena.sealed.clear()
@@ -989,8 +998,17 @@ class World:
             for each in arena.chain(path)[:-1]
         )
         is_superseded = len(path) % arena.block_tokens and arena.extension(path)
+        if is_orphan or self._is_damaged(number, path):
+            why = "lost"
+        else:
+            why = "superseded" if is_superseded else "evicted"
+        self.dropped[arena.tenant, why] += 1
         if not is_orphan and not is_superseded:
             evicted.append((number, path))
+
+    def _is_damaged(self, number: int, path: Path) -> bool:
+        """Whether it was left by an earlier daemon and is not as that had left it."""
+        return False
 
     def _allocated(self, correlation: int, body: Any) -> None:
         """An alloc is answered that waits for no memory."""
@@ -1133,14 +1151,18 @@ class World:
                 assert unused <= min((self.unheld[each] for each in stayed), default=self.steps)
                 # No more than was needed for one block that is larger than what went last.
                 budget = self.core.cache.budget
-                spare = self.given_up + (1 + len(evicted)) * LARGEST_STRIDE
+                spare = self._spare(len(evicted))
                 assert budget.unassigned < spare or self.evicting
         self.unheld = {place: self.unheld.get(place, self.steps) for place in unleased}
 
     def _gave_way_itself(self, tenant: str, n_evicted: int) -> bool:
         """Whether it has no more left of its quota than what its own evictions may have made."""
         of = self.core.cache.budget.tenants[tenant]
-        return of.headroom < self.given_up + (1 + n_evicted) * LARGEST_STRIDE
+        return of.headroom < self._spare(n_evicted)
+
+    def _spare(self, n_evicted: int) -> int:
+        """What is left, at most, behind an eviction of only what was needed."""
+        return self.given_up + self.returned + (1 + n_evicted) * LARGEST_STRIDE
 
     def _compare(self) -> None:
         cache = self.core.cache
@@ -1155,6 +1177,7 @@ class World:
         reading = {job.session for job in self.shell.queue if isinstance(job, Copy)}
         assert self.shell.stagings.keys() == self.sessions.keys() | reading
         self._compare_sequences()
+        self._compare_reasons()
         assert self.arenas.keys() == cache.budget.arenas.keys()
         if not self.shell.queue:
             assert not any(arena.wanted for arena in self.arenas.values()), "a pin was forgotten"
@@ -1238,6 +1261,21 @@ class World:
         assert counts["cached"] == len(arena.sealed.keys() - in_use - pinned)
         rows = accounting.report_of_pins(self.core.cache, self.now)
         assert len(rows) == sum(len(each.pins) for each in self.arenas.values())
+
+    def _compare_reasons(self) -> None:
+        """Each block that was dropped is counted once, by why that was."""
+        together = {
+            **dict.fromkeys((Reason.ROOM, Reason.QUOTA, Reason.COMMAND), "evicted"),
+            **dict.fromkeys((Reason.DAMAGED, Reason.ORPHANED), "lost"),
+        }
+        counted: Counter[tuple[str, str]] = Counter()
+        tenants = self.core.cache.budget.tenants.values()
+        for tenant in tenants:
+            for reason, count in tenant.evicted.items():
+                counted[tenant.name, together.get(reason, reason)] += count
+            assert tenant.has_quota or not tenant.evicted[Reason.QUOTA]
+        assert counted == self.dropped
+        assert self.commanded == sum(tenant.evicted[Reason.COMMAND] for tenant in tenants)
 
     def _compare_memory(self) -> None:
         """The shell is idle: its memory is what the core accounts for."""

@@ -9,7 +9,14 @@ from pathlib import Path
 import psutil
 import pytest
 
-from kvd.limits import RESERVE_BYTES, NotEnoughRoom, Sources, check_room, memory_headroom
+from kvd.limits import (
+    RESERVE_BYTES,
+    NotEnoughRoom,
+    Sources,
+    ceilings,
+    check_room,
+    memory_headroom,
+)
 
 MIB = 1024 * 1024
 
@@ -150,3 +157,21 @@ def test_it_is_fast_enough_to_ask_before_every_block(tree: CgroupTree):
     tree.enter("/a/b/c")
     ask = timeit.Timer(lambda: check_room(MIB, sources=tree.sources))
     assert min(ask.repeat(repeat=20, number=20)) / 20 < 100e-6
+
+
+# --- what there is at most
+
+
+def test_the_ceilings_are_the_systems(tmp_path: Path) -> None:
+    tree = CgroupTree(tmp_path)
+    tree.add("", "max", 1)
+    tree.add("a", str(5 * MIB), 4 * MIB)
+    tree.add("a/b", str(7 * MIB), 1)
+    tree.enter("/a/b")
+    found = ceilings(tree.sources)
+    assert (found.cgroup, found.cgroup_path) == (5 * MIB, f"{tree.root}/a")
+    assert found.machine == psutil.virtual_memory().total
+    shm = os.statvfs("/dev/shm")
+    assert found.shm == shm.f_blocks * shm.f_frsize
+    tree.enter("/")
+    assert ceilings(tree.sources).cgroup is None

@@ -1,13 +1,13 @@
-"""Settings: defaults, file, environment, flags, in this order of strength; anything odd is
-refused."""
+"""Settings, and where they come from: defaults, file, environment, flags, in this order of
+strength; anything odd is refused, and all of it at once."""
 
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from kvd.settings import BadSetting, Settings, load, parse_size
+from kvd.configuration import BadSetting, Configuration, Origin, load, rows
+from kvd.settings import ABOUT, Settings
 
 
 def file(tmp_path: Path, text: str) -> Path:
@@ -19,12 +19,12 @@ def file(tmp_path: Path, text: str) -> Path:
 def test_the_stronger_source_wins(tmp_path: Path) -> None:
     path = file(tmp_path, 'max_memory = "1GiB"\nmax_sequences = 50\nn_seq_max = 4\n')
     environ = {"KVD_MAX_MEMORY": "2GiB", "KVD_MAX_SEQUENCES": "60", "KVD_UNKNOWN": "x"}
-    got = load(path, {"max_memory": "3GiB", "instance": None}, environ)
+    got = load(path, {"max_memory": "3GiB", "instance": None}, environ).settings
     assert got == Settings(max_memory=3 << 30, max_sequences=60, n_seq_max=4)
 
 
 def test_without_anything_there_are_the_defaults() -> None:
-    assert load(None, {}, {}) == Settings()
+    assert load(None, {}, {}) == Configuration(Settings(), {})
     assert (Settings().max_memory, Settings().max_sequences, Settings().n_seq_max) == (
         4096 << 20,
         100,
@@ -36,38 +36,30 @@ def test_without_anything_there_are_the_defaults() -> None:
     ("group", "gid"), [("root", 0), ("0", 0), (7, 7), ("65534", 65534), ("", None)]
 )
 def test_a_group_is_a_name_or_a_number(group: str | int, gid: int | None) -> None:
-    assert load(None, {"socket_group": group}, {}).socket_group == gid
-
-
-@pytest.mark.parametrize(
-    ("text", "n_bytes"),
-    [(5, 5), ("5", 5), ("5B", 5), ("3 KiB", 3072), ("2mib", 2 << 20), ("1TiB", 1 << 40)],
-)
-def test_sizes(text: str | int, n_bytes: int) -> None:
-    assert parse_size(text) == n_bytes
-
-
-@pytest.mark.parametrize("text", ["", "GiB", "1.5GiB", "-1", "4GB", "4 GiB more", True, None, 1.0])
-def test_what_is_no_size(text: Any) -> None:
-    with pytest.raises(ValueError, match="a size is"):
-        parse_size(text)
+    assert load(None, {"socket_group": group}, {}).settings.socket_group == gid
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("max_memroy = 1", "there is no setting 'max_memroy'; known: .*max_memory"),
-        ("max_memory = 1048575", "max_memory = 1048575: it is from 1048576"),
-        ('max_memory = "much"', "max_memory = 'much': a size is"),
+        (
+            "max_memroy = 1",
+            r"max_memroy: there is no setting 'max_memroy'; did you mean max_mem",
+        ),
+        (
+            "max_memory = 1048575",
+            "max_memory = 1048575: it is a size from 1MiB to 16383GiB",
+        ),
+        ('max_memory = "much"', "max_memory = 'much': it is a size"),
         ("max_memory = true", "max_memory = True"),
-        ("max_sequences = 0", "it is from 1"),
+        ("max_sequences = 0", "max_sequences = 0: it is a whole number from 1 to 1048576"),
         ("max_sequences = 2.5", "it is a whole number"),
-        ("n_seq_max = 256", "it is from 1 to 255"),
+        ("n_seq_max = 256", "it is a whole number from 1 to 255"),
         ("n_seq_max = 101", r"max_sequences \(100\) is less than n_seq_max \(101\)"),
         ("log_level = 'loud'", "it is one of debug, info, warning, error"),
         ("instance = 'a/b'", "instance = 'a/b'"),
-        ("instance = 7", "it is text"),
-        ("linger_seconds = -1", "it is from 0"),
+        ("instance = 7", "instance = 7: it is 1 to 32 of a-z"),
+        ("linger_seconds = -1", "it is a time from 0 to 366d: a number of seconds, or one"),
         ("socket_group = 'no-such-group'", "there is no group of this name"),
         ("socket_group = 4294967295", "there is no group with this number"),
         ("socket_group = -1", "there is no group with this number"),
@@ -78,7 +70,7 @@ def test_what_is_no_size(text: Any) -> None:
 def test_what_cannot_be_is_refused_with_its_name(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(BadSetting, match=message) as refused:
         load(file(tmp_path, text), {}, {})
-    assert "kvd.toml" in str(refused.value) or "max_sequences (100)" in str(refused.value)
+    assert "kvd.toml: " in str(refused.value)
 
 
 def test_a_file_that_was_named_must_be_there(tmp_path: Path) -> None:
@@ -87,10 +79,87 @@ def test_a_file_that_was_named_must_be_there(tmp_path: Path) -> None:
 
 
 def test_the_source_of_a_bad_value_is_named() -> None:
-    with pytest.raises(BadSetting, match=r"environment: max_sessions = 'many'"):
+    with pytest.raises(BadSetting, match=r"KVD_MAX_SESSIONS: max_sessions = 'many': it is a"):
         load(None, {}, {"KVD_MAX_SESSIONS": "many"})
-    with pytest.raises(BadSetting, match=r"flag: max_sessions = 0"):
+    with pytest.raises(BadSetting, match=r"^--max-sessions: max_sessions = 0: it is a"):
         load(None, {"max_sessions": 0}, {})
+
+
+def test_all_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
+    path = file(
+        tmp_path,
+        "max_memroy = 1\nlog_level = 'loud'\n[tenants.a]\nuids = 1\nquotta = 5\nsalt = 'x'\n",
+    )
+    with pytest.raises(BadSetting) as refused:
+        load(path, {"n_seq_max": "9999"}, {"KVD_KEEP_ON_STOP": "perhaps"})
+    beginnings = (
+        f"{path}: max_memroy: there is no setting",
+        f"{path}: log_level = 'loud': it is one of",
+        f"{path}: tenants.a.uids = 1: it is a list",
+        f"{path}: tenants.a.quotta: there is no setting 'quotta'; did you mean quota?",
+        f"{path}: tenants.a.salt: it is text of 16",
+        "KVD_KEEP_ON_STOP: keep_on_stop = 'perhaps': it is true or false",
+        "--n-seq-max: n_seq_max = '9999': it is a whole number from 1 to 255",
+    )
+    assert len(refused.value.errors) == len(beginnings)
+    for error, beginning in zip(refused.value.errors, beginnings, strict=True):
+        assert error.startswith(beginning)
+
+
+def test_settings_that_do_not_go_together_name_where_both_come_from(tmp_path: Path) -> None:
+    path = file(tmp_path, "max_sequences = 5\n")
+    with pytest.raises(BadSetting, match=rf"^{path}, KVD_N_SEQ_MAX: max_sequences \(5\) is less"):
+        load(path, {}, {"KVD_N_SEQ_MAX": "6"})
+
+
+def test_a_variable_that_nobody_reads_is_warned_of_if_it_is_like_one() -> None:
+    environ = {"KVD_MAX_MEMROY": "1GiB", "KVD_SOMETHING_ELSE": "1", "PATH": "/"}
+    found = load(None, {}, environ)
+    assert found.warnings == ("KVD_MAX_MEMROY is not read: did you mean KVD_MAX_MEMORY?",)
+
+
+def test_a_limit_that_limits_nothing_is_warned_of() -> None:
+    (warning,) = load(None, {"max_reserved": "5GiB"}, {}).warnings
+    assert "max_reserved (5GiB) is more than max_memory (4GiB)" in warning
+
+
+# --- what is in effect, and where it comes from
+
+
+def test_each_value_says_where_it_comes_from(tmp_path: Path) -> None:
+    path = file(tmp_path, "max_sequences = 50\nmax_memory = '1GiB'\n")
+    found = load(path, {"log_level": "debug"}, {"KVD_MAX_MEMORY": "2GiB", "KVD_INSTANCE": ""})
+    assert found.origins == {
+        "max_sequences": Origin("file", str(path)),
+        "max_memory": Origin("environment", "KVD_MAX_MEMORY"),
+        "log_level": Origin("flag", "--log-level"),
+    }
+    by_name = {row.name: row for row in rows(found)}
+    assert list(by_name) == list(ABOUT)
+    memory = by_name["max_memory"]
+    assert (memory.value, memory.text, memory.default_text) == (2 << 30, "2GiB", "4GiB")
+    assert (memory.origin, memory.where, memory.restart) == ("environment", "KVD_MAX_MEMORY", "")
+    # What follows from others is told as it is in effect.
+    assert (by_name["max_reserved"].text, by_name["max_session_sequences"].value) == ("1GiB", 37)
+    assert by_name["instance"].origin == "default"
+    assert "named after it" in by_name["instance"].restart
+    assert by_name["runtime_dir"].value
+
+
+def test_a_tenant_is_told_without_its_salt(tmp_path: Path) -> None:
+    path = file(tmp_path, TENANTS)
+    path.chmod(0o640)
+    found = rows(load(path, {}, {}))
+    assert SALT not in repr(found)
+    told = {row.name: (row.value, row.text, row.origin) for row in found}
+    assert told["tenants.team-a.salt"] == ("(secret)", "(secret)", "file")
+    assert told["tenants.team-b.salt"] == ("none", "none", "default")
+    assert told["tenants.team-a.quota"] == (1 << 30, "1GiB", "file")
+    assert told["tenants.team-b.quota"] == (None, "none", "default")
+    assert told["tenants.team-a.uids"] == ([1001, 1002], "1001,1002", "file")
+    can_change = {row.name for row in found if not row.restart}
+    assert {"tenants.team-a.quota", "max_memory", "log_level", "linger_seconds"} <= can_change
+    assert not {"instance", "runtime_dir", "socket_group", "tenants.team-a.uids"} & can_change
 
 
 # --- tenants and limits of a session
@@ -111,7 +180,7 @@ gids = [3000]
 def test_tenants_are_read(tmp_path: Path) -> None:
     path = file(tmp_path, TENANTS)
     path.chmod(0o640)
-    a, b = load(path, {}, {}).tenants
+    a, b = load(path, {}, {}).settings.tenants
     assert (a.rule.name, a.rule.salt, a.rule.quota) == ("team-a", SALT.encode(), 1 << 30)
     assert (a.uids, a.gids) == ({1001, 1002}, {2000})
     assert (b.rule.name, b.rule.salt, b.rule.quota) == ("team-b", b"", None)
@@ -121,29 +190,41 @@ def test_tenants_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("tenants = 1", "tenants are tables"),
-        ("tenants.a = 1", "a: a tenant is a table"),
+        ("tenants = 1", "tenants: it is tables of the configuration file"),
+        ("tenants.a = 1", r"tenants.a: it is a table: \[tenants.a\]"),
         ("[tenants.Team]\nuids = [1]", "Team: a tenant's name is"),
         ("[tenants.a_b]\nuids = [1]", "a_b: a tenant's name is"),
         (f"[tenants.{'a' * 33}]\nuids = [1]", "a tenant's name is 1 to 32"),
         ("[tenants.a]", "neither uids nor gids"),
-        ("[tenants.a]\nuids = [1]\nuid = 2", "there is no 'uid'; known: uids, gids"),
-        ("[tenants.a]\nuids = 1", "uids is a list of numbers"),
-        ("[tenants.a]\nuids = [true]", "uids is a list of numbers"),
-        ("[tenants.a]\ngids = ['wheel']", "gids is a list of numbers"),
-        ("[tenants.a]\nuids = [-1]", "uids are from 0 to 4294967294"),
-        ("[tenants.a]\nuids = [4294967295]", "uids are from 0 to 4294967294"),
-        ("[tenants.a]\nuids = [65534]", "65534 stands for everybody"),
-        ("[tenants.a]\ngids = [65534]", "65534 stands for everybody"),
+        (
+            "[tenants.a]\nuids = [1]\nuid = 2",
+            "tenants.a.uid: there is no setting 'uid'; did",
+        ),
+        ("[tenants.a]\nuids = 1", "tenants.a.uids = 1: it is a list of numbers"),
+        ("[tenants.a]\nuids = [true]", "it is a list of numbers"),
+        ("[tenants.a]\ngids = ['wheel']", "it is a list of numbers"),
+        ("[tenants.a]\nuids = [-1]", "it is a list of numbers from 0 to 4294967294"),
+        ("[tenants.a]\nuids = [4294967295]", "it is a list of numbers from 0 to 4294967294"),
+        ("[tenants.a]\nuids = [65534]", "without 65534, which stands for everybody"),
+        ("[tenants.a]\ngids = [65534]", "without 65534, which stands for everybody"),
         ("[tenants.a]\nuids = [1]\n[tenants.b]\nuids = [2, 1]", "uid 1 is in two tenants, a and b"),
         ("[tenants.a]\ngids = [1]\n[tenants.b]\ngids = [1]", "gid 1 is in two tenants, a and b"),
-        ("[tenants.a]\nuids = [1]\nquota = 'much'", "a: a size is"),
-        ("[tenants.a]\nuids = [1]\nquota = 1000", r"tenants.a: quota \(1000\) is from 1048576"),
-        ("[tenants.a]\nuids = [1]\nquota = '5GiB'", r"to max_memory \(4294967296\)"),
-        ("[tenants.a]\nuids = [1]\nsalt = 'short'", "a: a salt is text of 16 to 128 bytes"),
+        ("[tenants.a]\nuids = [1]\nquota = 'much'", "tenants.a.quota = 'much': it is a size"),
+        (
+            "[tenants.a]\nuids = [1]\nquota = 1000",
+            r"tenants.a.quota = 1000: it is a size from",
+        ),
+        (
+            "[tenants.a]\nuids = [1]\nquota = '5GiB'",
+            r"tenants.a.quota = 5GiB: it is at most max",
+        ),
+        (
+            "[tenants.a]\nuids = [1]\nsalt = 'short'",
+            "tenants.a.salt: it is text of 16 to 128 bytes",
+        ),
         ("max_session_sequences = 7", r"max_session_sequences \(7\) is less than n_seq_max"),
-        ("max_staging = 4095", "it is from 4096"),
-        ("max_commits = 0", "it is from 1"),
+        ("max_staging = 4095", "it is a size from 4KiB"),
+        ("max_commits = 0", "it is a whole number from 1"),
     ],
 )
 def test_tenants_and_limits_that_cannot_be(tmp_path: Path, text: str, message: str) -> None:
@@ -179,11 +260,11 @@ def test_a_salt_that_everybody_can_read_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadSetting, match=r"holds salts.*chmod o-r"):
         load(path, {}, {})
     path.write_text("[tenants.a]\nuids = [1]\n")
-    assert len(load(path, {}, {}).tenants) == 1
+    assert len(load(path, {}, {}).settings.tenants) == 1
 
 
 def test_tenants_come_from_the_file_alone() -> None:
-    with pytest.raises(BadSetting, match="environment: tenants: tenants are tables"):
+    with pytest.raises(BadSetting, match="KVD_TENANTS: tenants: it is tables of the"):
         load(None, {}, {"KVD_TENANTS": "a"})
 
 
@@ -202,15 +283,16 @@ def test_the_tenants_of_the_readme_are_right(tmp_path: Path) -> None:
     (text,) = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
     path = file(tmp_path, text)
     path.chmod(0o600)
-    a, b = load(path, {}, {}).tenants
+    a, b = load(path, {}, {}).settings.tenants
     assert (a.rule.name, a.rule.quota, b.rule.name) == ("team-a", 2 << 30, "team-b")
 
 
 def test_the_limits_of_the_readme_are_settings_with_these_defaults() -> None:
-    rows = dict(re.findall(r"^\| `(max_\w+)` \| ([^|]+) \|", README, re.MULTILINE))
+    table = dict(re.findall(r"^\| `(max_\w+)` \| ([^|]+) \|", README, re.MULTILINE))
     named = {name for name in Settings.__dataclass_fields__ if name.startswith("max_")}
-    assert set(rows) == named - {"max_memory", "max_sequences", "max_sessions", "max_models"}
-    for name, default in rows.items():
+    of_all = {"max_memory", "max_sequences", "max_sessions", "max_models", "max_context"}
+    assert set(table) == named - of_all
+    for name, default in table.items():
         number = default.removesuffix(" MiB")
         if number.isdecimal():
             scale = 1 << 20 if default.endswith("MiB") else 1

@@ -17,8 +17,7 @@ import pytest
 
 import kvd_client
 from kvd.lifeline import Listener
-from kvd.settings import parse_size
-from kvd.tenants import Membership, Tenants, read_tables
+from kvd.tenants import Membership, Tenants, TenantTables
 from kvd_proto import codec, errors
 from kvd_proto.messages import (
     Evict,
@@ -45,7 +44,7 @@ MIB = 1 << 20
 
 
 def tenants(table: Any, own_uid: int = 500) -> Tenants:
-    return Tenants(read_tables(table, parse_size), 64 * MIB, 4 * MIB, own_uid)
+    return Tenants(TenantTables().read(table), 64 * MIB, 4 * MIB, own_uid)
 
 
 TABLE = {

@@ -14,19 +14,19 @@ import argparse
 import json
 import os
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
-from kvd_client.client import Client
 from kvd_client.errors import DeadlineExceeded, KvdError, Unavailable
-from kvd_client.kvctl import pins, views, warm
-from kvd_client.kvctl.answer import FAILED, NO_DAEMON, OK, USAGE, Answer, BadUsage, check_model
-from kvd_client.kvctl.tables import Look, count, duration, size
+from kvd_client.kvctl import evicting, pins, reading, warm
+from kvd_client.kvctl.answer import FAILED, NO_DAEMON, USAGE, Answer, BadUsage
+from kvd_client.kvctl.tables import Look
 from kvd_client.operations import DEFAULT_TIMEOUT
 from kvd_proto.paths import DEFAULT_INSTANCE
 
+_MODULES = (reading, evicting, pins, warm)
+"""In the order in which --help shows their commands."""
 _INTERRUPTED = 130
 """128 + SIGINT, as shells have it."""
 
@@ -35,14 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code. Raises SystemExit(2) for bad usage."""
     options = _parser().parse_args(arguments)
     try:
-        with Client(
-            options.runtime_dir,
-            instance=options.instance,
-            name="kvctl",
-            staging_bytes=0,
-            timeout=options.timeout,
-        ) as client:
-            answer: Answer = options.run(client, options)
+        answer: Answer = options.run(options)
     except (Unavailable, DeadlineExceeded) as error:
         _complain(error, _what_to_do(error))
         return NO_DAEMON
@@ -59,59 +52,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return _print(text, answer.code)
 
 
-# --- commands
-
-
-def _status(client: Client, _: argparse.Namespace) -> Answer:
-    report = client.status()
-    return Answer(report, lambda look: views.status(report, look))
-
-
-def _seqs(client: Client, _: argparse.Namespace) -> Answer:
-    rows = client.sequences()
-    return Answer({"sequences": rows}, lambda look: views.sequences(rows, look))
-
-
-def _clients(client: Client, _: argparse.Namespace) -> Answer:
-    rows = client.clients()
-    return Answer({"clients": rows}, lambda look: views.clients(rows, look))
-
-
-def _models(client: Client, _: argparse.Namespace) -> Answer:
-    rows = client.status()["models"]
-    return Answer({"models": rows}, lambda look: views.models(rows, look))
-
-
-def _verify(client: Client, _: argparse.Namespace) -> Answer:
-    report = client.verify()
-    code = OK if report["ok"] else FAILED
-    return Answer(report, lambda look: views.verify(report, look), code)
-
-
-def _ping(client: Client, _: argparse.Namespace) -> Answer:
-    started = time.perf_counter()
-    pong = client.ping()
-    seconds = time.perf_counter() - started
-    report = {**pong._asdict(), "round_trip_us": round(seconds * 1e6, 1)}
-    text = (
-        f"kvd {pong.version}, instance {pong.instance}, pid {pong.pid}, "
-        f"up {duration(pong.uptime_ms / 1000)}: answered in {seconds * 1000:.2f} ms"
-    )
-    return Answer(report, lambda _: text)
-
-
-def _evict(client: Client, options: argparse.Namespace) -> Answer:
-    if options.model:
-        check_model(client, options.model)
-    evicted = client.evict(options.model, 0 if options.all else options.blocks)
-    blocks = f"{count(evicted.blocks)} block{'s' if evicted.blocks != 1 else ''}"
-    text = f"{blocks} evicted, {size(evicted.freed_bytes)} given back to the system"
-    return Answer(evicted._asdict(), lambda _: text)
-
-
-# --- in and out
-
-
 def _parser() -> argparse.ArgumentParser:
     description, _, epilog = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(
@@ -123,36 +63,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"kvctl {version('kvd-cache')}")
     _add_common(parser, suppress=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    table: tuple[tuple[str, Callable[[Client, argparse.Namespace], Answer], str], ...] = (
-        ("status", _status, "memory, hit rate, models: everything at a glance"),
-        ("seqs", _seqs, "open and waiting sequences"),
-        ("clients", _clients, "who is connected, and what each holds"),
-        ("models", _models, "registered models and their blocks"),
-        ("evict", _evict, "drop cached blocks that nobody leases or pins, the oldest first"),
-        ("pin", pins.pin, "keep the cached prefix of these token ids from eviction"),
-        ("unpin", pins.unpin, "end pins"),
-        ("pins", pins.show, "what is pinned, by whom, and for how long"),
-        ("warm", warm.warm, "compute prompts with a llama.cpp model, store and pin them"),
-        ("ping", _ping, "whether the daemon answers, and how fast"),
-        ("verify", _verify, "recount everything from the blocks and the system"),
-    )
-    for name, run, summary in table:
-        command = commands.add_parser(
-            name, help=summary, description=f"{summary[0].upper()}{summary[1:]}."
+    for command in (each for module in _MODULES for each in module.COMMANDS):
+        summary = command.summary
+        options = commands.add_parser(
+            command.name, help=summary, description=f"{summary[0].upper()}{summary[1:]}."
         )
-        _add_common(command, suppress=True)
-        command.set_defaults(run=run)
-        if name == "evict":
-            command.add_argument("--model", default="", metavar="NAME", help="of this model only")
-            how_many = command.add_mutually_exclusive_group(required=True)
-            how_many.add_argument("--blocks", type=_positive, metavar="N", help="at most so many")
-            how_many.add_argument("--all", action="store_true", help="all of them")
-        elif name == "pin":
-            pins.add_pin_options(command)
-        elif name == "unpin":
-            pins.add_unpin_options(command)
-        elif name == "warm":
-            warm.add_options(command)
+        _add_common(options, suppress=True)
+        command.add_options(options)
+        options.set_defaults(run=command.run)
     return parser
 
 
@@ -185,12 +103,6 @@ def _add_common(parser: argparse.ArgumentParser, *, suppress: bool) -> None:
     parser.add_argument(
         "--json", action="store_true", default=default(False), help="print it for programs"
     )
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or not 0 < int(text) < 1 << 32:
-        raise argparse.ArgumentTypeError(f"a whole number from 1 on, not {text!r}")
-    return int(text)
 
 
 def _seconds(text: str) -> float:

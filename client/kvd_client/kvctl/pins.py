@@ -8,6 +8,7 @@ from kvd_client.client import Client
 from kvd_client.errors import BadMessage, RequestError
 from kvd_client.kvctl import views
 from kvd_client.kvctl.answer import FAILED, Answer, BadUsage, check_model
+from kvd_client.kvctl.command import Command, asking
 from kvd_client.kvctl.tables import count, duration
 from kvd_client.state import pack_tokens
 from kvd_proto.keys import TOKEN_BYTES
@@ -18,8 +19,7 @@ _SHORTEST_FINGERPRINT = 8
 """Hex digits that name a model as well as its name does."""
 
 
-def pin(client: Client, options: argparse.Namespace) -> Answer:
-    """Pin what is cached of the tokens; fails if that is nothing."""
+def _pin(client: Client, options: argparse.Namespace) -> Answer:
     fingerprint = _find_model(client, options.model)
     tokens = _read_tokens(options.file)
     asked = len(tokens) // TOKEN_BYTES
@@ -32,8 +32,7 @@ def pin(client: Client, options: argparse.Namespace) -> Answer:
     return Answer(report, lambda _: text)
 
 
-def unpin(client: Client, options: argparse.Namespace) -> Answer:
-    """End an owner's pins."""
+def _unpin(client: Client, options: argparse.Namespace) -> Answer:
     if options.model:
         check_model(client, options.model)
     ended = client.unpin(options.owner, options.model)
@@ -41,14 +40,12 @@ def unpin(client: Client, options: argparse.Namespace) -> Answer:
     return Answer({"pins": ended}, lambda _: text)
 
 
-def show(client: Client, _: argparse.Namespace) -> Answer:
-    """List all pins."""
+def _pins(client: Client, _: argparse.Namespace) -> Answer:
     rows = client.pins()
     return Answer({"pins": rows}, lambda look: views.pins(rows, look))
 
 
-def add_pin_options(command: argparse.ArgumentParser) -> None:
-    """Of `kvctl pin`."""
+def _add_pin_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--model", required=True, metavar="NAME", help="its name, or how its fingerprint begins"
     )
@@ -72,8 +69,7 @@ def add_pin_options(command: argparse.ArgumentParser) -> None:
     )
 
 
-def add_unpin_options(command: argparse.ArgumentParser) -> None:
-    """Of `kvctl unpin`."""
+def _add_unpin_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--model", default="", metavar="NAME", help="on this model only")
     command.add_argument(
         "--owner", default=_OWNER, metavar="NAME", help="whose pins (default: kvctl)"
@@ -121,3 +117,15 @@ def _read_tokens(path: str) -> bytes:
         return pack_tokens(found)
     except (OSError, ValueError, RecursionError, BadMessage) as error:
         raise BadUsage(f"a file with a JSON list of token ids, not {path!r}: {error}") from None
+
+
+COMMANDS = (
+    Command(
+        "pin",
+        "keep the cached prefix of these token ids from eviction",
+        asking(_pin),
+        _add_pin_options,
+    ),
+    Command("unpin", "end pins", asking(_unpin), _add_unpin_options),
+    Command("pins", "what is pinned, by whom, and for how long", asking(_pins)),
+)

@@ -182,41 +182,70 @@ def sequences(rows: Sequence[Report], look: Look) -> str:
     return table(columns, cells, look)
 
 
-def clients(rows: Sequence[Report], look: Look) -> str:
-    """Each connected client, and what it holds."""
+def clients(report: Report, look: Look) -> str:
+    """Each connected client, and what it holds; and if there are tenants, what each holds."""
+    rows = report["clients"]
     columns = (
         Column("CLIENT", elastic=True),
         Column("PID", right=True),
-        Column("SESSION"),
         Column("TENANT", elastic=True),
-        Column("CTX", right=True),
         Column("SEQS", right=True),
-        Column("BLOCKS", right=True),
+        Column("LEASED", right=True),
+        Column("ALONE", right=True),
+        Column("FILLING", right=True),
         Column("STAGING", right=True),
-        Column("COMMITS", right=True),
         Column("SINCE", right=True),
     )
     cells = [
         (
             row["client"],
             row["pid"],
-            row["session"],
             row["tenant"],
-            row["contexts"],
             row["sequences"],
-            count(row["leased_blocks"]),
+            size(row["leased_bytes"]),
+            size(row["alone_bytes"]),
+            size(row["reserved_bytes"] + row["filling_bytes"]),
             size(row["staging_bytes"]),
-            row["commits_in_flight"],
             duration(row["connected_seconds"]),
         )
         for row in rows
     ]
-    stopped = [
+    lines = [table(columns, cells, look)]
+    lines += [
         look.paint(f"process {row['pid']} is stopped: it lives, and keeps what it holds", "red")
         for row in rows
         if row["stopped"]
     ]
-    return "\n".join([table(columns, cells, look), *stopped])
+    lines += ["", _holders(report["tenants"], look)]
+    return "\n".join(lines)
+
+
+def _holders(rows: Sequence[Report], look: Look) -> str:
+    """What is held for each tenant's clients. Blocks that several lease count once here."""
+    columns = (
+        Column("TENANT", elastic=True),
+        Column("QUOTA", right=True),
+        Column("HELD", right=True),
+        Column("ALONE", right=True),
+        Column("SHARED", right=True),
+        Column("PINNED", right=True),
+        Column("CACHED", right=True),
+        Column("STAGING", right=True),
+    )
+    cells = [
+        (
+            row["name"],
+            size(row["quota_bytes"]),
+            size(row["held_bytes"]),
+            size(row["alone_bytes"]),
+            size(row["together_bytes"]),
+            size(row["pinned_bytes"]),
+            size(row["cached_bytes"]),
+            size(row["staging_bytes"]),
+        )
+        for row in rows
+    ]
+    return table(columns, cells, look)
 
 
 def pins(rows: Sequence[Report], look: Look) -> str:

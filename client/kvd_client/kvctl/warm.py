@@ -8,6 +8,7 @@ from typing import Any, TextIO
 
 from kvd_client.client import DEFAULT_STAGING, Client
 from kvd_client.kvctl.answer import FAILED, OK, Answer, BadUsage
+from kvd_client.kvctl.command import Command, positive
 from kvd_client.kvctl.pins import lifetime
 from kvd_client.kvctl.tables import Column, Look, clean, count, duration, table
 
@@ -15,7 +16,7 @@ OWNER = "warm"
 _BAR = 24
 
 
-def warm(client: Client, options: argparse.Namespace) -> Answer:
+def _warm(options: argparse.Namespace) -> Answer:
     """Warm each file's prompt; all are read before anything is computed."""
     try:
         from kvd_client.integrations.llama import warm as warming
@@ -32,11 +33,11 @@ def warm(client: Client, options: argparse.Namespace) -> Answer:
                 name="kvctl warm",
                 staging_bytes=DEFAULT_STAGING,
                 timeout=options.timeout,
-            ) as storing,
+            ) as client,
             warming.open_worker(
                 options.model,
                 options.files,
-                storing,
+                client,
                 n_ctx=options.n_ctx,
                 block_tokens=options.block_tokens,
                 n_batch=options.n_batch,
@@ -91,7 +92,7 @@ class Progress:
             self._out.flush()
 
 
-def add_options(command: argparse.ArgumentParser) -> None:
+def _add_options(command: argparse.ArgumentParser) -> None:
     """Of `kvctl warm`. What determines the K/V must be as the workers have it: else they would not
     find it."""
     command.add_argument("--model", type=Path, required=True, metavar="FILE", help="a GGUF file")
@@ -112,15 +113,15 @@ def add_options(command: argparse.ArgumentParser) -> None:
         "--lora", action="append", default=[], metavar="FILE[=SCALE]", help="an adapter"
     )
     command.add_argument(
-        "--n-ctx", type=_natural, metavar="N", help="default: as long as the longest prompt"
+        "--n-ctx", type=positive, metavar="N", help="default: as long as the longest prompt"
     )
     command.add_argument(
-        "--n-batch", type=_natural, default=512, metavar="N", help="tokens of a batch (512)"
+        "--n-batch", type=positive, default=512, metavar="N", help="tokens of a batch (512)"
     )
     command.add_argument(
-        "--block-tokens", type=_natural, default=32, metavar="N", help="tokens of a block (32)"
+        "--block-tokens", type=positive, default=32, metavar="N", help="tokens of a block (32)"
     )
-    command.add_argument("--threads", type=_natural, metavar="N", help="default: all there are")
+    command.add_argument("--threads", type=positive, metavar="N", help="default: all there are")
     command.add_argument(
         "files",
         nargs="+",
@@ -155,7 +156,8 @@ def _adapter(text: str) -> tuple[str, float]:
         return text, 1.0
 
 
-def _natural(text: str) -> int:
-    if not text.isdecimal() or not 0 < int(text) < 1 << 31:
-        raise argparse.ArgumentTypeError(f"a whole number from 1 on, not {text!r}")
-    return int(text)
+COMMANDS = (
+    Command(
+        "warm", "compute prompts with a llama.cpp model, store and pin them", _warm, _add_options
+    ),
+)

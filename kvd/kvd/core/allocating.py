@@ -231,7 +231,7 @@ def reserve_backed(cache: Cache, job: AllocBacking, event: Backed, effects: list
         return
     unbacked = set() if event.error is None else set(job.to_back)
     cache.budget.unback(arena, unbacked)
-    session.reserved_bytes -= len(unbacked) * arena.stride
+    session.reserved.add(-len(unbacked), 0, arena.stride)
     _end_reservation(cache, sequence, [slot for slot in job.slots if slot not in unbacked])
     if sequence.is_open:
         close_sequence(cache, sequence, State.FAILED, effects)
@@ -347,17 +347,16 @@ def _reserve(
     first."""
     arena, session = sequence.context.arena, sequence.context.session
     n_slots = -(-message.reserve_tokens // arena.block_tokens)
-    reserved = session.reserved_bytes + n_slots * arena.stride
-    if reserved > cache.limits.session_reserved:
+    if session.reserved.n_bytes + n_slots * arena.stride > cache.limits.session_reserved:
         cache.budget.check_room(arena, n_slots)  # whose answer says more, if it has none
         raise TooMany(
             "this session would have more room set aside than it may",
             asked_bytes=n_slots * arena.stride,
-            reserved_bytes=session.reserved_bytes,
+            reserved_bytes=session.reserved.n_bytes,
             max_reserved=cache.limits.session_reserved,
         )
     taken = cache.budget.take(arena, n_slots, effects)
-    session.reserved_bytes = reserved
+    session.reserved.add(n_slots, 0, arena.stride)
     sequence.limit = sequence.tip.end + message.reserve_tokens
     if not taken.to_back:
         sequence.reserved = taken.slots
@@ -382,7 +381,7 @@ def _end_reservation(cache: Cache, sequence: Sequence, slots: list[int]) -> None
     arena = sequence.context.arena
     for slot in slots:
         cache.budget.give_back(arena, slot)
-    sequence.context.session.reserved_bytes -= len(slots) * arena.stride
+    sequence.context.session.reserved.add(-len(slots), 0, arena.stride)
 
 
 def _count_waiting(cache: Cache, session: Session, message: Alloc | messages.Pin) -> None:

@@ -73,6 +73,8 @@ class Arena:
         """Blocks that an earlier daemon left, and that are not served before they are checked."""
         self.pins = PinTable()
         self.filling = 0
+        self.filling_tokens = 0
+        """Of the blocks among these: a slot that is set aside has none."""
         self.active = 0
         self.pinned = 0
         self.cached = 0

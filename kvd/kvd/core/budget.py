@@ -39,6 +39,7 @@ from kvd.core.events import (
     UseRecord,
 )
 from kvd.core.pins import pins_bytes_for
+from kvd.core.reasons import Reason
 from kvd.core.tenants import Tenant, TenantRule
 from kvd.core.tree import ADOPTED, FILLING, GONE, Block
 from kvd_proto.errors import AllLeased, BudgetTooSmall, Detail, ResourceError
@@ -94,11 +95,6 @@ class Budget:
     def staging(self) -> int:
         """Bytes of all stagings."""
         return sum(tenant.staging for tenant in self.tenants.values())
-
-    @property
-    def evicted_blocks(self) -> int:
-        """Blocks dropped for room, or by `evict`, since the start."""
-        return sum(tenant.evicted_blocks for tenant in self.tenants.values())
 
     def oldest_first(self) -> Iterator[Block]:
         """All that is cached; nothing may change meanwhile."""
@@ -183,7 +179,7 @@ class Budget:
     def _drop_superseded(self, block: Block, effects: list[Effect]) -> None:
         """Drop an open tail that a longer block has replaced, unless somebody keeps it."""
         if block.parent is not None and not block.is_kept and block.is_superseded:
-            self.drop(block, effects)
+            self.drop(block, Reason.SUPERSEDED, effects)
 
     def let_go_some(self, effects: list[Effect]) -> None:
         """Go on with leases that have ended, for as many blocks as are allowed now."""
@@ -272,7 +268,7 @@ class Budget:
         arena.free.extend(arena.retired)
         arena.retired.clear()
 
-    def drop_unleased(self, block: Block, effects: list[Effect]) -> None:
+    def drop_unleased(self, block: Block, reason: Reason, effects: list[Effect]) -> None:
         """Forget a block that has no children and that no sequence leases. If a client of an
         earlier daemon may still read it, its slot is set aside until nobody can."""
         arena = block.arena
@@ -280,7 +276,7 @@ class Budget:
         if is_read:
             del arena.former[block]
             self._let_go(block, arena.backed)
-        self.drop(block, effects)
+        self.drop(block, reason, effects)
         if is_read:
             arena.retired.append(arena.free.pop())
             arena.filling += 1
@@ -321,7 +317,7 @@ class Budget:
         for block in arena.root.below():
             del arena.lru[block]
             block.state = GONE
-        arena.tenant.evicted_blocks += arena.cached
+        arena.tenant.evicted[Reason.ARENA] += arena.cached
         self.spend(arena.tenant, -arena.memory_beside - arena.backed * arena.stride)
 
     def give_up(self, arena: Arena, effects: list[Effect]) -> None:
@@ -383,7 +379,7 @@ class Budget:
             arena.blocks[slot] = None
         self.spend(arena.tenant, -len(slots) * arena.stride)
 
-    def drop(self, block: Block, effects: list[Effect]) -> None:
+    def drop(self, block: Block, reason: Reason, effects: list[Effect]) -> None:
         """Forget a cached block, which has no children: its slot is free."""
         assert block.parent is not None
         assert not block.children, "a parent goes after its children"
@@ -398,6 +394,7 @@ class Budget:
             arena.unchecked -= 1
         block.state = GONE
         arena.cached -= 1
+        arena.tenant.evicted[reason] += 1
         arena.free.append(block.slot)
         arena.blocks[block.slot] = None
         effects.append(DropRecord(arena.number, block.slot))
@@ -405,13 +402,13 @@ class Budget:
     def pop_oldest(self, effects: list[Effect], tenant: Tenant | None = None) -> Block:
         """Evict the least recently used block that has no resident children: the head of the
         tenant's LRU, or the oldest of all heads."""
+        reason = Reason.QUOTA if tenant is not None and tenant.has_quota else Reason.ROOM
         if tenant is None:
             tenant = min(
                 (each for each in self.tenants.values() if each.lru), key=attrgetter("oldest_use")
             )
         block = next(iter(tenant.lru))  # there is one: check_room counted it
-        self.drop(block, effects)
-        tenant.evicted_blocks += 1
+        self.drop(block, reason, effects)
         return block
 
     def evict(
@@ -430,8 +427,7 @@ class Budget:
         lru = self.oldest_first() if tenant is None else tenant.lru
         chosen = list(islice((block for block in lru if block.arena in wanted), n_blocks))
         for block in chosen:
-            self.drop(block, effects)
-            block.arena.tenant.evicted_blocks += 1
+            self.drop(block, Reason.COMMAND, effects)
         for arena in arenas:
             if arena in wanted:
                 self._punch(arena, len(arena.free), effects)

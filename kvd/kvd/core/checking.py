@@ -12,6 +12,7 @@ from kvd.core import pins
 from kvd.core.cache import Cache, Checking
 from kvd.core.commits import supersede
 from kvd.core.events import BlocksDamaged, Check, Checked, CheckItem, Effect
+from kvd.core.reasons import Reason
 from kvd.core.storing import remove
 from kvd.core.tree import ADOPTED, SEALED, Block, unchecked
 from kvd_proto.errors import InternalError
@@ -74,7 +75,7 @@ def checked(cache: Cache, job: Checking, event: Checked, effects: list[Effect]) 
             damaged += 1
             pins.end_below(cache, block, effects)
             error = InternalError("a block that was left by an earlier daemon is damaged")
-            remove(cache, block, error, effects)
+            remove(cache, block, error, Reason.DAMAGED, effects)
     if damaged:
         cache.counters.damaged_blocks += damaged
         effects.append(BlocksDamaged(job.blocks[0].arena.number, damaged))
@@ -95,4 +96,4 @@ def _seal(cache: Cache, block: Block, effects: list[Effect]) -> None:
     block.arena.unchecked -= 1
     supersede(block, cache.budget, effects)
     if not block.is_kept and block.is_superseded:
-        cache.budget.drop(block, effects)
+        cache.budget.drop(block, Reason.SUPERSEDED, effects)

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from kvd.core.budget import Budget
 from kvd.core.events import CopyItem, Effect, WriteRecord
+from kvd.core.reasons import Reason
 from kvd.core.sequences import Sequence, Session
 from kvd.core.tree import FILLING, GONE, NO_SLOT, SEALED, Block
 from kvd_proto.errors import KvdError
@@ -113,6 +114,10 @@ def begin(
         commit.pending.add(block)
         new.append(block)
         parent = block
+    if new:
+        n_tokens = parent.end - new[0].start
+        arena.filling_tokens += n_tokens
+        commit.session.filling.add(len(new), n_tokens, arena.stride)
     return Begun(new, len(plan.existing) - joined, joined)
 
 
@@ -135,6 +140,8 @@ def seal(
     block.generation = block.last_use = generation
     block.arena.filling -= 1
     block.arena.active += 1
+    block.arena.filling_tokens -= block.n_tokens
+    _count(block, -1)
     effects.append(
         WriteRecord(
             block.arena.number,
@@ -157,7 +164,12 @@ def seal(
 def drop_source(block: Block, commit: Commit) -> None:
     """The block is this commit's to fill no longer."""
     assert block.sources is not None
-    block.sources.pop(commit, None)
+    was_first = block.first_source.commit is commit
+    if was_first:
+        _count(block, -1)
+    del block.sources[commit]
+    if was_first and block.sources:
+        _count(block, 1)
     commit.pending.discard(block)
 
 
@@ -168,21 +180,26 @@ def withdraw(commit: Commit) -> None:
             drop_source(block, commit)
 
 
-def remove_failed(block: Block, error: KvdError, budget: Budget, effects: list[Effect]) -> None:
+def remove_failed(
+    block: Block, error: KvdError, reason: Reason, budget: Budget, effects: list[Effect]
+) -> None:
     """Take a block that no source can fill out of the tree, with everything below it.
 
     A slot is free at once, or when the job that the shell has for it has ended (`in_flight`).
-    Sequences that rest on a removed block must be moved off first.
+    Sequences that rest on a removed block must be moved off first. Those that were sealed, or left
+    by an earlier daemon, are dropped for this reason.
     """
     for failed in reversed([block, *block.below()]):
         if failed.state is not FILLING:
             # Its copy was sealed while its parent still waited for one, or both were adopted. No
             # sequence leases it any more.
-            budget.drop_unleased(failed, effects)
+            budget.drop_unleased(failed, reason, effects)
             continue
-        for commit in failed.sources or ():
-            commit.pending.discard(failed)
-            commit.failure = error
+        if failed.sources:
+            _count(failed, -1)
+            for commit in failed.sources:
+                commit.pending.discard(failed)
+                commit.failure = error
         failed.sources = None
         if not failed.in_flight and failed.slot != NO_SLOT:
             budget.give_back(failed.arena, failed.slot)
@@ -202,7 +219,15 @@ def _detach(block: Block, budget: Budget, effects: list[Effect]) -> None:
     assert parent is not None
     parent.remove(block)
     block.state = GONE
+    block.arena.filling_tokens -= block.n_tokens
     budget.unhold(parent, effects)
+
+
+def _count(block: Block, blocks: int) -> None:
+    """A filling block counts for the session whose staged copy is its first source: one more (1),
+    or one less (-1)."""
+    session = block.first_source.commit.session
+    session.filling.add(blocks, blocks * block.n_tokens, block.arena.stride)
 
 
 def supersede(block: Block, budget: Budget, effects: list[Effect]) -> None:
@@ -212,4 +237,4 @@ def supersede(block: Block, budget: Budget, effects: list[Effect]) -> None:
     assert parent is not None
     for shorter in parent.prefixes(block.tokens):
         if shorter.state is not FILLING and not shorter.is_kept:
-            budget.drop(shorter, effects)
+            budget.drop(shorter, Reason.SUPERSEDED, effects)

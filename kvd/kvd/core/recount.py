@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from operator import attrgetter
 
 from kvd.core.accounting import AccountingError, totals
+from kvd.core.amounts import Amount
 from kvd.core.arenas import Arena
 from kvd.core.cache import (
     AllocBacking,
@@ -58,6 +59,8 @@ def check_in_steps(cache: Cache) -> Iterator[None]:
             continue  # given up meanwhile
         _check_counts(cache, arena)
         yield
+    _check_filling(cache)
+    yield
     for tenant in list(cache.budget.tenants.values()):
         yield from _check_order(tenant, cache.budget.clock)
 
@@ -79,19 +82,19 @@ def check_totals(cache: Cache) -> None:
                 "that is gone"
             )
     copies = dict.fromkeys(sessions, 0)
-    reserved = dict.fromkeys(sessions, 0)
+    reserved = {session: Amount() for session in sessions}
     for sequence in sequences:
-        reserved[sequence.context.session] += len(sequence.reserved) * _stride(sequence)
+        reserved[sequence.context.session].add(len(sequence.reserved), 0, _stride(sequence))
     for job in cache.jobs.values():
         if isinstance(job, Copying):
             copies[job.session] += len(job.blocks)
         elif isinstance(job, AllocBacking):
             session = job.sequence.context.session
             if session in reserved:
-                reserved[session] += len(job.slots) * _stride(job.sequence)
+                reserved[session].add(len(job.slots), 0, _stride(job.sequence))
     for session in sessions:
         _equal(f"copies from the staging of {session.client}", session.in_flight, copies[session])
-        _equal(f"reserved by {session.client}", session.reserved_bytes, reserved[session])
+        _equal(f"reserved by {session.client}", session.reserved, reserved[session])
         _check_session(cache, session)
 
 
@@ -313,6 +316,23 @@ def _is_alive(block: Block | None) -> bool:
     return block is not None and block.state is not GONE
 
 
+def _check_filling(cache: Cache) -> None:
+    """What is filled from the staging of each session. All at once: a block may get another source
+    at any time."""
+    sessions = [*cache.sessions.values(), *cache.leaving.values()]
+    filling = {session: Amount() for session in sessions}
+    for arena in cache.budget.arenas.values():
+        n_tokens = 0
+        for block in _filling_blocks(cache, arena):
+            n_tokens += block.n_tokens
+            session = block.first_source.commit.session
+            if session in filling:  # it may have left before the memory for its blocks was there
+                filling[session].add(1, block.n_tokens, arena.stride)
+        _equal(f"tokens being stored for {arena.name}", arena.filling_tokens, n_tokens)
+    for session in sessions:
+        _equal(f"filled by {session.client}", session.filling, filling[session])
+
+
 def _filling_blocks(cache: Cache, arena: Arena) -> set[Block]:
     """Those of the arena: each is some job's to fill."""
     found: set[Block] = set()
@@ -345,6 +365,6 @@ def _stride(sequence: Sequence) -> int:
     return sequence.context.arena.stride
 
 
-def _equal(what: str, running: int, recounted: int) -> None:
+def _equal(what: str, running: object, recounted: object) -> None:
     if running != recounted:
         raise AccountingError(f"{what}: running total {running}, recounted {recounted}")

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, NamedTuple
 
+from kvd.core.amounts import Amount
 from kvd.core.arenas import Arena
 from kvd.core.events import SessionId
 from kvd.core.tenants import Tenant
@@ -185,8 +186,10 @@ class Session:
     """Its allocs that wait for an id, or for a check."""
     waiting_bytes: int = 0
     """Of their tokens."""
-    reserved_bytes: int = 0
-    """Set aside for its appends to come, in bytes of stride."""
+    reserved: Amount = field(default_factory=Amount)
+    """Set aside for its appends to come."""
+    filling: Amount = field(default_factory=Amount)
+    """Blocks that are filled from its staging, or will be: it is their first source."""
     alive: bool = True
     in_flight: int = 0
     """Copies that may still read its staging."""

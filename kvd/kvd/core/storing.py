@@ -14,6 +14,7 @@ from kvd.core.commits import (
     sequences_below,
 )
 from kvd.core.events import Backed, Completed, Copied, Copy, Effect
+from kvd.core.reasons import Reason
 from kvd.core.sequences import (
     Failure,
     Sequence,
@@ -78,7 +79,7 @@ def append(
         cache.budget.unhold(anchor, effects)
         raise
     slots = [sequence.reserved.pop() for _ in range(own)] + taken.slots
-    session.reserved_bytes -= own * arena.stride
+    session.reserved.add(-own, 0, arena.stride)
     session.last_commit += 1
     commit = Commit(session, session.last_commit)
     session.commits[commit.number] = commit
@@ -260,7 +261,7 @@ def _refuse(cache: Cache, job: AppendBacking, error: KvdError, effects: list[Eff
         _fall_back(cache, job.first, [job.sequence], effects)
     for block in job.blocks:
         if block.slot == NO_SLOT:
-            remove(cache, block, error, effects)
+            remove(cache, block, error, Reason.ORPHANED, effects)
     for block in commit.unfinished:
         _lose_source(cache, block, commit, error, effects)
     commit.failure = None
@@ -287,12 +288,14 @@ def _lose_source(
     drop_source(block, commit)
     commit.failure = error
     if not block.sources:
-        remove(cache, block, error, effects)
+        remove(cache, block, error, Reason.ORPHANED, effects)
     elif was_first and block.first_source.commit.answered:
         _start_copy(cache, block.first_source.commit.session, [block], effects)
 
 
-def remove(cache: Cache, block: Block, error: KvdError, effects: list[Effect]) -> None:
+def remove(
+    cache: Cache, block: Block, error: KvdError, reason: Reason, effects: list[Effect]
+) -> None:
     """Drop a block that cannot be filled, and all below it."""
     if block.state is GONE:
         return
@@ -306,7 +309,7 @@ def remove(cache: Cache, block: Block, error: KvdError, effects: list[Effect]) -
         budget.hold(parent)
     _fall_back(cache, block, cache.sequences(), effects)
     budget.let_go_below(doomed, parent)
-    remove_failed(block, error, budget, effects)
+    remove_failed(block, error, reason, budget, effects)
     if is_held:
         budget.unhold(parent, effects)
 

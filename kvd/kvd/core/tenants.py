@@ -7,6 +7,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from kvd.core.reasons import Reason
 from kvd_proto.errors import OverQuota
 
 if TYPE_CHECKING:
@@ -30,7 +31,8 @@ class Tenant:
     `held` is the running total of its directories, its backed slots and its sessions' stagings, and
     never more than `quota`, which is the budget if none was set. `pins` counts those of all its
     arenas. `lru` maps what it has cached to
-    the moment of its last use, oldest first.
+    the moment of its last use, oldest first. `evicted` counts the blocks that were dropped, by the
+    reason.
     """
 
     def __init__(self, rule: TenantRule, budget: int) -> None:
@@ -43,7 +45,7 @@ class Tenant:
         self.pins = 0
         self.arenas: list[Arena] = []
         self.lru: OrderedDict[Block, int] = OrderedDict()
-        self.evicted_blocks = 0
+        self.evicted = dict.fromkeys(Reason, 0)
 
     @property
     def headroom(self) -> int:

@@ -1,0 +1,49 @@
+"""A command of kvctl: its name, its options, and what it does. Each module of commands has a tuple
+COMMANDS of them, and main.py a list of the modules.
+"""
+
+import argparse
+from collections.abc import Callable
+from typing import NamedTuple
+
+from kvd_client.client import Client
+from kvd_client.kvctl.answer import Answer
+
+Run = Callable[[argparse.Namespace], Answer]
+
+
+def _no_options(_: argparse.ArgumentParser) -> None:
+    pass
+
+
+class Command(NamedTuple):
+    """A command, as `kvctl --help` lists it; `run` gets the options, common ones too, and may raise
+    KvdError and BadUsage. What needs the daemon: `asking`."""
+
+    name: str
+    summary: str
+    run: Run
+    add_options: Callable[[argparse.ArgumentParser], None] = _no_options
+
+
+def asking(run: Callable[[Client, argparse.Namespace], Answer]) -> Run:
+    """The command that connects to the daemon first, and ends the session when it is done."""
+
+    def connect_and_run(options: argparse.Namespace) -> Answer:
+        with Client(
+            options.runtime_dir,
+            instance=options.instance,
+            name="kvctl",
+            staging_bytes=0,
+            timeout=options.timeout,
+        ) as client:
+            return run(client, options)
+
+    return connect_and_run
+
+
+def positive(text: str) -> int:
+    """The type of an option: a whole number from 1 on."""
+    if not text.isdecimal() or not 0 < int(text) < 1 << 32:
+        raise argparse.ArgumentTypeError(f"a whole number from 1 on, not {text!r}")
+    return int(text)

@@ -11,6 +11,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+from hypothesis import settings
+
+# No test is timed: the machine may have something else to do. pytest's timeout ends what hangs.
+settings.register_profile("kvd", deadline=None)
+settings.load_profile("kvd")
 
 SHARED_MEMORY = Path("/dev/shm")
 

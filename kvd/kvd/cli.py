@@ -130,5 +130,5 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         if isinstance(about.kind, Switch):
             action = argparse.BooleanOptionalAction
             parser.add_argument(flag_of(name), action=action, help=meaning)
-        elif name != "tenants":
+        elif not about.kind.is_table:
             parser.add_argument(flag_of(name), metavar=about.kind.metavar, help=meaning)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from kvd import tenants
+from kvd import tenants, warming
 from kvd.instance import default_runtime_dir
 from kvd.kinds import Kind, Unusable, complaint, nearest, unknown
 from kvd.settings import ABOUT, Settings, disagreements
@@ -123,6 +123,12 @@ def rows(configuration: Configuration) -> list[Row]:
         if name == "tenants":
             for table in settings.tenants:
                 found += _rows_of_tenant(table, origin, about.restart)
+        elif name == "warm":
+            for each in settings.warm:
+                found += [
+                    _row_of_list(each, key, part, origin, about.restart)
+                    for key, part in each.values
+                ]
     return found
 
 
@@ -139,6 +145,12 @@ def _rows_of_tenant(table: tenants.TenantTable, origin: Origin, restart: str) ->
         key = f"tenants.{table.rule.name}.{name}"
         found.append(_row(key, tenants.KINDS[name], value, default, where, reason))
     return found
+
+
+def _row_of_list(of: warming.WarmList, name: str, value: Any, origin: Origin, restart: str) -> Row:
+    kind = warming.KINDS[name]
+    key = f"warm.{of.name}.{name}"
+    return Row(key, kind.plain(value), kind.show(value), None, "none", *origin, restart)
 
 
 def _row(name: str, kind: Kind, value: Any, default: Any, origin: Origin, restart: str) -> Row:

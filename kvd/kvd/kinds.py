@@ -35,6 +35,7 @@ class Kind(ABC):
 
     metavar: ClassVar[str]
     is_secret: ClassVar[bool] = False
+    is_table: ClassVar[bool] = False
 
     @property
     @abstractmethod
@@ -249,6 +250,30 @@ class Ids(Kind):
 
     def plain(self, value: Any) -> list[int]:
         return sorted(value)
+
+
+@dataclass(frozen=True, slots=True)
+class FileList(Kind):
+    """A list of absolute paths, not checked further: they may come later."""
+
+    metavar: ClassVar[str] = "LIST"
+
+    @property
+    def allowed(self) -> str:
+        return "a list of absolute paths"
+
+    def read(self, value: Any) -> tuple[str, ...]:
+        if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
+            raise self.refuse()
+        if not all(each.startswith("/") and "\0" not in each for each in value):
+            raise self.refuse()
+        return tuple(value)
+
+    def show(self, value: Any) -> str:
+        return ", ".join(value) or "none"
+
+    def plain(self, value: Any) -> list[str]:
+        return list(value)
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 
 from kvd import __version__, adoption, advice, log, reports
-from kvd.core import events
+from kvd.core import events, pins
 from kvd.core.cache import Limits
 from kvd.core.machine import Core
 from kvd.instance import InstanceLock
@@ -35,6 +35,7 @@ from kvd.sessions import Sessions
 from kvd.settings import Settings
 from kvd.store import Store
 from kvd.tenants import Tenants
+from kvd.warming import Warming
 from kvd_proto.codec import MAX_MESSAGE_BYTES
 from kvd_proto.errors import InternalError, KvdError
 from kvd_proto.messages import Append, Ping, Pong
@@ -101,6 +102,15 @@ class Server:
                 self.unwatch,
             )
             opened.callback(self.sessions.close)
+            self._warming = Warming(
+                settings.warm,
+                pins.owners(self.core.cache),
+                settings.instance,
+                lock.runtime_dir,
+                self.watch,
+                self.unwatch,
+            )
+            opened.callback(self._warming.close)
             self._opened = opened.pop_all()
         # Only to wake up: the loop looks into the request socket each time.
         self.watch(self._requests.fd, select.EPOLLIN, lambda _: None)
@@ -130,6 +140,7 @@ class Server:
         self.watch(stop_fd, select.EPOLLIN, lambda _: self.stop())
         if self._notifier.ready():
             self._next_status = self._started
+        self._warming.begin_next()
         while not self._stopping:
             more = self._serve_requests()
             wait = self._tick()

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from kvd.instance import check_instance
 from kvd.kinds import Choice, Count, Duration, Group, Kind, Size, Switch, Text
 from kvd.tenants import TenantTable, TenantTables
+from kvd.warming import WarmList, WarmLists
 from kvd_proto.layout import MAX_PINS
 from kvd_proto.messages import MAX_SEQ_IDS, MAX_TOKENS
 from kvd_proto.paths import DEFAULT_INSTANCE
@@ -85,6 +86,12 @@ class Settings:
         "who has connected is of the tenant that was found then",
     )
     """Empty: everybody who can connect is of one tenant."""
+    warm: tuple[WarmList, ...] = _setting(
+        (),
+        WarmLists(),
+        "prompts to compute, store and pin at a cold start",
+        "they are computed at a start",
+    )
     max_models: int = _setting(64, Count(1, 1 << 12), "models of one tenant")
     max_pins: int = _setting(1000, Count(0, MAX_PINS), "pins of one tenant")
     # What one session may have, so that none can take everything from others.

@@ -64,6 +64,7 @@ class TenantTables(Kind):
     """The tables of all tenants, checked against each other."""
 
     metavar: ClassVar[str] = "TABLES"
+    is_table: ClassVar[bool] = True
 
     @property
     def allowed(self) -> str:

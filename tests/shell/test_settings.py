@@ -301,3 +301,51 @@ def test_the_limits_of_the_readme_are_settings_with_these_defaults() -> None:
             assert getattr(Settings(), name) == 0, name
     assert "`max_models` (64)" in README
     assert Settings().max_models == 64
+
+
+# --- warm lists
+
+WARM = """
+[warm.chat]
+model = "/m.gguf"
+files = ["/a.txt", "/b.json"]
+type_k = "q8_0"
+ttl = "2h"
+lora = ["/l.gguf=0.5"]
+"""
+
+
+def test_warm_lists_are_read(tmp_path: Path) -> None:
+    configuration = load(file(tmp_path, WARM), {}, {})
+    (found,) = configuration.settings.warm
+    assert (found.name, found.owner) == ("chat", "warm-chat")
+    options = ["--owner", "warm-chat", "--lora", "/l.gguf=0.5", "--for", "7200.0"]
+    assert found.arguments() == [
+        *options, "--model", "/m.gguf", "--type-k", "q8_0", "--", "/a.txt", "/b.json",
+    ]  # fmt: skip
+    told = {row.name: (row.text, row.origin) for row in rows(configuration)}
+    assert told["warm.chat.files"] == ("/a.txt, /b.json", "file")
+    assert told["warm.chat.ttl"] == ("2h", "file")
+    assert told["warm"] == ("chat", "file")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("warm = 1", "warm: it is tables of the configuration file"),
+        ("[warm.Chat]\nmodel = '/m'\nfiles = ['/a']", "warm.Chat: a list's name is"),
+        ("[warm.a]\nfiles = ['/a']", "warm.a: it has no model"),
+        ("[warm.a]\nmodel = '/m'", "warm.a: it has no files"),
+        ("[warm.a]\nmodel = '/m'\nfiles = []", "warm.a: it has no files"),
+        ("[warm.a]\nmodel = 'm'\nfiles = ['/a']", "warm.a.model = 'm': it is an absolute path"),
+        ("[warm.a]\nmodel = '/m'\nfiles = ['a']", "it is a list of absolute paths"),
+        ("[warm.a]\nmodel = '/m'\nfiles = '/a'", "it is a list of absolute paths"),
+        ("[warm.a]\nmodel = '/m'\nfiles = ['/a']\ntype_k = '--x'", "it is a K/V type"),
+        ("[warm.a]\nmodel = '/m'\nfiles = ['/a']\nn_ctx = 0", "it is a whole number from 1"),
+        ("[warm.a]\nmodel = '/m'\nfile = ['/a']", "did you mean files?"),
+    ],
+)
+def test_a_warm_list_that_cannot_be_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(BadSetting) as refused:
+        load(file(tmp_path, text), {}, {})
+    assert message in str(refused.value)

@@ -37,6 +37,12 @@ class Pin:
         return self.expires if self.expires and is_kept else None
 
 
+def owners(cache: "Cache") -> frozenset[str]:
+    """Of all pins there are. A walk of them."""
+    arenas = cache.budget.arenas.values()
+    return frozenset(pin.owner for arena in arenas for pin in arena.pins.pins.values())
+
+
 @dataclass(slots=True, eq=False)
 class PinTable:
     """The pins of one arena, and where its directory has them."""

@@ -96,3 +96,13 @@ def running_daemon(
         daemon.stop()
     left = daemon.segments()
     assert not left, f"segments left behind: {left}"
+
+
+def is_listening(runtime_dir: Path) -> bool:
+    """Whether a daemon accepts connections there: its socket has a name a moment before it does."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
+        try:
+            probe.connect(str(runtime_dir / "lifeline.sock"))
+        except (FileNotFoundError, ConnectionRefusedError):
+            return False
+        return True

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from kvd import cli
+from tests.support import is_listening
 
 GROUP = 52_000
 _LIBC = ctypes.CDLL(None)
@@ -132,7 +133,7 @@ def daemon_of_service(*flags: str, mode: int = 0o700) -> Iterator[ServiceDaemon]
             pid = running.process.pid
             assert pid is not None
             deadline = time.monotonic() + SECONDS
-            while not (runtime_dir / "lifeline.sock").exists():
+            while not is_listening(runtime_dir):
                 if running.pipe.poll():
                     raise AssertionError(f"the daemon ended: {running.hear()}")
                 assert time.monotonic() < deadline

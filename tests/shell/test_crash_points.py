@@ -32,7 +32,7 @@ from tests.shell.raw import (
     many_tokens,
     raw_client,
 )
-from tests.support import Daemon, running_daemon, start_daemon
+from tests.support import Daemon, is_listening, running_daemon, start_daemon
 
 TIMES = [int(each) for each in os.environ.get("KVD_CRASH_AT", "1").split(",")]
 BUDGET = "1MiB"
@@ -175,7 +175,7 @@ def start_crashing(point: str, nth: int, runtime_dir: Path, instance: str) -> Da
     """A daemon that will die when it comes to a point; it has its sockets, or is dead already."""
     process = crashing(point, nth, runtime_dir, instance)
     deadline = time.monotonic() + SECONDS
-    while process.poll() is None and not (runtime_dir / "lifeline.sock").exists():
+    while process.poll() is None and not is_listening(runtime_dir):
         assert time.monotonic() < deadline
         time.sleep(0.005)
     return Daemon(process, runtime_dir, instance, runtime_dir.parent / "crashing.log")

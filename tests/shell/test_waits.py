@@ -11,7 +11,7 @@ import pytest
 from kvd_proto.keys import arena_fingerprint
 from kvd_proto.messages import MAX_TTL_MS, Pin, Ping, Pinned, Pong
 from tests.shell.raw import BLOCK_TOKENS, FINGERPRINT, SECONDS, many_tokens, raw_client, until
-from tests.support import Daemon
+from tests.support import Daemon, is_listening
 
 
 @pytest.mark.parametrize(("linger", "ttl_ms"), [(0, MAX_TTL_MS), ((1 << 30) - 1, 0)])
@@ -30,7 +30,7 @@ def test_what_is_further_off_than_a_poll_can_wait_does_not_end_it(
             [*command, "--runtime-dir", str(runtime_dir)], env=environ, stderr=sink
         )
     try:
-        until((runtime_dir / "lifeline.sock").exists)
+        until(lambda: is_listening(runtime_dir))
         daemon = Daemon(process, runtime_dir, instance, log)
         with raw_client(daemon) as client:
             context = client.open()

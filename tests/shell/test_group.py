@@ -324,7 +324,7 @@ def test_the_flag_and_the_variable_are_the_setting(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "kvd", "serve", "--runtime-dir", str(tmp_path / "run")]
     done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=30)
     assert done.returncode == 2
-    assert "environment: socket_group = 'no-such-group'" in done.stderr
+    assert "KVD_SOCKET_GROUP: socket_group = 'no-such-group'" in done.stderr
     done = subprocess.run(
         [*command, "--socket-group", "-5x"], env=environ, capture_output=True, text=True, timeout=30
     )

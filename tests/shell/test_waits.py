@@ -14,12 +14,12 @@ from tests.shell.raw import BLOCK_TOKENS, FINGERPRINT, SECONDS, many_tokens, raw
 from tests.support import Daemon, is_listening
 
 
-@pytest.mark.parametrize(("linger", "ttl_ms"), [(0, MAX_TTL_MS), ((1 << 30) - 1, 0)])
+@pytest.mark.parametrize(("linger", "ttl_ms"), [(0, MAX_TTL_MS), (366 * 86400, 0)])
 def test_what_is_further_off_than_a_poll_can_wait_does_not_end_it(
     tmp_path: Path, linger: int, ttl_ms: int
 ) -> None:
     """epoll takes an int of milliseconds: 24 days. A pin may last for a year, and a daemon without
-    clients for 34. Only without a service manager, for whom it wakes up every few seconds."""
+    clients, too. Only without a service manager, for whom it wakes up every few seconds."""
     runtime_dir, instance = tmp_path / "rt", f"test-{uuid.uuid4().hex[:12]}"
     command = [sys.executable, "-m", "kvd", "serve", "--no-keep-on-stop", "--instance", instance]
     environ = {name: value for name, value in os.environ.items() if name != "NOTIFY_SOCKET"}

@@ -268,9 +268,10 @@ class AsyncClient(ClientState):
         """What each client and each tenant holds, of one moment: {clients, tenants}."""
         return await self._report(ListClients())
 
-    async def verify(self) -> dict[str, Any]:
-        """Recount: {ok, differences, terms}."""
-        return await self._report(Verify())
+    async def verify(self, *, checksums: bool = False) -> dict[str, Any]:
+        """Recount: {ok, differences, terms}. With `checksums` every block's bytes are compared with
+        their checksum, too: a pass over all of the cache's memory."""
+        return await self._report(Verify(int(checksums)))
 
     async def evict(self, model: str = "", blocks: int = 0) -> Evicted:
         """Drop cached blocks, unless they are leased or pinned: of one model ("": all), so many

@@ -313,9 +313,10 @@ class Client(ClientState):
         """What each client and each tenant holds, of one moment: {clients, tenants}."""
         return self._report(ListClients())
 
-    def verify(self) -> dict[str, Any]:
-        """Recount: {ok, differences, terms}."""
-        return self._report(Verify())
+    def verify(self, *, checksums: bool = False) -> dict[str, Any]:
+        """Recount: {ok, differences, terms}. With `checksums` every block's bytes are compared with
+        their checksum, too: a pass over all of the cache's memory."""
+        return self._report(Verify(int(checksums)))
 
     def evict(self, model: str = "", blocks: int = 0) -> Evicted:
         """Drop cached blocks, unless they are leased or pinned: of one model ("": all), so many

@@ -36,13 +36,15 @@ class Directory:
     """
 
     def __init__(
-        self, segment: Segment, header: layout.Header, backed: int, pins_backed: int
+        self, segment: Segment, header: layout.Header, backed: int, pins_backed: int, life: int
     ) -> None:
         """Takes over `segment`. Use Directory.create() or Directory.adopt()."""
         self._block_tokens = header.block_tokens
         self._slots = header.slots
         self.segment = segment
         self.header = header
+        self.life = life
+        """Which daemon serves it, counted from 1."""
         self.backed = backed
         self.pins_backed = pins_backed
         self._pins_offset = layout.pins_offset(header.slots, header.block_tokens)
@@ -60,11 +62,15 @@ class Directory:
         }
         header = layout.Header(arena.block_tokens, arena.slots, arena.stride_bytes, registration)
         segment = Segment.create(name, layout.directory_length(arena.slots, arena.block_tokens))
-        directory = cls(segment, header, 0, 0)
+        directory = cls(segment, header, 0, 0, life=1)
         try:
             directory.ensure(arena.directory_bytes)
-            layout.write_life(segment.buffer, 1)
+            layout.write_life(segment.buffer, directory.life)
             layout.write_header(segment.buffer, header)
+            # As whoever looks at it will read it: with lists for tuples.
+            read = layout.read_header(segment.buffer)
+            assert read is not None
+            directory.header = read
         except BaseException:
             directory.close(unlink=True)
             raise
@@ -89,15 +95,10 @@ class Directory:
             if not 0 < life < _LAST_LIFE:
                 raise ValueError(f"no daemon was its {life}th")
             pins = layout.pins_offset(header.slots, header.block_tokens)
-            return cls(segment, header, min(backed, pins), _backed_from(segment, pins))
+            return cls(segment, header, min(backed, pins), _backed_from(segment, pins), life)
         except BaseException:
             segment.close(unlink=False)
             raise
-
-    @property
-    def life(self) -> int:
-        """Which daemon serves it, counted from 1."""
-        return layout.read_life(self.segment.buffer)
 
     @property
     def backed_slots(self) -> int:
@@ -107,7 +108,8 @@ class Directory:
 
     def begin_life(self) -> None:
         """From now on this daemon serves it."""
-        layout.write_life(self.segment.buffer, self.life + 1)
+        self.life += 1
+        layout.write_life(self.segment.buffer, self.life)
 
     def ensure(self, n_bytes: int) -> None:
         """Give the first `n_bytes` memory. Raises arena.NoSpace; asking again is then right."""
@@ -157,6 +159,14 @@ class Directory:
         """The whole record of a slot in the backed part, if there is one."""
         return layout.read_record(self.segment.buffer, slot, self._block_tokens)
 
+    def last_use(self, slot: int) -> int:
+        """When the block of a slot with a record was used last."""
+        return layout.read_last_use(self.segment.buffer, slot, self._block_tokens)
+
+    def is_absent(self, slot: int) -> bool:
+        """Whether the slot, in the backed part, has neither a record nor a torn one."""
+        return layout.is_absent(self.segment.buffer, layout.record_offset(slot, self._block_tokens))
+
     def write_pin(self, pin: WritePin) -> None:
         """A block is pinned. Its place lies in the backed part."""
         entry = layout.PinEntry(pin.key, pin.owner, pin.expires)
@@ -170,27 +180,42 @@ class Directory:
         """A pin has ended."""
         layout.drop_pin(self.segment.buffer, self._pin_offset(place))
 
+    @property
+    def pin_places(self) -> int:
+        """So many places, from the first one, have memory for their pins."""
+        return min(layout.MAX_PINS, self.pins_backed // layout.PIN_BYTES)
+
+    def pin(self, place: int) -> layout.PinEntry | None:
+        """The whole pin at a place in the backed part, if there is one."""
+        return layout.read_pin(self.segment.buffer, self._pin_offset(place))
+
+    def pin_is_absent(self, place: int) -> bool:
+        """Whether the place has neither a pin nor a torn one."""
+        return layout.is_absent(self.segment.buffer, self._pin_offset(place))
+
     def pins(self) -> list[FoundPin]:
-        """All whole pins, read from the backed part only."""
+        """All whole pins, read from the backed part only; torn ones are dropped."""
         found: list[FoundPin] = []
-        for place in range(min(layout.MAX_PINS, self.pins_backed // layout.PIN_BYTES)):
-            pin = layout.read_pin(self.segment.buffer, self._pin_offset(place))
+        for place in range(self.pin_places):
+            pin = self.pin(place)
             if pin is not None:
                 found.append(FoundPin(place, *pin))
+            elif not self.pin_is_absent(place):
+                self.drop_pin(place)
         return found
 
     def _pin_offset(self, place: int) -> int:
         return self._pins_offset + place * layout.PIN_BYTES
 
     def entries(self) -> list[Entry]:
-        """All whole records, read from the backed part only."""
+        """All whole records, read from the backed part only; torn ones are dropped."""
         found: list[Entry] = []
-        buffer, block_tokens = self.segment.buffer, self._block_tokens
         for slot in range(self.backed_slots):
             record = self.record(slot)
             if record is not None:
-                last_use = layout.read_last_use(buffer, slot, block_tokens)
-                found.append(Entry(slot, record, last_use))
+                found.append(Entry(slot, record, self.last_use(slot)))
+            elif not self.is_absent(slot):
+                self.drop(slot)
         return found
 
     def close(self, *, unlink: bool) -> None:

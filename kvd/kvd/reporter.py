@@ -13,7 +13,8 @@ from collections.abc import Callable, Generator
 from functools import partial
 from typing import Any, NamedTuple
 
-from kvd import holders, log, reports
+from kvd import audit, holders, log, reports
+from kvd.audit import Compared
 from kvd.core.accounting import report_of_pins, report_of_sequences
 from kvd.core.cache import Cache
 from kvd.core.events import SessionId
@@ -40,6 +41,8 @@ class Asked(NamedTuple):
 
     incoming: Incoming
     tenant: Tenant | None
+    compared: Compared | None = None
+    """What a comparison of checksums has found, if it was asked for."""
 
 
 class Reporter:
@@ -69,9 +72,12 @@ class Reporter:
         self._asked: list[Asked] = []
         """Those whose report is being taken."""
         self._recount: SharedWalk[Asked, list[str]] = SharedWalk(
-            lambda: reports.recount(cache, store), self._recounted
+            lambda: audit.recount(cache, store), self._recounted
         )
         self._count: SharedWalk[Asked, Holders] = SharedWalk(self._begin_count, self._counted)
+        self._comparing: list[Asked] = []
+        """Those for whom checksums are being compared, which comes before the recount."""
+        self._to_compare: list[Asked] = []
         self._differences: list[str] = []
         """What the last recount has found."""
         self._open: Counter[SessionId] = Counter()
@@ -98,6 +104,18 @@ class Reporter:
         self._differences = found
         self._waiting += given
         self._take()
+
+    def _compare_checksums(self) -> None:
+        """For all who wait for that, unless it is under way."""
+        if self._to_compare and not self._comparing:
+            self._comparing, self._to_compare = self._to_compare, []
+            audit.Checksums(self._cache, self._store, self._compared)
+
+    def _compared(self, found: Compared) -> None:
+        given, self._comparing = self._comparing, []
+        for asked in given:
+            self._recount.ask(asked._replace(compared=found))
+        self._compare_checksums()
 
     def _begin_count(self) -> Generator[None, None, Holders]:
         stopped = self._stopped.look(self._cache.sessions.values())
@@ -152,6 +170,9 @@ class Reporter:
             raise TooMany("this client waits for as many reports as it may", most=MAX_WAITING)
         self._open[session] += 1
         match message:
+            case Verify(checksums=1):
+                self._to_compare.append(asked)
+                self._compare_checksums()
             case Verify():
                 self._recount.ask(asked)
             case ListClients():
@@ -219,7 +240,7 @@ class Reporter:
 
 def _report(taken: reports.Taken, seen: reports.Seen, asked: Asked) -> Reported:
     if isinstance(asked.incoming.message, Verify):
-        return Reported(reports.verify(taken, seen))
+        return Reported(reports.verify(taken, seen, asked.compared))
     whose = None if asked.tenant is None else asked.tenant.name
     return Reported(reports.status(taken, seen, whose))
 

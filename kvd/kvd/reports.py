@@ -7,7 +7,7 @@ on the loop, and `look` asks the operating system, in that thread's queue behind
 submitted before. Only when the system refused memory in between do the halves not fit together
 (`Store.refusals`).
 
-The recount of `verify` comes before that, in steps between which requests are served (`recount`):
+The recount of `verify` comes before that, in steps between which requests are served (audit.py):
 block by block, with its record. What `take` then adds up holds at its moment.
 
 A report is of everything, or of what is one tenant's: whoever may see no more gets its account as
@@ -15,7 +15,7 @@ if its quota were the budget.
 """
 
 from collections import Counter
-from collections.abc import Collection, Generator, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -23,21 +23,18 @@ import psutil
 
 from kvd import __version__
 from kvd.arena import ByteRange, Segment, byte_ranges
-from kvd.core.accounting import (
-    AccountingError,
-    Totals,
-    arena_counts,
-    totals,
-)
+from kvd.audit import Compared, recount_totals
+from kvd.core.accounting import Totals, arena_counts, totals
 from kvd.core.arenas import Arena
 from kvd.core.cache import Cache, Counters, sum_of
 from kvd.core.events import SessionId
 from kvd.core.reasons import Reason
-from kvd.core.recount import STEP_BLOCKS, check_in_steps, check_totals
 from kvd.core.sequences import Session
 from kvd.core.tenants import Tenant
-from kvd.core.tree import ADOPTED, SEALED
 from kvd.store import StagingRoom, Store, StoredArena
+
+SLOTS_SHOWN = 10
+"""Of those that have lost memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +91,8 @@ class Seen:
     directories: int
     stagings: int
     differences: list[str]
+    undone: int = 0
+    """Foreign fills that were given back: what is told apart from the others."""
     of_tenants: Counter[str] = field(default_factory=Counter)
     """All three together, by the tenant's name."""
 
@@ -138,7 +137,7 @@ def take(
             StagingPages(session, sessions[session].tenant.name, room)
             for session, room in store.stagings.items()
         ],
-        differences=[] if recounted is None else recounted + _check_totals(cache),
+        differences=[] if recounted is None else recounted + recount_totals(cache),
     )
 
 
@@ -148,11 +147,15 @@ def look(taken: Taken, *, undoing: bool) -> Seen:
     seen = Seen(0, 0, 0, [])
     for pages in taken.arenas:
         if undoing:
+            before = pages.segment.backed_bytes()
             seen.differences += _undo_foreign_fills(pages)
+            seen.undone += before - pages.segment.backed_bytes()
         backed = pages.segment.backed_bytes()
         seen.arenas += backed
         seen.of_tenants[pages.tenant] += backed
         seen.differences += _compare(f"{pages.name}: slots", pages.backed_bytes, backed)
+        if undoing and backed != pages.backed_bytes:
+            seen.differences += _lost_slots(pages)
         backed = pages.directory.backed_bytes()
         seen.directories += backed
         seen.of_tenants[pages.tenant] += backed
@@ -179,10 +182,12 @@ def status(taken: Taken, seen: Seen, tenant: str | None) -> dict[str, Any]:
     return {**report, "accounting": accounting}
 
 
-def verify(taken: Taken, seen: Seen) -> dict[str, Any]:
+def verify(taken: Taken, seen: Seen, compared: Compared | None) -> dict[str, Any]:
     """The recount: `ok` is whether all agree, `differences` names what does not, `terms` has every
-    number."""
+    number. `compared`: if checksums were asked for."""
     differences = taken.differences + seen.differences
+    if compared is not None:
+        differences += compared.differences
     now = taken.totals[None]
     terms = {
         "budget_bytes": now.budget,
@@ -197,47 +202,10 @@ def verify(taken: Taken, seen: Seen) -> dict[str, Any]:
         "os_arena_bytes": seen.arenas,
         "os_directory_bytes": seen.directories,
         "os_staging_bytes": seen.stagings,
+        "undone_bytes": seen.undone,
+        "compared_bytes": 0 if compared is None else compared.n_bytes,
     }
     return {"ok": not differences, "differences": differences, "terms": terms}
-
-
-def recount(cache: Cache, store: Store) -> Generator[None, None, list[str]]:
-    """Find what is wrong in the core's trees and in the directories' records, in steps of less than
-    a millisecond. Returns an empty list if they agree."""
-    differences: list[str] = []
-    try:
-        yield from check_in_steps(cache)
-    except AccountingError as error:
-        differences.append(f"core: {error}")
-    for arena in list(cache.budget.arenas.values()):
-        stored = store.arenas.get(arena.number)
-        if stored is None:
-            continue  # given up meanwhile
-        differences += _recount_pins(arena, stored)
-        first = 0
-        while store.arenas.get(arena.number) is stored and first < stored.directory.backed_slots:
-            differences += _recount_records(arena, stored, range(first, first + STEP_BLOCKS))
-            first += STEP_BLOCKS
-            yield
-    return differences
-
-
-def recount_at_once(cache: Cache, store: Store) -> list[str]:
-    """All of it, while everybody waits."""
-    steps = recount(cache, store)
-    while True:
-        try:
-            next(steps)
-        except StopIteration as stop:
-            return [*stop.value, *_check_totals(cache)]
-
-
-def _check_totals(cache: Cache) -> list[str]:
-    try:
-        check_totals(cache)
-    except AccountingError as error:
-        return [f"core: {error}"]
-    return []
 
 
 def line(cache: Cache) -> str:
@@ -383,43 +351,6 @@ def _pages(arena: Arena, stored: StoredArena, *, thoroughly: bool) -> ArenaPages
     )
 
 
-def _recount_pins(arena: Arena, stored: StoredArena) -> list[str]:
-    """The directory must hold exactly the pins."""
-    recorded = {
-        (each.place, each.key, each.owner, each.expires) for each in stored.directory.pins()
-    }
-    kept = {(pin.place, pin.block.key, pin.owner, pin.expires) for pin in arena.pins.pins.values()}
-    return [
-        f"{arena.name}: the pin of {owner!r} at place {place} is in only one of core and directory"
-        for place, _, owner, _ in sorted(recorded ^ kept)
-    ]
-
-
-def _recount_records(arena: Arena, stored: StoredArena, slots: range) -> list[str]:
-    """The directory must hold exactly the sealed blocks."""
-    differences = []
-    for slot in slots[: max(0, stored.directory.backed_slots - slots.start)]:
-        record = stored.directory.record(slot)
-        block = arena.blocks[slot] if slot < len(arena.blocks) else None
-        if block is None or block.state not in (ADOPTED, SEALED):
-            if record is not None:
-                differences.append(f"{arena.name}: slot {slot} has a record and no block")
-            continue
-        assert block.parent is not None
-        if record is None:
-            differences.append(f"{arena.name}: slot {slot} is sealed and has no record")
-        elif record != (
-            block.start,
-            block.tokens,
-            block.key,
-            block.parent.key,
-            block.generation,
-            block.checksum,
-        ):
-            differences.append(f"{arena.name}: the record of slot {slot} is of another block")
-    return differences
-
-
 def _undo_foreign_fills(pages: ArenaPages) -> list[str]:
     """Punch out what nobody gave memory, and name it. Reading a hole through a read-only mapping
     fills it. Only holes are looked at: one system call that walks over a GiB of memory keeps a core
@@ -439,6 +370,17 @@ def _undo_foreign_fills(pages: ArenaPages) -> list[str]:
             )
             found = segment.next_backed((slot + 1) * stride)
     return differences
+
+
+def _lost_slots(pages: ArenaPages) -> list[str]:
+    """The slots that have less memory than they were given."""
+    lost = []
+    for slot in range(pages.high_water):
+        first = slot * pages.stride
+        if slot not in pages.punched and pages.segment.next_hole(first) < first + pages.stride:
+            lost.append(slot)
+    shown = ", ".join(map(str, lost[:SLOTS_SHOWN])) + (", ..." if len(lost) > SLOTS_SHOWN else "")
+    return [f"{pages.name}: memory was taken from {len(lost)} slots: {shown}"] if lost else []
 
 
 def _compare(what: str, given: int, backed: int) -> Iterable[str]:

@@ -23,7 +23,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack
 
-from kvd import __version__, adoption, advice, log, reports
+from kvd import __version__, adoption, advice, audit, log, reports
 from kvd.core import events, pins
 from kvd.core.cache import Limits
 from kvd.core.machine import Core
@@ -217,7 +217,7 @@ class Server:
             log.error("request failed", error, operation=type(event.message).__name__)
             fault = InternalError(f"{type(error).__name__}: {error}")
             self._requests.reply(event.session, event.correlation, fault)
-            differences = reports.recount_at_once(self.core.cache, self.store)
+            differences = audit.recount_at_once(self.core.cache, self.store)
             if differences:
                 log.error("recount disagrees", differences="; ".join(differences))
                 raise

@@ -14,7 +14,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar, cast
@@ -40,6 +40,7 @@ from kvd.core.events import (
     BackPins,
     Check,
     Checked,
+    CheckItem,
     Copied,
     Copy,
     CopyResult,
@@ -324,25 +325,38 @@ class Store:
 
     def check(self, effect: Check) -> None:
         """Start to compare slots with their checksums."""
-        stored = self.arenas[effect.arena]
+
+        def then(are_right: list[bool]) -> None:
+            self._handle(Checked(effect.job, are_right))
+
+        self.compare(self.arenas[effect.arena], effect.items, then)
+
+    def compare(
+        self,
+        stored: StoredArena,
+        items: Sequence[CheckItem],
+        then: Callable[[list[bool]], None],
+    ) -> None:
+        """Start to compare slots that have memory with checksums; `then` gets whether each is
+        right."""
         stride = stored.arena.stride_bytes
 
-        def compare() -> Steps:
+        def work() -> Steps:
             buffer = stored.segment.buffer
             found = []
-            for slot, n_bytes, checksum in effect.items:
+            for slot, n_bytes, checksum in items:
                 with buffer[slot * stride : slot * stride + n_bytes] as payload:
                     found.append(copier.checksum(payload) == checksum)
                 yield 0
             return found
 
-        def then(result: JobResult) -> None:
+        def ended(result: JobResult) -> None:
             _succeeded(result)
-            self._handle(Checked(effect.job, cast(list[bool], result.value)))
+            then(cast(list[bool], result.value))
 
         # Ahead of what gives these slots' memory back, should they be evicted meanwhile: a read of
         # a hole would fill it.
-        self._copier.submit(StepsJob(self._new_job(then), compare, Order.FREE))
+        self._copier.submit(StepsJob(self._new_job(ended), work, Order.FREE))
 
     # --- stagings
 

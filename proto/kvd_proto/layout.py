@@ -167,6 +167,13 @@ def read_record(directory: memoryview, slot: int, block_tokens: int) -> Record |
     return Record(start, tokens, key, parent_key, generation, payload_sum)
 
 
+def is_absent(directory: memoryview, offset: int) -> bool:
+    """Whether nothing is said where a record or a pin begins: what is there and is no whole one, is
+    torn."""
+    (checksum,) = _SUM.unpack_from(directory, offset)
+    return bool(checksum == 0)
+
+
 def pins_offset(slots: int, block_tokens: int) -> int:
     """Where the pins begin in the directory: on a page of their own."""
     return round_up(record_offset(slots, block_tokens))

@@ -250,7 +250,10 @@ class ListClients(NamedTuple):
 
 
 class Verify(NamedTuple):
-    """Recount from the directory and the operating system."""
+    """Recount from the directory and the operating system. With `checksums` (1) every block's bytes
+    are compared with their checksum, too."""
+
+    checksums: Annotated[int, Int(0, 1)] = 0
 
 
 class Reported(NamedTuple):

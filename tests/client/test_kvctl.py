@@ -343,6 +343,13 @@ def test_verify_finds_a_difference_and_says_so_in_its_code(tmp_path: Path) -> No
             found = kvctl(own, "verify", "--json")
             assert found.returncode == 1
             assert json.loads(found.stdout)["ok"] is False
+            with open(f"/dev/shm/{arena}", "r+b") as memory:  # of a block
+                memory.seek(10)
+                memory.write(b"x")
+            assert kvctl(own, "verify").returncode == 0
+            found = kvctl(own, "verify", "--checksums")
+            assert found.returncode == 1
+            assert "slot 0: the bytes of its" in found.stdout
     finally:
         own.stop()
 

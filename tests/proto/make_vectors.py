@@ -64,7 +64,7 @@ REQUESTS: list[tuple[int, m.Message]] = [
     (17, m.Status()),
     (18, m.ListSequences()),
     (19, m.ListClients()),
-    (20, m.Verify()),
+    (20, m.Verify(1)),
     (21, m.Evict("", 0)),
     (22, m.Evict("SmolLM2-135M", 10)),
     (23, m.KeepAlive(CONTEXT, [], [])),

@@ -4,13 +4,14 @@ found."""
 import ctypes
 import os
 import signal
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from kvd_proto import layout
-from kvd_proto.messages import Evict, Status, Verify
+from kvd_proto.messages import Evict, Pin, Status, Verify
 from tests.shell import raw
 from tests.shell.raw import BLOCK_TOKENS, STRIDE, Raw, many_tokens, raw_client
 from tests.support import Daemon, running_daemon
@@ -19,6 +20,7 @@ N_BLOCKS = 5
 TOKENS = many_tokens(0, N_BLOCKS * BLOCK_TOKENS - 3)
 BUDGET = 8 << 20
 STAGING = 1 << 18
+NAME = "model"
 
 
 @pytest.fixture
@@ -91,7 +93,9 @@ def test_verify_names_and_undoes_a_foreign_fill(daemon: Daemon, client: Raw) -> 
     report = client.verify()
     assert not report["ok"]
     assert f"4096 bytes of slot {hole}" in "".join(report["differences"])
-    assert client.verify()["ok"], "it is undone"
+    assert report["terms"]["undone_bytes"] == 4096
+    again = client.verify()
+    assert (again["ok"], again["terms"]["undone_bytes"]) == (True, 0), "it is undone"
     assert client.status()["accounting"]["drift_bytes"] == 0
 
 
@@ -110,22 +114,157 @@ def test_verify_finds_foreign_fills_wherever_there_is_a_hole(client: Raw) -> Non
     assert client.verify()["ok"], "all are undone"
 
 
+def overwrite(path: Path, at: int, new: bytes) -> bytes:
+    """Write into a segment as nobody but root and the daemon's own user could; what was there."""
+    with path.open("r+b") as file:
+        file.seek(at)
+        old = file.read(len(new))
+        file.seek(at)
+        file.write(new)
+    return old
+
+
+def check_overwriting(daemon: Daemon, client: Raw, at: int, new: bytes, *says: str) -> None:
+    """What is written there is named, and nothing else; and nothing more when it is put back."""
+    path = directory_of(daemon)
+    old = overwrite(path, at, new)
+    assert old != new
+    report = client.verify()
+    assert len(report["differences"]) == len(says), report["differences"]
+    for difference, said in zip(report["differences"], says, strict=True):
+        assert said in difference
+    overwrite(path, at, old)
+    assert client.verify()["ok"]
+
+
 @pytest.mark.parametrize("offset", [0, 16, 24, 40, 56, 64, 72])
 def test_verify_finds_a_record_that_was_overwritten(
     daemon: Daemon, client: Raw, offset: int
 ) -> None:
     at = layout.record_offset(2, BLOCK_TOKENS) + offset
-    with directory_of(daemon).open("r+b") as file:
-        file.seek(at)
-        byte = file.read(1)
-        file.seek(at)
-        file.write(bytes([byte[0] ^ 0x10]))
-    report = client.verify()
-    assert report["differences"] == ["model: slot 2 is sealed and has no record"]
-    with directory_of(daemon).open("r+b") as file:
-        file.seek(at)
-        file.write(byte)
+    (byte,) = directory_of(daemon).read_bytes()[at : at + 1]
+    check_overwriting(daemon, client, at, bytes([byte ^ 0x10]), "slot 2: its record is torn")
+
+
+def record_at(daemon: Daemon, slot: int) -> layout.Record:
+    content = memoryview(directory_of(daemon).read_bytes())
+    record = layout.read_record(content, slot, BLOCK_TOKENS)
+    assert record is not None
+    return record
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "says"),
+    [
+        ("start", 8, "start 8, and should have 16"),
+        ("tokens", b"\1\0\0\0" * BLOCK_TOKENS, "tokens 0100"),
+        ("key", bytes(16), "key 0000"),
+        ("parent_key", bytes(16), "parent's key 0000"),
+        ("generation", 77, "generation 77, and should have 3"),
+        ("checksum", 4711, "checksum 4711, and should have"),
+    ],
+)
+def test_verify_names_what_a_whole_record_says_wrongly(
+    daemon: Daemon, client: Raw, field: str, value: object, says: str
+) -> None:
+    slot = 2
+    content = bytearray(directory_of(daemon).read_bytes())
+    record = record_at(daemon, slot)._replace(**{field: value})
+    last_use = layout.read_last_use(memoryview(content), slot, BLOCK_TOKENS)
+    layout.write_record(memoryview(content), slot, BLOCK_TOKENS, record, last_use)
+    at = layout.record_offset(slot, BLOCK_TOKENS)
+    new = bytes(content[at : at + layout.record_bytes(BLOCK_TOKENS)])
+    check_overwriting(daemon, client, at, new, f"slot {slot}: its record has {says}")
+
+
+def test_verify_names_a_last_use_that_is_not_the_cores(daemon: Daemon, client: Raw) -> None:
+    at = layout.record_offset(2, BLOCK_TOKENS) + 8
+    new = (99).to_bytes(8, "little")
+    check_overwriting(daemon, client, at, new, "slot 2: its record has last use 99, and should")
+
+
+def test_verify_names_a_record_that_is_missing_and_one_too_many(
+    daemon: Daemon, client: Raw
+) -> None:
+    at = layout.record_offset(2, BLOCK_TOKENS)
+    check_overwriting(daemon, client, at, bytes(8), "slot 2 is sealed and has no record")
+    size = layout.record_bytes(BLOCK_TOKENS)
+    copy = directory_of(daemon).read_bytes()[at : at + size]
+    beyond = layout.record_offset(N_BLOCKS + 2, BLOCK_TOKENS)
+    check_overwriting(daemon, client, beyond, copy, "slot 7 has a record and no block")
+    check_overwriting(daemon, client, beyond, b"torn", "slot 7: its record is torn")
+
+
+def test_verify_names_what_the_header_says_wrongly(daemon: Daemon, client: Raw) -> None:
+    check_overwriting(daemon, client, 45, b"x", "the header of its directory is torn")
+    content = bytearray(directory_of(daemon).read_bytes())
+    header = layout.read_header(memoryview(content))
+    assert header is not None
+    layout.write_header(memoryview(content), header._replace(slots=header.slots - 1))
+    new = bytes(content[: layout.DIRECTORY_HEADER_BYTES])
+    registration = {**header.registration, "tenant": "thief"}
+    layout.write_header(memoryview(content), header._replace(registration=registration))
+    other = bytes(content[: layout.DIRECTORY_HEADER_BYTES])
+    check_overwriting(daemon, client, 0, other, "has tenant thief, and should have default")
+    check_overwriting(daemon, client, 0, new, f"has slots {header.slots - 1}, and should")
+    at = layout.DIRECTORY_HEADER_BYTES - 8
+    check_overwriting(
+        daemon, client, at, (9).to_bytes(8, "little"), "has life 9, and should have 1"
+    )
+
+
+def test_verify_names_what_a_pin_says_wrongly(daemon: Daemon, client: Raw) -> None:
+    fingerprint = bytes.fromhex(client.status()["models"][0]["fingerprint"])
+    assert client.call(Pin(fingerprint, TOKENS, "keeper", 0)).tokens == len(TOKENS) // 4
+    slots = BUDGET // STRIDE
+    at = layout.pins_offset(slots, BLOCK_TOKENS)
+    place = f"{NAME}: place 0 of its pins"
+    check_overwriting(daemon, client, at, bytes(8), f"{place} has none, and should have that of")
+    check_overwriting(daemon, client, at, b"torn", f"{place} is torn")
+    later = struct.pack("<d", 5.0)
+    check_overwriting(daemon, client, at + 8, later, f"{place} has end 5.0, and should have 0.0")
+    content = bytearray(directory_of(daemon).read_bytes())
+    pin = layout.read_pin(memoryview(content), at)
+    assert pin is not None
+    layout.write_pin(memoryview(content), at, pin._replace(owner="thief"))
+    new = bytes(content[at : at + layout.PIN_BYTES])
+    check_overwriting(daemon, client, at, new, f"{place} has owner thief, and should have keeper")
+    layout.write_pin(memoryview(content), at, pin._replace(key=bytes(16)))
+    new = bytes(content[at : at + layout.PIN_BYTES])
+    check_overwriting(daemon, client, at, new, f"{place} has key 0000")
+    check_overwriting(
+        daemon, client, at + layout.PIN_BYTES, new, "place 1 of its pins has a pin of 'keeper'"
+    )
+
+
+def test_checksums_find_a_byte_that_was_changed(daemon: Daemon, client: Raw) -> None:
+    """Only if it is asked for them, and then every block's; the last one is open."""
+    sealed = [record_at(daemon, slot) for slot in range(N_BLOCKS)]
+    n_bytes = sum(raw.FORMAT.size(len(record.tokens) // 4) for record in sealed)
+    report = client.call(Verify(1)).report
+    assert (report["ok"], report["terms"]["compared_bytes"]) == (True, n_bytes)
+    at = 3 * STRIDE + 1000
+    old = overwrite(arena_of(daemon), at, b"\xff")
     assert client.verify()["ok"]
+    report = client.call(Verify(1)).report
+    (difference,) = report["differences"]
+    assert difference.startswith(f"{NAME}: slot 3: the bytes of its 8 tokens from 24 on do not")
+    overwrite(arena_of(daemon), at, old)
+    assert client.call(Verify(1)).report["ok"]
+
+
+def test_checksums_are_compared_beside_whatever_happens(daemon: Daemon, client: Raw) -> None:
+    """A block that is evicted in between, and whose slot is another's then, is not missed."""
+    (context,) = client.contexts
+    with raw_client(daemon, staging_bytes=0) as auditor:
+        for number in range(1, 40):
+            asked = [auditor.post(Verify(1)), auditor.post(Verify())]
+            prompt = many_tokens(number * 1000, 30 * BLOCK_TOKENS)
+            client.release(context, client.store(context, prompt))
+            client.call(Evict("", 28))
+            replies = [auditor.receive() for _ in asked]
+            assert [each.body.report["differences"] for each in replies] == [[], []]
+            assert client.status()["accounting"]["drift_bytes"] == 0
 
 
 def test_verify_names_a_staging_with_holes(client: Raw) -> None:
@@ -142,12 +281,14 @@ def test_verify_names_memory_that_was_taken_from_a_slot(daemon: Daemon, client: 
     with arena_of(daemon).open("r+b") as file:
         offset, length = ctypes.c_int64(STRIDE), ctypes.c_int64(STRIDE)
         assert libc.fallocate(file.fileno(), 3, offset, length) == 0
-    (difference,) = client.verify()["differences"]
-    assert (
-        difference
-        == f"model: slots: {N_BLOCKS * STRIDE} bytes were given, the system has "
-        + str((N_BLOCKS - 1) * STRIDE)
-    )
+    report = client.verify()
+    assert report["differences"] == [
+        f"{NAME}: slots: {N_BLOCKS * STRIDE} bytes were given, the system has "
+        f"{(N_BLOCKS - 1) * STRIDE}",
+        f"{NAME}: memory was taken from 1 slots: 1",
+    ]
+    terms = report["terms"]
+    assert (terms["active_bytes"], terms["os_arena_bytes"]) == (5 * STRIDE, 4 * STRIDE)
 
 
 def test_counters_tell_what_was_asked_and_found(client: Raw) -> None:

@@ -400,7 +400,7 @@ def test_kvctl_shows_each_tenant_to_an_administrator(daemon: Daemon, become: Any
     assert row[1:3] == ["2.0", "MiB"]
     assert "12.0 KiB" in " ".join(row), "three blocks are cached"
     (row,) = [line.split() for line in shown["clients"].splitlines() if line.startswith("raw")]
-    assert row[3] == "a"
+    assert row[2] == "a"
 
 
 @needs_root

@@ -42,10 +42,18 @@ def _ping(client: Client, _: argparse.Namespace) -> Answer:
     return Answer(report, lambda _: text)
 
 
-def _verify(client: Client, _: argparse.Namespace) -> Answer:
-    report = client.verify()
+def _verify(client: Client, options: argparse.Namespace) -> Answer:
+    report = client.verify(checksums=options.checksums)
     code = OK if report["ok"] else FAILED
     return Answer(report, lambda look: views.verify(report, look), code)
+
+
+def _add_verify_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--checksums",
+        action="store_true",
+        help="compare the bytes of every block with its checksum, too",
+    )
 
 
 COMMANDS = (
@@ -54,5 +62,10 @@ COMMANDS = (
     Command("clients", "who is connected, and what each holds", asking(_clients)),
     Command("models", "registered models and their blocks", asking(_models)),
     Command("ping", "whether the daemon answers, and how fast", asking(_ping)),
-    Command("verify", "recount everything from the blocks and the system", asking(_verify)),
+    Command(
+        "verify",
+        "recount everything from blocks, directories and the system",
+        asking(_verify),
+        _add_verify_options,
+    ),
 )

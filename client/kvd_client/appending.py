@@ -67,7 +67,7 @@ def stage(sequence: SequenceState, n_tokens: int, wait: float | None) -> Operati
                 "the staging is full of blocks that are not stored yet", staging_bytes=area.size
             )
         with suppress(DeadlineExceeded):  # one more look, and then it is said to be full
-            yield from _wait_for_room(session, area, left)
+            yield from wait_for_room(session, area, left)
 
 
 def unstage(sequence: SequenceState, staged: Staged) -> None:
@@ -232,8 +232,9 @@ def checked_payloads(
     return buffers
 
 
-def _wait_for_room(session: Session, area: StagingArea, timeout: float) -> Operation[None]:
-    """Wait until something has changed that may make room."""
+def wait_for_room(session: Session, area: StagingArea, timeout: float) -> Operation[None]:
+    """Wait until something has changed that may make room; there are appends on their way, or
+    commits whose copies are. Raises ServiceError, DeadlineExceeded among them."""
     commit = area.oldest_commit
     if commit is None or session.in_flight >= MAX_UNANSWERED:
         # An append's reply tells which commit to wait for.

@@ -13,18 +13,19 @@ Appends on their way: array_posted.py. Rows, layers and what an engine calls: ar
 import gc
 import logging
 import os
+import time
 import weakref
 from collections import deque
 from collections.abc import Callable
 
 from kvd_client import context as ops
-from kvd_client.appending import post_append
+from kvd_client.appending import post_append, wait_for_room
 from kvd_client.array_block import Block
 from kvd_client.array_model import ArrayModel
 from kvd_client.array_posted import Posted, wait_for_a_seal
-from kvd_client.errors import KvdError, ResourceError, StagingFull, ViewsAlive
+from kvd_client.errors import KvdError, ResourceError, ServiceError, StagingFull, ViewsAlive
 from kvd_client.operations import Operation, call
-from kvd_client.session import Commit
+from kvd_client.session import Commit, Session
 from kvd_client.staging import Staged
 from kvd_client.state import SequenceState
 from kvd_proto.keys import TOKEN_BYTES
@@ -259,6 +260,7 @@ class Storage:
     def _take(self, patient: bool) -> Operation[Staged | None]:
         """Room for one block in the staging. None if there is none, or, if `patient`, if nothing
         that is on its way makes room in time."""
+        deadline = time.monotonic() + self._client.timeout
         while self.error is None and self._sequence.shared:
             session = self._sequence.session
             if session is None or session.staging is None:
@@ -277,9 +279,26 @@ class Storage:
             on_their_way = [posted for peer in peers for posted in peer._posted]
             waited = yield from wait_for_a_seal(self._client, on_their_way)
             # Also when there was nothing to wait for: it may have been sealed meanwhile.
-            if not (yield from _collect_all(peers)) and not waited:
+            moved = yield from _collect_all(peers)
+            if (
+                not moved
+                and not waited
+                and not (yield from self._wait_for_others(session, deadline))
+            ):
                 return None
         return None
+
+    def _wait_for_others(self, session: Session, deadline: float) -> Operation[bool]:
+        """Wait for an append of a sequence that has ended, or of none of ours. False if there is
+        none on its way, or if it takes too long."""
+        area, left = session.staging, deadline - time.monotonic()
+        if area is None or left <= 0 or not (session.in_flight or area.has_commits()):
+            return False
+        try:
+            yield from wait_for_room(session, area, left)
+        except ServiceError:
+            return False
+        return True
 
     def _stop(self, error: KvdError) -> None:
         """Store no more of this sequence."""

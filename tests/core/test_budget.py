@@ -381,7 +381,8 @@ def test_room_that_was_promised_is_found(moves: list[tuple[int, int, bool]], pag
             block.state = SEALED
             held.root.add(block)
             held.cached += 1
-            block.last_use = held.lru[block] = bench.budget.tick()
+            block.last_use = bench.budget.tick()
+            held.evictable.add(block, held.root, block.last_use)
         assert bench.sum == bench.budget.n_bytes
         assert bench.budget.unassigned >= 0
 

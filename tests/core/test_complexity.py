@@ -5,7 +5,6 @@ which one line can do by the thousand. A bisection (in C, of about 14 comparison
 """
 
 import sys
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
@@ -48,10 +47,6 @@ class Counter:
     def watch(self, driver: Driver) -> None:
         """Put containers that count into the core."""
         cache, budget = driver.cache, driver.cache.budget
-        for tenant in budget.tenants.values():
-            tenant.lru = self._watched(OrderedDict, tenant.lru)
-            for arena in tenant.arenas:
-                arena.lru = tenant.lru
         for name in ("waiting", "jobs"):
             setattr(cache, name, self._watched(dict, getattr(cache, name)))
         for context in cache.contexts.values():
@@ -127,7 +122,7 @@ def test_the_counter_sees_a_walk() -> None:
     for walk in (
         lambda driver: list(driver.cache.budget.oldest_first()),
         lambda driver: driver.cache.budget.arenas[1].root.below(),
-        lambda driver: sorted(driver.cache.budget.tenant("t").lru, key=id),
+        lambda driver: sorted(driver.cache.budget.tenant("t").evictable, key=id),
     ):
         assert cost(200, walk) > cost(100, walk) + 50
 

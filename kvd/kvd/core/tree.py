@@ -19,6 +19,7 @@ from bisect import bisect_left
 from operator import attrgetter
 from typing import TYPE_CHECKING, NamedTuple
 
+from kvd.core.eviction import NOWHERE, Place
 from kvd_proto.keys import TOKEN_BYTES
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ NO_SLOT = -1
 _by_tokens = attrgetter("tokens")
 
 
-class Block:
+class Block(Place):
     """A node of the tree: `tokens` from position `start`, stored in `slot` of its arena.
 
     `holds` counts the leases on this block, its children that are held themselves, and 1 while it
@@ -60,6 +61,8 @@ class Block:
     def __init__(
         self, arena: "Arena", parent: "Block | None", tokens: bytes, key: bytes, slot: int
     ) -> None:
+        self.older = self.younger = NOWHERE
+        self.used = 0
         self.arena = arena
         self.parent = parent
         self.tokens = tokens

@@ -226,7 +226,7 @@ def leave_a_shorter_one(cache: Cache) -> None:
     longer = Block(arena, parent, b"\3\0\0\0\4\0\0\0", b"", slot)
     longer.state = "sealed"
     arena.blocks[slot] = longer
-    parent.children.append(longer)
+    parent.add(longer)
     enlist(longer, 0)
     for other in [each for each in arena.evictable if each is not longer]:
         move_to_the_end(other)
@@ -256,7 +256,7 @@ def lose_from_the_tree(cache: Cache) -> None:
     """It can never be matched again, or evicted with its parent."""
     block = block_of(first(cache), COPYING)
     assert block.parent is not None
-    block.parent.children.remove(block)
+    block.parent.remove(block)
 
 
 def forget_to_check(cache: Cache) -> None:

@@ -174,7 +174,7 @@ def test_an_open_tail_that_was_replaced_goes_when_it_is_let_go() -> None:
     assert tail.state is SEALED
     bench.budget.unhold(tail, bench.effects)
     assert bench.happened(DropRecord) == [DropRecord(1, tail.slot)]
-    assert root.children == [longer]
+    assert list(root.children) == [longer]
 
 
 def test_an_open_tail_stays_if_the_longer_block_has_gone_before() -> None:

@@ -55,7 +55,8 @@ class Counter:
         for arena in budget.arenas.values():
             arena.free = self._watched(list, arena.free)
             arena.punched = self._watched(list, arena.punched)
-            arena.root.children = self._watched(list, arena.root.children)
+            if len(arena.root.children) > 1:
+                arena.root._children = self._watched(list, arena.root.children)
 
     def _watched(self, kind: Any, items: Any) -> Any:
         counter = self

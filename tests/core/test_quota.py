@@ -57,8 +57,8 @@ class Tenants(Driver):
 
     def cached(self, name: str) -> list[int]:
         """The first tokens of what the tenant has cached, oldest first."""
-        lru = self.cache.budget.tenants[name].lru
-        return [int.from_bytes(block.tokens[:4], "little") for block in lru]
+        evictable = self.cache.budget.tenants[name].evictable
+        return [int.from_bytes(block.tokens[:4], "little") for block in evictable]
 
     def hold(self, name: str, first: int, n_blocks: int):
         handle = self.alloc(name.encode(), self.contexts[name])

@@ -91,7 +91,7 @@ def test_remove_takes_out_that_child_alone(children: dict[Path, str]) -> None:
     for child in list(root.children):
         before = [each for each in root.children if each is not child]
         root.remove(child)
-        assert root.children == before
+        assert list(root.children) == before
 
 
 @given(paths, paths)

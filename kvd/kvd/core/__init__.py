@@ -4,7 +4,8 @@ machine.py     one mutator: takes an event, returns effects
 events.py      what can happen, and what the shell is asked to do
 tree.py        blocks and the prefix tree: exact and token-exact matches
 arenas.py      the slots and the tree of one model
-budget.py      leases over ancestors, tail-first LRU, making room
+budget.py      leases over ancestors, making room
+eviction.py    which block goes next: the policy, and LRU, tail-first
 tenants.py     what each tenant may take, holds, and would give up first
 sequences.py   sessions, contexts, sequence ids and generations
 deadlines.py   whose time is over when

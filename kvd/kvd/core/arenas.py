@@ -46,7 +46,7 @@ class Arena:
     ) -> None:
         self.number = number
         self.tenant = tenant
-        self.lru = tenant.lru
+        self.evictable = tenant.evictable
         self.name = name
         self.fingerprint = fingerprint
         self.geometry = geometry

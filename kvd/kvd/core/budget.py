@@ -3,11 +3,11 @@
 The places in which a slot can be: arenas.py.
 
 `unassigned` is what remains of the budget after directories, staging and all backed slots. There is
-an LRU for each tenant, for all of its arenas, so memory moves to where it is used. It is ordered by
-last use, and because a release appends a block before its parent, a child always comes before its
-parent: the head never has resident children, and tail-first eviction takes one step. A tenant at
-its quota gives way itself, from its own LRU. If it is the budget that has no room, the oldest head
-of all LRUs goes, whosever it is: a comparison for each tenant.
+an LRU (eviction.py) for each tenant, for all of its arenas, so memory moves to where it is used. It
+is ordered by last use, and because a release lists a block before its parent, a child always comes
+before its parent: the head never has resident children, and tail-first eviction takes one step. A
+tenant at its quota gives way itself, from its own LRU. If it is the budget that has no room, the
+oldest head of all LRUs goes, whosever it is: a comparison for each tenant.
 
 A directory never shrinks. It goes with its arena, when nobody uses that: no session has registered
 it, and nothing in it is held or pinned. An empty one goes before anything is evicted; one with
@@ -25,7 +25,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from heapq import merge
 from itertools import islice
-from operator import attrgetter, itemgetter
+from operator import attrgetter
 from typing import NamedTuple
 
 from kvd.core.arenas import Arena
@@ -38,6 +38,7 @@ from kvd.core.events import (
     SessionId,
     UseRecord,
 )
+from kvd.core.eviction import arrange_by_records
 from kvd.core.pins import pins_bytes_for
 from kvd.core.reasons import Reason
 from kvd.core.tenants import Tenant, TenantRule
@@ -46,15 +47,6 @@ from kvd_proto.errors import AllLeased, BudgetTooSmall, Detail, ResourceError
 
 WALK_BLOCKS = 1024
 """Leased, or let go, at once: in less than a millisecond, before others get their turn."""
-
-
-def places_in(lru: Iterable[Block]) -> dict[Block, int]:
-    """When each block of an LRU was used last, by the records of itself and all below it. A walk of
-    the whole LRU."""
-    places: dict[Block, int] = {}
-    for block in sorted(lru, key=lambda block: -block.start):
-        places[block] = max([block.last_use, *(places[child] for child in block.children)])
-    return places
 
 
 class SlotsTaken(NamedTuple):
@@ -98,13 +90,12 @@ class Budget:
 
     def oldest_first(self) -> Iterator[Block]:
         """All that is cached; nothing may change meanwhile."""
-        uses = merge(*(each.lru.items() for each in self.tenants.values()), key=itemgetter(1))
-        return (block for block, _ in uses)
+        return merge(*(each.evictable for each in self.tenants.values()), key=attrgetter("used"))
 
     @property
     def n_cached(self) -> int:
         """How many blocks are cached."""
-        return sum(len(each.lru) for each in self.tenants.values())
+        return sum(arena.cached for arena in self.arenas.values())
 
     @property
     def directories(self) -> int:
@@ -116,9 +107,8 @@ class Budget:
 
     def hold(self, block: Block) -> None:
         """Keep `block` and all its ancestors. Stops at the first that is held already."""
-        node = block
+        node = above = block
         arena = block.arena
-        lru = arena.lru
         n_cached = n_pinned = 0
         while (parent := node.parent) is not None:
             node.holds += 1
@@ -126,10 +116,11 @@ class Budget:
                 break
             if node.pins:
                 n_pinned += 1
-            elif node.state is not FILLING:
-                del lru[node]
+            else:
                 n_cached += 1
+                above = parent
             node = parent
+        arena.evictable.remove(block, above)
         arena.cached -= n_cached
         arena.pinned -= n_pinned
         arena.active += n_cached + n_pinned
@@ -153,7 +144,7 @@ class Budget:
             if node.pins > 1:
                 return
             if not node.holds:
-                del arena.lru[node]
+                arena.evictable.remove(node, node.parent)
                 arena.cached -= 1
                 arena.pinned += 1
             node = node.parent
@@ -172,7 +163,7 @@ class Budget:
             if not node.holds:
                 arena.pinned -= 1
                 arena.cached += 1
-                arena.lru[node] = self.clock
+                arena.evictable.add(node, node.parent, self.clock)
             node = node.parent
         self._drop_superseded(block, effects)
 
@@ -209,8 +200,8 @@ class Budget:
     def _let_go(self, block: Block, most: int) -> None:
         """Count one `hold` less. What nobody holds any more is pinned, or is cached and was used
         now: `most` blocks, and no more than these from the allowance; what is left is noted."""
-        node = block
-        arena, lru, clock = block.arena, block.arena.lru, self.clock
+        node = above = block
+        arena = block.arena
         n_cached = n_pinned = 0
         while (parent := node.parent) is not None:
             if node.holds > 1:
@@ -223,9 +214,10 @@ class Budget:
             if node.pins:
                 n_pinned += 1
             else:
-                lru[node] = clock
                 n_cached += 1
+                above = parent
             node = parent
+        arena.evictable.add(block, above, self.clock)
         arena.active -= n_cached + n_pinned
         arena.pinned += n_pinned
         arena.cached += n_cached
@@ -259,9 +251,7 @@ class Budget:
         former, arena.former = arena.former, {}
         for block in former:
             self._let_go(block, arena.backed)
-        places = places_in(arena.lru)
-        arena.lru.clear()
-        arena.lru.update(sorted(places.items(), key=lambda each: (each[1], -each[0].start)))
+        arrange_by_records(arena.evictable)
         for block in former:
             self._drop_superseded(block, effects)
         arena.filling -= len(arena.retired)
@@ -315,7 +305,8 @@ class Budget:
         del self.arenas[arena.number]
         arena.tenant.arenas.remove(arena)
         for block in arena.root.below():
-            del arena.lru[block]
+            assert block.parent is not None
+            arena.evictable.remove(block, block.parent)
             block.state = GONE
         arena.tenant.evicted[Reason.ARENA] += arena.cached
         self.spend(arena.tenant, -arena.memory_beside - arena.backed * arena.stride)
@@ -330,7 +321,7 @@ class Budget:
         first of all those that are empty. A walk of the LRU."""
         unused = [arena for arena in tenant.arenas if arena.is_unused]
         if unused:
-            latest = {block.arena: use for block, use in tenant.lru.items()}
+            latest = {block.arena: block.used for block in tenant.evictable}
             self.give_up(min(unused, key=lambda each: latest.get(each, 0)), effects)
 
     def spend(self, tenant: Tenant, n_bytes: int) -> None:
@@ -383,8 +374,8 @@ class Budget:
         """Forget a cached block, which has no children: its slot is free."""
         assert block.parent is not None
         assert not block.children, "a parent goes after its children"
-        del block.arena.lru[block]
         parent = block.parent
+        block.arena.evictable.remove(block, parent)
         parent.remove(block)
         has_record = parent.parent is not None and parent.state is not FILLING
         if has_record and parent.last_use < block.last_use:
@@ -403,11 +394,9 @@ class Budget:
         """Evict the least recently used block that has no resident children: the head of the
         tenant's LRU, or the oldest of all heads."""
         reason = Reason.QUOTA if tenant is not None and tenant.has_quota else Reason.ROOM
-        if tenant is None:
-            tenant = min(
-                (each for each in self.tenants.values() if each.lru), key=attrgetter("oldest_use")
-            )
-        block = next(iter(tenant.lru))  # there is one: check_room counted it
+        tenants = self.tenants.values() if tenant is None else (tenant,)
+        heads = [head for each in tenants if (head := each.evictable.oldest()) is not None]
+        block = min(heads, key=attrgetter("used"))  # there is one: check_room counted it
         self.drop(block, reason, effects)
         return block
 
@@ -424,7 +413,7 @@ class Budget:
         wanted = {arena for arena in arenas if not name or arena.name == name}
         # Whoever names a model without blocks causes no walk.
         n_blocks = min(n_blocks, sum(arena.cached for arena in wanted))
-        lru = self.oldest_first() if tenant is None else tenant.lru
+        lru = self.oldest_first() if tenant is None else tenant.evictable
         chosen = list(islice((block for block in lru if block.arena in wanted), n_blocks))
         for block in chosen:
             self.drop(block, Reason.COMMAND, effects)

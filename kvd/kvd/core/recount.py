@@ -115,8 +115,6 @@ def _check_tenants(cache: Cache, sessions: list[Session]) -> None:
             raise AccountingError(
                 f"{tenant.name} holds {tenant.held}, more than its quota {tenant.quota}"
             )
-        cached = sum(arena.cached for arena in tenant.arenas)
-        _equal(f"blocks in the LRU of {tenant.name}", len(tenant.lru), cached)
     held = sum(tenant.held for tenant in budget.tenants.values())
     _equal("unassigned", budget.unassigned, budget.n_bytes - held)
 
@@ -178,7 +176,7 @@ def _check_block(
         raise AccountingError(f"slot {slot} is not full and has children")
     if block.state is ADOPTED and block not in cache.unchecked:
         raise AccountingError(f"slot {slot} was left by an earlier daemon, and nobody checks it")
-    place = arena.lru.get(block)
+    place = block.used if block.is_listed else None
     if block.is_kept:
         if place is not None:
             raise AccountingError(f"slot {slot} is held or pinned, and in the LRU")
@@ -187,7 +185,7 @@ def _check_block(
         raise AccountingError(f"nobody holds slot {slot}, which is not in the LRU")
     if block.is_superseded:
         raise AccountingError(f"nobody holds slot {slot}, which a longer one replaced")
-    by_records = max([block.last_use, *(arena.lru.get(each, 0) for each in block.children)])
+    by_records = max([block.last_use, *(each.used for each in block.children)])
     if place != by_records:
         raise AccountingError(
             f"slot {slot} was used at {by_records} by its records, and at {place} by its place in "
@@ -289,17 +287,18 @@ def _name_places(arena: Arena, aside: list[int]) -> str:
 
 
 def _check_order(tenant: Tenant, now: int) -> Iterator[None]:
-    """No block is evicted before its children, and the oldest is first. What is used after `now`,
-    when this begins, has another place then, and is left out."""
-    lru = tenant.lru
-    order = list(lru)
+    """All that is cached is in the LRU, no block before its children, and the oldest first. What is
+    used after `now`, when this begins, has another place then, and is left out."""
+    order = list(tenant.evictable)
+    cached = sum(arena.cached for arena in tenant.arenas)
+    _equal(f"blocks in the LRU of {tenant.name}", len(order), cached)
     seen: set[Block] = set()
     before = 0
     for first in range(0, len(order), STEP_BLOCKS):
         for block in order[first : first + STEP_BLOCKS]:
             seen.add(block)
-            place = lru.get(block)
-            if place is None or place > now:
+            place = block.used
+            if not block.is_listed or place > now:
                 continue
             if not all(child in seen for child in block.children):
                 raise AccountingError(f"slot {block.slot} would be evicted before its child")

@@ -3,16 +3,15 @@
 Does not cover who is of which tenant (kvd.tenants), nor making room (budget.py).
 """
 
-from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from kvd.core.eviction import LRU, Policy
 from kvd.core.reasons import Reason
 from kvd_proto.errors import OverQuota
 
 if TYPE_CHECKING:
     from kvd.core.arenas import Arena
-    from kvd.core.tree import Block
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,9 +29,8 @@ class Tenant:
 
     `held` is the running total of its directories, its backed slots and its sessions' stagings, and
     never more than `quota`, which is the budget if none was set. `pins` counts those of all its
-    arenas. `lru` maps what it has cached to
-    the moment of its last use, oldest first. `evicted` counts the blocks that were dropped, by the
-    reason.
+    arenas. `evictable` has what it has cached, in the order in which it goes. `evicted` counts the
+    blocks that were dropped, by the reason.
     """
 
     def __init__(self, rule: TenantRule, budget: int) -> None:
@@ -44,7 +42,7 @@ class Tenant:
         self.staging = 0
         self.pins = 0
         self.arenas: list[Arena] = []
-        self.lru: OrderedDict[Block, int] = OrderedDict()
+        self.evictable: Policy = LRU()
         self.evicted = dict.fromkeys(Reason, 0)
 
     @property
@@ -55,11 +53,6 @@ class Tenant:
     def arena_of(self, fingerprint: bytes) -> "Arena | None":
         """Its arena of this model, if there is one."""
         return next((arena for arena in self.arenas if arena.fingerprint == fingerprint), None)
-
-    @property
-    def oldest_use(self) -> int:
-        """When its oldest cached block was used last; there is one."""
-        return next(iter(self.lru.values()))
 
     def reclaimable(self, but: "Arena | None" = None) -> int:
         """Bytes that may go, those of the arena `but` left out."""

@@ -16,9 +16,11 @@ left there have been checked; then it is SEALED, and only then can it be matched
 """
 
 from bisect import bisect_left
+from collections.abc import Sequence
 from operator import attrgetter
 from typing import TYPE_CHECKING, NamedTuple
 
+from kvd.core.eviction import NOWHERE, Place
 from kvd_proto.keys import TOKEN_BYTES
 
 if TYPE_CHECKING:
@@ -30,8 +32,14 @@ NO_SLOT = -1
 
 _by_tokens = attrgetter("tokens")
 
+_CHECKSUM_BYTES = 8
 
-class Block:
+_STARTS: dict[int, int] = {}
+"""Each position at which a block starts, once: there are as many as a prompt may have blocks, and
+any number of blocks at each."""
+
+
+class Block(Place):
     """A node of the tree: `tokens` from position `start`, stored in `slot` of its arena.
 
     `holds` counts the leases on this block, its children that are held themselves, and 1 while it
@@ -40,13 +48,12 @@ class Block:
     """
 
     __slots__ = (
+        "_children",
+        "_key_and_checksum",
         "arena",
-        "checksum",
-        "children",
         "generation",
         "holds",
         "in_flight",
-        "key",
         "last_use",
         "parent",
         "pins",
@@ -60,18 +67,22 @@ class Block:
     def __init__(
         self, arena: "Arena", parent: "Block | None", tokens: bytes, key: bytes, slot: int
     ) -> None:
+        self.older = self.younger = NOWHERE
+        self.used = 0
         self.arena = arena
         self.parent = parent
         self.tokens = tokens
-        self.key = key
+        self._key_and_checksum = key + bytes(_CHECKSUM_BYTES)
+        """Together they take as much memory as the key would alone."""
         self.slot = slot
-        self.start: int = parent.start + len(parent.tokens) // TOKEN_BYTES if parent else 0
+        start = parent.end if parent else 0
+        self.start = _STARTS.setdefault(start, start)
         self.state = FILLING
-        self.children: list[Block] = []
+        self._children: Block | list[Block] | None = None
+        """A list if there are several: most have one, or none."""
         self.holds = 0
         self.pins = 0
         self.generation = 0
-        self.checksum = 0
         self.last_use = 0
         """As its record says: the moment when a lease on this very block ended last, or it was
         sealed. What is above it was used no earlier."""
@@ -80,6 +91,27 @@ class Block:
         self.sources: dict[Commit, Source] | None = None
         """While filling: whose staged copies could fill it; the first one is copied. By commit, for
         a client may have thousands that wait for the same block, and die."""
+
+    @property
+    def key(self) -> bytes:
+        return self._key_and_checksum[:-_CHECKSUM_BYTES]
+
+    @property
+    def checksum(self) -> int:
+        """Of its bytes in the arena: once it is sealed, or adopted."""
+        return int.from_bytes(self._key_and_checksum[-_CHECKSUM_BYTES:], "little")
+
+    @checksum.setter
+    def checksum(self, checksum: int) -> None:
+        self._key_and_checksum = self.key + checksum.to_bytes(_CHECKSUM_BYTES, "little")
+
+    @property
+    def children(self) -> "Sequence[Block]":
+        """Sorted by their tokens. To look at, until one comes or goes."""
+        children = self._children
+        if children is None:
+            return ()
+        return (children,) if isinstance(children, Block) else children
 
     @property
     def n_tokens(self) -> int:
@@ -109,11 +141,12 @@ class Block:
 
     def child(self, tokens: bytes) -> "Block | None":
         """The child with exactly these tokens, filling or sealed."""
-        children = self.children
-        if len(children) == 1:
-            # The usual case within a prompt: worth a comparison of its own.
-            only = children[0]
-            return only if only.tokens == tokens else None
+        children = self._children
+        if children is None:
+            return None
+        if isinstance(children, Block):
+            # The usual case within a prompt.
+            return children if children.tokens == tokens else None
         index = bisect_left(children, tokens, key=_by_tokens)
         if index < len(children) and children[index].tokens == tokens:
             return children[index]
@@ -121,13 +154,26 @@ class Block:
 
     def add(self, block: "Block") -> None:
         """Insert a child; there is none with the same tokens."""
-        self.children.insert(bisect_left(self.children, block.tokens, key=_by_tokens), block)
+        children = self._children
+        if children is None:
+            self._children = block
+            return
+        if isinstance(children, Block):
+            self._children = children = [children]
+        children.insert(bisect_left(children, block.tokens, key=_by_tokens), block)
 
     def remove(self, block: "Block") -> None:
         """Take a child out."""
-        index = bisect_left(self.children, block.tokens, key=_by_tokens)
-        assert self.children[index] is block, "the tree lost a child"
-        del self.children[index]
+        children = self._children
+        if children is block:
+            self._children = None
+            return
+        assert isinstance(children, list), "the tree lost a child"
+        index = bisect_left(children, block.tokens, key=_by_tokens)
+        assert children[index] is block, "the tree lost a child"
+        del children[index]
+        if len(children) == 1:
+            self._children = children[0]
 
     def longest_agreeing(self, tokens: bytes, *, adopted: bool = False) -> "Agreement | None":
         """The sealed child (with `adopted` also one that is not checked yet) that agrees with
@@ -228,7 +274,7 @@ def match(node: Block, tokens: bytes, block_bytes: int, most: int) -> Match:
         node = child
     else:
         return Match(full, None, node.end, end < len(tokens))
-    agreement = node.longest_agreeing(chunk) if node.children else None
+    agreement = node.longest_agreeing(chunk) if node._children else None
     if agreement is None:
         return Match(full, None, position // TOKEN_BYTES)
     return Match(full, agreement.block, position // TOKEN_BYTES + agreement.n_tokens)

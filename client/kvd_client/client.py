@@ -31,6 +31,7 @@ from kvd_client import appending
 from kvd_client import context as ops
 from kvd_client.appending import Payload
 from kvd_client.errors import KvdError, copy_error
+from kvd_client.following import EventBatch, read_events
 from kvd_client.operations import (
     DEFAULT_STAGING,
     ClientState,
@@ -44,6 +45,7 @@ from kvd_client.session import Commit, Session, Source
 from kvd_client.staging import Staged
 from kvd_client.state import ContextState, Model, SequenceState, Tokens
 from kvd_proto.messages import (
+    MAX_EVENTS,
     Evict,
     Evicted,
     Flushed,
@@ -342,6 +344,26 @@ class Client(ClientState):
     def pins(self) -> list[dict[str, Any]]:
         """A row for each pin of the daemon."""
         return cast(list[dict[str, Any]], self._report(ListPins())["pins"])
+
+    def events(
+        self,
+        since: int | None = None,
+        wait: float = 0.0,
+        *,
+        most: int = MAX_EVENTS,
+        kinds: Iterable[str] = (),
+        model: str = "",
+    ) -> EventBatch:
+        """What has happened in the daemon from event number `since` on (None: from now on): at most
+        `most` events, of these kinds (none: all) and this model ("": all). A client is told of its
+        tenant's, an administrator of all.
+
+        If there are none it waits for some, up to `wait` seconds (60 at most). Ask again from
+        `next` on: who is slow loses events, and `lost` says how many. Frequent ones (alloc, hit,
+        release, seal, evict) are noted only while somebody asks. Numbers begin anew with each
+        start of the daemon.
+        """
+        return self.run(read_events(self, since, wait, most, kinds, model))
 
     def close(self) -> None:
         """End the session: all that it held is given back. Closing again does nothing.

@@ -271,9 +271,10 @@ class ClientState:
         """`call`, with a deadline."""
         return (yield from call(session, message, deadline - time.monotonic(), late=late))
 
-    def ask(self, message: Message) -> Operation[Any]:
-        """Send a request that belongs to no context, and wait for its reply."""
-        deadline = time.monotonic() + self.patience
+    def ask(self, message: Message, longer: float = 0.0) -> Operation[Any]:
+        """Send a request that belongs to no context, and wait for its reply, so many seconds longer
+        than for others."""
+        deadline = time.monotonic() + self.patience + longer
         session = yield from self.ensure_session(deadline)
         return (yield from self.call(session, message, deadline))
 

@@ -241,6 +241,7 @@ class Client(ClientState):
         staging_bytes: int = DEFAULT_STAGING,
         timeout: float | None = None,
         fail_open: bool = False,
+        welcome_timeout: float | None = None,
         start_private: bool = False,
         max_memory: str = "1GiB",
     ) -> None:
@@ -250,7 +251,8 @@ class Client(ClientState):
         `staging_bytes` is the memory for commits on their way (0: none, for readers); the daemon
         may grant less, see `staging_room`. `timeout` is for each answer, in seconds: 5; with
         fail_open 0.05 for a request's answers, 1 to open the client or a context, and 5 for flush
-        and reports. `fail_open` makes alloc go on without a daemon, and come back to it by itself.
+        and reports; `welcome_timeout` is for opening the client, if that is to be another one.
+        `fail_open` makes alloc go on without a daemon, and come back to it by itself.
         `start_private` starts a daemon with `max_memory` if none runs there; it stops by itself
         some seconds after its last client.
         """
@@ -261,6 +263,7 @@ class Client(ClientState):
             staging_bytes=staging_bytes,
             timeout=timeout,
             fail_open=fail_open,
+            welcome_timeout=welcome_timeout,
         )
         self.lock = threading.RLock()
         self._polled: Source | None = None

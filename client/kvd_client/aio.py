@@ -29,6 +29,7 @@ from kvd_client import appending
 from kvd_client import context as ops
 from kvd_client.appending import Payload
 from kvd_client.errors import KvdError, copy_error
+from kvd_client.following import EventBatch, read_events
 from kvd_client.operations import (
     DEFAULT_STAGING,
     ClientState,
@@ -42,6 +43,7 @@ from kvd_client.session import Commit, Source
 from kvd_client.staging import Staged
 from kvd_client.state import ContextState, Model, SequenceState, Tokens
 from kvd_proto.messages import (
+    MAX_EVENTS,
     Evict,
     Evicted,
     Flushed,
@@ -292,6 +294,18 @@ class AsyncClient(ClientState):
     async def pins(self) -> list[dict[str, Any]]:
         """A row for each pin of the daemon."""
         return cast(list[dict[str, Any]], (await self._report(ListPins()))["pins"])
+
+    async def events(
+        self,
+        since: int | None = None,
+        wait: float = 0.0,
+        *,
+        most: int = MAX_EVENTS,
+        kinds: Iterable[str] = (),
+        model: str = "",
+    ) -> EventBatch:
+        """What has happened in the daemon since then; see `client.Client.events`."""
+        return await self.run(read_events(self, since, wait, most, kinds, model))
 
     async def close(self) -> None:
         """End the session: all that it held is given back; see `client.Client.close`. Calls that

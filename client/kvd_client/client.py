@@ -31,6 +31,7 @@ from kvd_client import appending
 from kvd_client import context as ops
 from kvd_client.appending import Payload
 from kvd_client.errors import KvdError, copy_error
+from kvd_client.following import EventBatch, read_events
 from kvd_client.operations import (
     DEFAULT_STAGING,
     ClientState,
@@ -44,6 +45,7 @@ from kvd_client.session import Commit, Session, Source
 from kvd_client.staging import Staged
 from kvd_client.state import ContextState, Model, SequenceState, Tokens
 from kvd_proto.messages import (
+    MAX_EVENTS,
     Evict,
     Evicted,
     Flushed,
@@ -239,6 +241,7 @@ class Client(ClientState):
         staging_bytes: int = DEFAULT_STAGING,
         timeout: float | None = None,
         fail_open: bool = False,
+        welcome_timeout: float | None = None,
         start_private: bool = False,
         max_memory: str = "1GiB",
     ) -> None:
@@ -248,7 +251,8 @@ class Client(ClientState):
         `staging_bytes` is the memory for commits on their way (0: none, for readers); the daemon
         may grant less, see `staging_room`. `timeout` is for each answer, in seconds: 5; with
         fail_open 0.05 for a request's answers, 1 to open the client or a context, and 5 for flush
-        and reports. `fail_open` makes alloc go on without a daemon, and come back to it by itself.
+        and reports; `welcome_timeout` is for opening the client, if that is to be another one.
+        `fail_open` makes alloc go on without a daemon, and come back to it by itself.
         `start_private` starts a daemon with `max_memory` if none runs there; it stops by itself
         some seconds after its last client.
         """
@@ -259,6 +263,7 @@ class Client(ClientState):
             staging_bytes=staging_bytes,
             timeout=timeout,
             fail_open=fail_open,
+            welcome_timeout=welcome_timeout,
         )
         self.lock = threading.RLock()
         self._polled: Source | None = None
@@ -342,6 +347,26 @@ class Client(ClientState):
     def pins(self) -> list[dict[str, Any]]:
         """A row for each pin of the daemon."""
         return cast(list[dict[str, Any]], self._report(ListPins())["pins"])
+
+    def events(
+        self,
+        since: int | None = None,
+        wait: float = 0.0,
+        *,
+        most: int = MAX_EVENTS,
+        kinds: Iterable[str] = (),
+        model: str = "",
+    ) -> EventBatch:
+        """What has happened in the daemon from event number `since` on (None: from now on): at most
+        `most` events, of these kinds (none: all) and this model ("": all). A client is told of its
+        tenant's, an administrator of all.
+
+        If there are none it waits for some, up to `wait` seconds (60 at most). Ask again from
+        `next` on: who is slow loses events, and `lost` says how many. Frequent ones (alloc, hit,
+        release, seal, evict) are noted only while somebody asks. Numbers begin anew with each
+        start of the daemon.
+        """
+        return self.run(read_events(self, since, wait, most, kinds, model))
 
     def close(self) -> None:
         """End the session: all that it held is given back. Closing again does nothing.

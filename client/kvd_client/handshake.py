@@ -13,9 +13,9 @@ from typing import Any
 
 import zmq
 
-from kvd_client.errors import KvdError, Unavailable, copy_error
+from kvd_client.errors import DeadlineExceeded, KvdError, Unavailable, copy_error
 from kvd_client.lifeline import receive_datagram
-from kvd_client.place import connect_lifeline
+from kvd_client.place import connect_lifeline, listener_of
 from kvd_client.session import Session
 from kvd_client.staging import StagingArea
 from kvd_proto import PROTOCOL_VERSION, codec
@@ -39,11 +39,13 @@ class Handshake:
     @classmethod
     def begin(cls, paths: Sequence[Path], client: str, staging_bytes: int) -> "Handshake":
         """Say hello in the first directory in which somebody listens whom we may believe (see
-        place.py). Raises Unavailable."""
+        place.py). Raises Unavailable, and DeadlineExceeded if many have been waiting for it."""
         reasons = []
         for path in paths:
             try:
                 lifeline = connect_lifeline(path)
+            except BlockingIOError:  # as many wait for it as may: it does not take them
+                raise DeadlineExceeded("the daemon does not answer", path=str(path)) from None
             except OSError as error:
                 reasons.append(f"{path}: {error.strerror or error}")
                 continue
@@ -58,6 +60,11 @@ class Handshake:
             else:
                 return cls(lifeline, path)
         raise Unavailable("no daemon listens (" + "; ".join(reasons) + ")")
+
+    @property
+    def daemon_pid(self) -> int:
+        """The process that should welcome us."""
+        return listener_of(self._lifeline).pid
 
     def has_session(self) -> bool:
         """Whether the daemon has welcomed us."""

@@ -105,6 +105,7 @@ class ClientState:
         staging_bytes: int,
         timeout: float | None,
         fail_open: bool,
+        welcome_timeout: float | None = None,
     ) -> None:
         self.runtime_dirs = [Path(runtime_dir)] if runtime_dir else runtime_dirs(instance)
         self.instance = instance
@@ -114,6 +115,7 @@ class ClientState:
         self.patience = DEFAULT_TIMEOUT if timeout is None else timeout
         """Seconds for an answer that no request waits for, of a flush or a report."""
         self.timeout = FAIL_OPEN_TIMEOUT if fail_open and timeout is None else self.patience
+        self.welcome_timeout = welcome_timeout
         self.session: Session | None = None
         self.contexts: set[ContextState] = set()
         """Those that are not closed."""
@@ -193,7 +195,8 @@ class ClientState:
                 yield Wait(handshake, handshake.has_session, wait, may_fail=True)
             except DeadlineExceeded:
                 handshake.waited_for = True
-                error = DeadlineExceeded("the daemon does not answer", path=str(handshake.path))
+                path, pid = str(handshake.path), handshake.daemon_pid
+                error = DeadlineExceeded("the daemon does not answer", path=path, pid=pid)
                 self._note_outage(error)
                 raise error from None
             except KvdError as error:
@@ -207,6 +210,8 @@ class ClientState:
 
     def first_session(self) -> Operation[Session]:
         """Like ensure_session, for the very first one."""
+        if self.welcome_timeout is not None:
+            return self.ensure_session(time.monotonic() + self.welcome_timeout)
         return self.ensure_session(self.first_deadline())
 
     def without_daemon(self, error: KvdError) -> bool:
@@ -271,9 +276,10 @@ class ClientState:
         """`call`, with a deadline."""
         return (yield from call(session, message, deadline - time.monotonic(), late=late))
 
-    def ask(self, message: Message) -> Operation[Any]:
-        """Send a request that belongs to no context, and wait for its reply."""
-        deadline = time.monotonic() + self.patience
+    def ask(self, message: Message, longer: float = 0.0) -> Operation[Any]:
+        """Send a request that belongs to no context, and wait for its reply, so many seconds longer
+        than for others."""
+        deadline = time.monotonic() + self.patience + longer
         session = yield from self.ensure_session(deadline)
         return (yield from self.call(session, message, deadline))
 

@@ -18,10 +18,18 @@ import socket
 import stat
 import struct
 from pathlib import Path
+from typing import NamedTuple
 
 from kvd_proto.paths import LIFELINE_SOCKET
 
 _CREDENTIALS = struct.Struct("iII")  # struct ucred: pid, uid, gid
+
+
+class Listener(NamedTuple):
+    """A process when it began to listen. In a container of its own, `pid` may be 0."""
+
+    pid: int
+    uid: int
 
 
 def connect_lifeline(directory: Path) -> socket.socket:
@@ -34,14 +42,19 @@ def connect_lifeline(directory: Path) -> socket.socket:
     lifeline = socket.socket(socket.AF_UNIX, kind)
     try:
         lifeline.connect(str(directory / LIFELINE_SOCKET))
-        raw = lifeline.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-        _, listener, _ = _CREDENTIALS.unpack(raw)
+        listener = listener_of(lifeline).uid
         if listener != owner:
             raise _distrust(f"user {listener} listens in a directory of user {owner}")
     except BaseException:
         lifeline.close()
         raise
     return lifeline
+
+
+def listener_of(lifeline: socket.socket) -> Listener:
+    """Who listens at the other end, as the kernel saw it."""
+    raw = lifeline.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    return Listener(*_CREDENTIALS.unpack(raw)[:2])
 
 
 def _owner(directory: Path) -> int:

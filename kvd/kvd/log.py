@@ -26,6 +26,8 @@ CLOSE_SECONDS = 1.0
 """How long the end of the daemon waits for lines that are not written yet."""
 
 _logger = logging.getLogger("kvd")
+everything = False
+"""Whether the level is debug: for who would have to do much to log something."""
 
 
 class _Formatter(logging.Formatter):
@@ -107,7 +109,7 @@ class _Writer(logging.Handler):
 def set_up(level: str) -> None:
     """Log to standard error from `level` on; to nowhere if it is closed."""
     _logger.propagate = False
-    _logger.setLevel(level.upper())
+    set_level(level)
     logging.raiseExceptions = False
     if sys.stderr is None:  # its number may be another file's by now
         _logger.handlers = [logging.NullHandler()]
@@ -115,6 +117,13 @@ def set_up(level: str) -> None:
     writer = _Writer(sys.stderr.fileno())
     writer.setFormatter(_Formatter(with_time="JOURNAL_STREAM" not in os.environ))
     _logger.handlers = [writer]
+
+
+def set_level(level: str) -> None:
+    """From now on, log from this level on."""
+    global everything
+    _logger.setLevel(level.upper())
+    everything = _logger.isEnabledFor(logging.DEBUG)
 
 
 def close() -> None:

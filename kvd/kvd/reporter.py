@@ -118,8 +118,9 @@ class Reporter:
         self._compare_checksums()
 
     def _begin_count(self) -> Generator[None, None, Holders]:
+        # With the walk's first step, so that it knows who came after it was asked for.
         stopped = self._stopped.look(self._cache.sessions.values())
-        return holders.take(self._cache, self._store, stopped, time.monotonic())
+        return (yield from holders.take(self._cache, self._store, stopped, time.monotonic()))
 
     def _counted(self, given: list[Asked], found: Holders | Exception) -> None:
         for asked in given:

@@ -27,6 +27,7 @@ from kvd import __version__, adoption, advice, audit, log, reports
 from kvd.core import events, pins
 from kvd.core.cache import Limits
 from kvd.core.machine import Core
+from kvd.following import Followers
 from kvd.instance import InstanceLock
 from kvd.notify import Notifier
 from kvd.reporter import REPORTS, Reporter
@@ -38,7 +39,7 @@ from kvd.tenants import Tenants
 from kvd.warming import Warming
 from kvd_proto.codec import MAX_MESSAGE_BYTES
 from kvd_proto.errors import InternalError, KvdError
-from kvd_proto.messages import Append, Ping, Pong
+from kvd_proto.messages import Append, Events, Ping, Pong
 from kvd_proto.paths import LIFELINE_SOCKET, REQUESTS_SOCKET
 
 BURST_SECONDS = 0.002
@@ -91,6 +92,7 @@ class Server:
                 self._requests.reply,
                 has_tenants=bool(settings.tenants),
             )
+            self._followers = Followers(self.core.cache, self._requests.reply)
             self.sessions = Sessions(
                 lock.runtime_dir / LIFELINE_SOCKET,
                 group,
@@ -321,6 +323,8 @@ class Server:
             self.handle(events.Requested(session, correlation, message, buffer))
         elif kind in REPORTS:
             self._reporter.answer(incoming)
+        elif kind is Events:
+            self._followers.ask(incoming)
         elif kind is Ping:
             self._requests.reply(session, correlation, self._pong())
         elif isinstance(message, KvdError):
@@ -352,6 +356,7 @@ class Server:
             self._give_signs(now),
             self._linger(now),
             self._look_for_readers(now),
+            self._followers.look(now),
         )
         if self._reporter.is_walking:
             return 0.0

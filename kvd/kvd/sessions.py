@@ -17,6 +17,7 @@ from kvd import descriptors, log
 from kvd.core.events import Connected, Disconnected, Event, SessionId
 from kvd.lifeline import DatagramTooLong, Listener, Peer, PeerGone, SendQueueFull
 from kvd.staging import HEADER_BYTES
+from kvd.stopped import is_ending
 from kvd.store import Store
 from kvd.tenants import Tenants
 from kvd_proto import PROTOCOL_VERSION, codec
@@ -40,6 +41,8 @@ class Connection:
     since: float
     session: SessionId = b""
     mask: int = 0
+    fault: str = ""
+    """Why we have shut it down, if we have."""
 
 
 Watch = Callable[[int, int, Callable[[int], None]], None]
@@ -95,7 +98,7 @@ class Sessions:
             fd = stored.open_reader()
         except OSError as error:  # too many descriptors are open
             log.warning("arena not shared", pid=connection.peer.pid, reason=error)
-            connection.peer.shut_down()
+            self._shut_down(connection, "descriptors")
             return
         try:
             self._send(connection, codec.encode_datagram(message), [fd])
@@ -108,7 +111,7 @@ class Sessions:
         connection = self._by_session.get(session)
         if connection is not None:
             log.warning("client does not read its replies", pid=connection.peer.pid)
-            connection.peer.shut_down()
+            self._shut_down(connection, "unread replies")
 
     # --- what happens
 
@@ -229,7 +232,7 @@ class Sessions:
         except (PeerGone, SendQueueFull, OSError) as error:
             # It dies, or does not read: the poll loop sees the end of a lifeline that is shut down.
             log.warning("lifeline lost", pid=connection.peer.pid, reason=error)
-            connection.peer.shut_down()
+            self._shut_down(connection, "lifeline lost")
 
     def _watch_lifeline(self, connection: Connection) -> None:
         mask = select.EPOLLIN | (select.EPOLLOUT if connection.peer.wants_write else 0)
@@ -237,12 +240,20 @@ class Sessions:
             connection.mask = mask
             self._watch(connection.peer.fd, mask, lambda got: self._lifeline(connection, got))
 
+    @staticmethod
+    def _shut_down(connection: Connection, fault: str) -> None:
+        """Let the loop see the lifeline's end."""
+        connection.fault = fault
+        connection.peer.shut_down()
+
     def _end(self, connection: Connection) -> None:
         """The client is gone: what its session held is given back."""
+        pid = connection.peer.pid
+        reason = connection.fault or ("died" if is_ending(pid) else "closed")
         self._drop(connection)
         if connection.session:
-            log.info("client gone", session=connection.session.hex()[:8], pid=connection.peer.pid)
-            self._handle(Disconnected(connection.session))
+            log.info("client gone", session=connection.session.hex()[:8], pid=pid, reason=reason)
+            self._handle(Disconnected(connection.session, reason))
 
     def _drop(self, connection: Connection) -> None:
         self._greeting.pop(connection, None)

@@ -1,4 +1,5 @@
-"""Clients whose process is stopped: by SIGSTOP, a terminal, a debugger or a frozen cgroup.
+"""Clients whose process is stopped: by SIGSTOP, a terminal, a debugger or a frozen cgroup; or is
+ending.
 
 Such a client lives, and what it holds stays its own; but it holds it for nobody, perhaps for ever.
 So reports say so, and the log does once. Nothing is freed here, and there are no heartbeats: the
@@ -12,6 +13,10 @@ from collections.abc import Iterable
 from kvd import log
 from kvd.core.events import SessionId
 from kvd.core.sequences import Session
+
+_FLAGS = 6
+_PF_EXITING = 0x4
+"""Of include/linux/sched.h; shown since ever, and as good as part of the interface."""
 
 
 class StoppedClients:
@@ -43,16 +48,28 @@ class StoppedClients:
 
 def is_stopped(pid: int) -> bool | None:
     """Whether the process is stopped; None if /proc does not show it."""
+    fields = _stat(pid)
+    return fields[0] in (b"T", b"t") if fields else None  # by a signal, by a tracer
+
+
+def is_ending(pid: int) -> bool:
+    """Whether the process has ended, or is about to: its descriptors are closed before it counts as
+    dead. Where /proc does not show it, that looks the same."""
+    fields = _stat(pid)
+    return not fields or bool(int(fields[_FLAGS]) & _PF_EXITING)
+
+
+def _stat(pid: int) -> list[bytes]:
+    """The fields of proc_pid_stat(5) from the state on; none if /proc does not show it."""
     try:
         fd = os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
-        return None
+        return []
     try:
         line = os.read(fd, 512)
     except OSError:  # it has just ended
-        return None
+        return []
     finally:
         os.close(fd)
     # The name before the state is its owner's choice, brackets and spaces included.
-    state = line[line.rfind(b")") + 2 :][:1]
-    return state in (b"T", b"t")  # by a signal, by a tracer: see proc_pid_stat(5)
+    return line[line.rfind(b")") + 2 :].split()

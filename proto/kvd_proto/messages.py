@@ -27,6 +27,10 @@ MAX_TTL_MS = 366 * MAX_WAIT_MS
 """Of a pin that ends by itself."""
 MAX_FAILURES = 1000
 """A session that never flushes is told of so many failed commits, the latest ones."""
+MAX_EVENTS = 500
+"""In one answer: the daemon makes them in about a millisecond."""
+MAX_FOLLOW_MS = 60_000
+"""A request for events is answered after so long, with none if there are none."""
 MAX_ERROR_TEXT = 2000
 MAX_DETAILS = 32
 MAX_DETAIL_NAME = 40
@@ -312,6 +316,21 @@ class ListPins(NamedTuple):
     """Every pin."""
 
 
+class Events(NamedTuple):
+    """What has happened, from event number `since` on; 2^64 - 1: from now on.
+
+    At most `most` events. `kinds` and `model` choose among them; empty ones take all. If there are
+    none yet, the answer waits for one, up to `wait_ms`. Frequent kinds are noted only while
+    somebody asks, and for some seconds after that.
+    """
+
+    since: U64
+    wait_ms: Annotated[int, Int(0, MAX_FOLLOW_MS)]
+    most: Annotated[int, Int(1, MAX_EVENTS)]
+    kinds: Annotated[list[str], Items(0, 32, Text(1, 40))]
+    model: OptionalName
+
+
 class Operation(NamedTuple):
     """A row of the table of operations."""
 
@@ -339,6 +358,7 @@ OPERATIONS: tuple[Operation, ...] = (
     Operation(16, Pin, Pinned),
     Operation(17, Unpin, Unpinned),
     Operation(18, ListPins, Reported),
+    Operation(23, Events, Reported),
 )
 
 REPLY_OF: Mapping[type[Any], type[Any]] = {op.request: op.reply for op in OPERATIONS}

@@ -357,28 +357,6 @@ def test_verify_finds_a_difference_and_says_so_in_its_code(tmp_path: Path) -> No
 # --- how it ends
 
 
-def test_no_daemon_is_exit_code_3_with_advice(tmp_path: Path) -> None:
-    for name in READING:
-        done = subprocess.run(
-            [*COMMAND, name, "--runtime-dir", str(tmp_path)], capture_output=True, text=True
-        )
-        assert (done.returncode, done.stdout) == (3, "")
-        assert str(tmp_path) in done.stderr
-        assert "kvd serve" in done.stderr
-        assert "Traceback" not in done.stderr
-
-
-def test_a_daemon_that_hangs_is_exit_code_3(tmp_path: Path) -> None:
-    own = start_daemon("--max-memory", "64MiB", runtime_dir=tmp_path / "run")
-    own.process.send_signal(signal.SIGSTOP)
-    try:
-        done = kvctl(own, "ping", "--timeout", "0.2")
-        assert done.returncode == 3
-        assert "hangs, or is busy" in done.stderr
-    finally:
-        own.stop()
-
-
 def test_a_daemon_that_refuses_is_exit_code_1(tmp_path: Path) -> None:
     own = start_daemon("--max-memory", "64MiB", "--max-sessions", "1", runtime_dir=tmp_path / "run")
     try:

@@ -74,6 +74,8 @@ REQUESTS: list[tuple[int, m.Message]] = [
     (27, m.Unpin("team-a", "")),
     (28, m.Unpin("team-a", "SmolLM2-135M")),
     (29, m.ListPins()),
+    (30, m.Events(0, 0, 1, [], "")),
+    (31, m.Events(U64, m.MAX_FOLLOW_MS, m.MAX_EVENTS, ["alloc", "evict"], "SmolLM2-135M")),
 ]
 
 REPLIES: list[tuple[int, type[Any], m.Message]] = [
@@ -101,6 +103,7 @@ REPLIES: list[tuple[int, type[Any], m.Message]] = [
     (26, m.Pin, m.Pinned(0)),
     (27, m.Unpin, m.Unpinned(12)),
     (29, m.ListPins, m.Reported({"pins": [{"owner": "team-a", "expires_seconds": None}]})),
+    (30, m.Events, m.Reported({"events": [], "next": 0, "lost": 0})),
 ]
 
 DETAILS: dict[str, Any] = {

@@ -20,6 +20,7 @@ from kvd.lifeline import Listener
 from kvd.tenants import Membership, Tenants, TenantTables
 from kvd_proto import codec, errors
 from kvd_proto.messages import (
+    Events,
     Evict,
     ListClients,
     ListPins,
@@ -170,6 +171,8 @@ CLIENT = """
             return [type(client.ask(message)).__name__ for message in asked]
         if name == "guess":  # a model of this number was registered by another tenant
             return type(client.ask(OpenContext(values[0], 1, []))).__name__
+        if name == "events":
+            return client.call(Events(0, 0, 500, [], "")).report
         if name == "report":
             kinds = {
                 "status": Status, "sequences": ListSequences, "clients": ListClients,
@@ -306,6 +309,26 @@ def test_two_tenants_get_nothing_of_each_others(daemon: Daemon, become: Any) -> 
     assert a("hold", 0, 3) == 3 * BLOCK_TOKENS
     for user in (a, b):
         assert user("reopen") == "PermissionError"
+
+
+@needs_root
+def test_events_are_a_tenants_own(daemon: Daemon, become: Any) -> None:
+    """Also their numbers, which would tell how much others do."""
+    a, b = become(A), become(B)
+    for user, fill in ((a, 1), (b, 2)):
+        user("events")  # from now on the frequent ones are noted, too
+        user("store", 0, 3, fill)
+    for user, tenant in ((a, "a"), (b, "b")):
+        report = user("events")
+        assert {event["tenant"] for event in report["events"]} == {tenant}
+        assert [event["number"] for event in report["events"]] == list(range(report["next"]))
+        assert [event["kind"] for event in report["events"]] == [
+            "session-opened", "model", "alloc", "seal", "seal", "seal", "release",
+        ]  # fmt: skip
+    with raw_client(daemon) as root:
+        everything = root.call(Events(0, 0, 500, [], "")).report["events"]
+        assert [event["tenant"] for event in everything].count("a") == 7
+        assert [event["number"] for event in everything] == list(range(15))
 
 
 @needs_root

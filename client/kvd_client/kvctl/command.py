@@ -9,6 +9,10 @@ from typing import NamedTuple
 from kvd_client.client import Client
 from kvd_client.kvctl.answer import Answer
 
+WELCOME_SECONDS = 0.6
+"""A daemon that lives welcomes a client within milliseconds. With this, and the start of Python, it
+is told within a second that one does not."""
+
 Run = Callable[[argparse.Namespace], Answer]
 
 
@@ -30,16 +34,23 @@ def asking(run: Callable[[Client, argparse.Namespace], Answer]) -> Run:
     """The command that connects to the daemon first, and ends the session when it is done."""
 
     def connect_and_run(options: argparse.Namespace) -> Answer:
-        with Client(
-            options.runtime_dir,
-            instance=options.instance,
-            name="kvctl",
-            staging_bytes=0,
-            timeout=options.timeout,
-        ) as client:
+        with connect(options) as client:
             return run(client, options)
 
     return connect_and_run
+
+
+def connect(options: argparse.Namespace) -> Client:
+    """A session of the daemon that the options name. One that does not welcome us at once hangs,
+    and that is told soon, however long an answer may take."""
+    return Client(
+        options.runtime_dir,
+        instance=options.instance,
+        name="kvctl",
+        staging_bytes=0,
+        timeout=options.timeout,
+        welcome_timeout=min(options.timeout, WELCOME_SECONDS),
+    )
 
 
 def positive(text: str) -> int:

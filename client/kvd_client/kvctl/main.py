@@ -22,10 +22,11 @@ from kvd_client.errors import DeadlineExceeded, KvdError, Unavailable
 from kvd_client.kvctl import evicting, pins, reading, warm
 from kvd_client.kvctl.answer import FAILED, NO_DAEMON, USAGE, Answer, BadUsage
 from kvd_client.kvctl.tables import Look
+from kvd_client.kvctl.trouble import what_to_do
 from kvd_client.operations import DEFAULT_TIMEOUT
 from kvd_proto.paths import DEFAULT_INSTANCE
 
-_MODULES = (reading, evicting, pins, warm)
+MODULES = (reading, evicting, pins, warm)
 """In the order in which --help shows their commands."""
 _INTERRUPTED = 130
 """128 + SIGINT, as shells have it."""
@@ -37,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         answer: Answer = options.run(options)
     except (Unavailable, DeadlineExceeded) as error:
-        _complain(error, _what_to_do(error))
+        _complain(error, what_to_do(error))
         return NO_DAEMON
     except KvdError as error:
         _complain(error)
@@ -63,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"kvctl {version('kvd-cache')}")
     _add_common(parser, suppress=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (each for module in _MODULES for each in module.COMMANDS):
+    for command in (each for module in MODULES for each in module.COMMANDS):
         summary = command.summary
         options = commands.add_parser(
             command.name, help=summary, description=f"{summary[0].upper()}{summary[1:]}."
@@ -134,17 +135,3 @@ def _complain(error: Exception, advice: str = "") -> None:
     print(f"kvctl: {error}", file=sys.stderr)
     if advice:
         print(f"kvctl: {advice}", file=sys.stderr)
-
-
-def _what_to_do(error: KvdError) -> str:
-    if isinstance(error, DeadlineExceeded):
-        return "it hangs, or is busy: look at its log, or wait longer with --timeout"
-    if "Permission denied" in error.message:
-        return (
-            "only the daemon's own user, root, and members of its socket_group may talk to it: run "
-            "kvctl as one of them"
-        )
-    return (
-        "start one with `kvd serve`, or say where it is with --runtime-dir (KVD_RUNTIME_DIR) or "
-        "--instance (KVD_INSTANCE)"
-    )

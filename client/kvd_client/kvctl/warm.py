@@ -8,7 +8,7 @@ from typing import Any, TextIO
 
 from kvd_client.client import DEFAULT_STAGING, Client
 from kvd_client.kvctl.answer import FAILED, OK, Answer, BadUsage
-from kvd_client.kvctl.command import Command, positive
+from kvd_client.kvctl.command import Command, connect, positive
 from kvd_client.kvctl.pins import lifetime
 from kvd_client.kvctl.tables import Column, Look, clean, count, duration, table
 
@@ -18,6 +18,7 @@ _BAR = 24
 
 def _warm(options: argparse.Namespace) -> Answer:
     """Warm each file's prompt; all are read before anything is computed."""
+    connect(options).close()  # which tells soon if there is no daemon, or one that hangs
     try:
         from kvd_client.integrations.llama import warm as warming
         from kvd_client.integrations.llama.errors import LlamaEngineError

@@ -26,6 +26,7 @@ from kvd.core.events import (
     FoundRecord,
     Punch,
 )
+from kvd.core.journal import Kind
 from kvd.core.models import check_models, make_arena
 from kvd.core.pins import Pin
 from kvd.core.tree import ADOPTED, Block
@@ -46,7 +47,7 @@ def adopt(cache: Cache, found: ArenaFound, now: float, effects: list[Effect]) ->
     try:
         arena = _make(cache, found)
     except (KvdError, ValueError) as error:
-        effects.append(ArenaRefused(found.arena, str(error)))
+        _refuse(cache, found, str(error), effects)
         return
     blocks = _plant(arena, found.records)
     lost = sorted({record.slot for record in found.records} - {block.slot for block in blocks})
@@ -58,10 +59,10 @@ def adopt(cache: Cache, found: ArenaFound, now: float, effects: list[Effect]) ->
     n_bytes = arena.directory_for(max(slots, default=-1) + 1) + len(slots) * arena.stride
     n_bytes += arena.pins.n_bytes
     if n_bytes > cache.budget.unassigned:
-        effects.append(ArenaRefused(found.arena, "it does not fit the budget beside the others"))
+        _refuse(cache, found, "it does not fit the budget beside the others", effects)
         return
     if n_bytes > arena.tenant.headroom:
-        effects.append(ArenaRefused(found.arena, "it does not fit its tenant's quota"))
+        _refuse(cache, found, "it does not fit its tenant's quota", effects)
         return
     ended = sorted({pin.place for pin in found.pins} - {pin.place for pin in kept})
     effects.extend(DropPin(arena.number, place) for place in ended)
@@ -76,11 +77,17 @@ def adopt(cache: Cache, found: ArenaFound, now: float, effects: list[Effect]) ->
     uses = [max(block.last_use, block.generation) for block in blocks]
     budget.clock = max(budget.clock, *uses, 0)
     cache.counters.adopted_blocks += len(blocks)
+    budget.journal.note(Kind.ADOPTED, found.tenant, arena.name, len(blocks), len(kept))
     effects.append(
         ArenaAdopted(arena.number, len(blocks), arena.directory_bytes, arena.pins.n_bytes)
     )
     if not found.has_readers:
         budget.readers_gone(arena, effects)
+
+
+def _refuse(cache: Cache, found: ArenaFound, reason: str, effects: list[Effect]) -> None:
+    cache.budget.journal.note(Kind.NOT_ADOPTED, found.tenant, found.name, reason)
+    effects.append(ArenaRefused(found.arena, reason))
 
 
 def _make(cache: Cache, found: ArenaFound) -> Arena:

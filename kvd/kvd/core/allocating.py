@@ -9,6 +9,7 @@ from kvd.core.budget import WALK_BLOCKS
 from kvd.core.cache import AllocBacking, Cache, Checking, Deferred
 from kvd.core.checking import check_first
 from kvd.core.events import Backed, Effect
+from kvd.core.noting import note_alloc, note_release, note_timed_out
 from kvd.core.pins import Pin
 from kvd.core.sequences import (
     Context,
@@ -82,6 +83,8 @@ def release(
     sequence = find_sequence(context, message.seq_id, message.generation)
     failed = message.outcome == FAILED
     session.counters.sequences_failed += failed
+    if cache.budget.journal.is_followed:
+        note_release(cache, sequence, failed)
     close_sequence(cache, sequence, State.FAILED if failed else State.COMPLETED, effects)
     serve_waiters(cache, now, effects)
     return Done()
@@ -215,10 +218,11 @@ def expire(cache: Cache, now: float, effects: list[Effect]) -> None:
             error.details["waited_ms"] = owner.message.wait_ms
             cache.reply(owner.context.session, owner.correlation, error, effects)
         elif isinstance(owner, Pin):
-            pins.end(cache, owner, effects)
+            pins.end(cache, owner, "expired", effects)
         else:
             owner.state = State.TIMED_OUT
             owner.context.session.counters.sequences_timed_out += 1
+            note_timed_out(cache, owner, now)
 
 
 def reserve_backed(cache: Cache, job: AllocBacking, event: Backed, effects: list[Effect]) -> None:
@@ -332,6 +336,8 @@ def _opened(
     counters.sequences_opened += 1
     counters.queried_tokens += len(message.tokens) // TOKEN_BYTES
     counters.hit_tokens += reply.matched_tokens
+    if cache.budget.journal.is_followed:
+        note_alloc(cache, sequence, len(message.tokens) // TOKEN_BYTES, len(slots) // 4)
     return None if pending else reply
 
 

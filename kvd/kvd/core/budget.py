@@ -39,6 +39,7 @@ from kvd.core.events import (
     UseRecord,
 )
 from kvd.core.eviction import arrange_by_records
+from kvd.core.journal import Journal, Kind
 from kvd.core.pins import pins_bytes_for
 from kvd.core.reasons import Reason
 from kvd.core.tenants import Tenant, TenantRule
@@ -62,6 +63,7 @@ class Budget:
     def __init__(self, n_bytes: int, rules: Iterable[TenantRule] = ()) -> None:
         self.n_bytes = n_bytes
         self.unassigned = n_bytes
+        self.journal = Journal()
         self.arenas: dict[int, Arena] = {}
         self.tenants = {rule.name: Tenant(rule, n_bytes) for rule in rules}
         self.clock = 0
@@ -309,6 +311,7 @@ class Budget:
             arena.evictable.remove(block, block.parent)
             block.state = GONE
         arena.tenant.evicted[Reason.ARENA] += arena.cached
+        self.journal.note(Kind.MODEL_GONE, arena.tenant.name, arena.name, arena.cached)
         self.spend(arena.tenant, -arena.memory_beside - arena.backed * arena.stride)
 
     def give_up(self, arena: Arena, effects: list[Effect]) -> None:
@@ -386,6 +389,9 @@ class Budget:
         block.state = GONE
         arena.cached -= 1
         arena.tenant.evicted[reason] += 1
+        if self.journal.is_followed:
+            values = (reason, block.start, block.n_tokens, block.slot)
+            self.journal.note_frequent(Kind.EVICT, arena.tenant.name, arena.name, *values)
         arena.free.append(block.slot)
         arena.blocks[block.slot] = None
         effects.append(DropRecord(arena.number, block.slot))

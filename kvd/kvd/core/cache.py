@@ -12,6 +12,7 @@ from kvd.core.budget import Budget
 from kvd.core.commits import Commit
 from kvd.core.deadlines import Deadlines
 from kvd.core.events import Effect, Reply, SessionId
+from kvd.core.journal import Kind
 from kvd.core.sequences import Context, Opening, Sequence, Session, Waiter
 from kvd.core.tenants import TenantRule
 from kvd.core.tree import Block
@@ -210,7 +211,10 @@ class Cache:
     def reply(self, session: Session, correlation: int, body: Any, effects: list[Effect]) -> None:
         """Answer a request with a message or a KvdError; a session that has ended hears nothing."""
         if session.alive:
-            session.counters.errors += isinstance(body, KvdError)
+            if isinstance(body, KvdError):
+                session.counters.errors += 1
+                values = (session.client, session.pid, body.code, body.message)
+                self.budget.journal.note(Kind.REFUSED, session.tenant.name, "", *values)
             effects.append(Reply(session.id, correlation, body))
 
     def lease(self, sequence: Sequence, block: Block, effects: list[Effect]) -> None:

@@ -12,6 +12,7 @@ from kvd.core import pins
 from kvd.core.cache import Cache, Checking
 from kvd.core.commits import supersede
 from kvd.core.events import BlocksDamaged, Check, Checked, CheckItem, Effect
+from kvd.core.journal import Kind
 from kvd.core.reasons import Reason
 from kvd.core.storing import remove
 from kvd.core.tree import ADOPTED, SEALED, Block, unchecked
@@ -78,7 +79,9 @@ def checked(cache: Cache, job: Checking, event: Checked, effects: list[Effect]) 
             remove(cache, block, error, Reason.DAMAGED, effects)
     if damaged:
         cache.counters.damaged_blocks += damaged
-        effects.append(BlocksDamaged(job.blocks[0].arena.number, damaged))
+        arena = job.blocks[0].arena
+        cache.budget.journal.note(Kind.DAMAGED, arena.tenant.name, arena.name, damaged)
+        effects.append(BlocksDamaged(arena.number, damaged))
 
 
 def _start(cache: Cache, blocks: list[Block], effects: list[Effect]) -> None:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from kvd.core.budget import Budget
 from kvd.core.events import CopyItem, Effect, WriteRecord
+from kvd.core.journal import Kind
 from kvd.core.reasons import Reason
 from kvd.core.sequences import Sequence, Session
 from kvd.core.tree import FILLING, GONE, NO_SLOT, SEALED, Block
@@ -154,6 +155,10 @@ def seal(
             checksum,
         )
     )
+    if budget.journal.is_followed:
+        session = block.first_source.commit.session
+        values = (session.client, session.pid, block.start, block.n_tokens, block.slot)
+        budget.journal.note_frequent(Kind.SEAL, session.tenant.name, block.arena.name, *values)
     for commit in block.sources or ():
         commit.pending.discard(block)
     block.sources = None

@@ -32,10 +32,11 @@ class Connected(NamedTuple):
 
 
 class Disconnected(NamedTuple):
-    """The session's lifeline ended or its process died. Also safe for a session that never
-    opened."""
+    """The session's lifeline ended or its process died, for this `reason`. Also safe for a session
+    that never opened."""
 
     session: SessionId
+    reason: str = "closed"
 
 
 class Requested(NamedTuple):

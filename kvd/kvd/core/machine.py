@@ -39,6 +39,7 @@ from kvd.core.events import (
     Requested,
     Ticked,
 )
+from kvd.core.journal import Kind
 from kvd.core.sequences import Session, State
 from kvd_proto.errors import KvdError, TooManySessions, UnknownSession
 from kvd_proto.messages import (
@@ -76,6 +77,7 @@ class Core:
         effects: list[Effect] = []
         cache = self.cache
         cache.budget.allowance = WALK_BLOCKS
+        cache.budget.journal.now = now
         match event:
             case Requested():
                 self._request(event, now, effects)
@@ -243,6 +245,8 @@ class Core:
                 )
             cache.budget.charge_staging(tenant, event.staging_bytes, effects)
         except KvdError as error:
+            values = (event.client, event.pid, event.uid, error.code, error.message)
+            cache.budget.journal.note(Kind.SESSION_REFUSED, tenant.name, "", *values)
             effects.append(RefuseSession(event.session, error))
             return
         counters = cache.counters_of.setdefault(tenant.name, Counters())
@@ -259,6 +263,16 @@ class Core:
             heard=now,
         )
         counters.sessions_opened += 1
+        cache.budget.journal.note(
+            Kind.SESSION_OPENED,
+            tenant.name,
+            "",
+            event.client,
+            event.pid,
+            event.uid,
+            event.session.hex()[:8],
+            event.staging_bytes,
+        )
         effects.append(OpenStaging(event.session, event.staging_bytes))
 
     def _disconnect(self, event: Disconnected, now: float, effects: list[Effect]) -> None:
@@ -268,6 +282,17 @@ class Core:
         if session is None:
             return
         session.alive = False
+        cache.budget.journal.note(
+            Kind.SESSION_GONE,
+            session.tenant.name,
+            "",
+            session.client,
+            session.pid,
+            session.id.hex()[:8],
+            event.reason,
+            session.open_sequences,
+            round(now - session.connected, 3),
+        )
         if cache.unchecked:
             allocating.forget_deferred(cache, session)
         for context in list(session.contexts.values()):

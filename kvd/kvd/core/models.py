@@ -6,6 +6,7 @@ from kvd.core.allocating import close_sequence, refuse_beyond_limit, refuse_wait
 from kvd.core.arenas import Arena
 from kvd.core.cache import Cache
 from kvd.core.events import CreateArena, Effect, ShareArena
+from kvd.core.journal import Kind
 from kvd.core.sequences import Context, Session, State, find_context
 from kvd.core.tenants import Tenant
 from kvd_proto.errors import (
@@ -196,6 +197,8 @@ def _create_arena(
     check_models(cache, arena.tenant)
     cache.budget.charge_directory(arena, effects)
     cache.next_arena += 1
+    values = (session.client, session.pid, arena.block_tokens, arena.stride)
+    cache.budget.journal.note(Kind.MODEL, arena.tenant.name, arena.name, *values)
     effects.append(
         CreateArena(
             arena.number,

@@ -9,6 +9,7 @@ from kvd.core import pins
 from kvd.core.allocating import defer
 from kvd.core.cache import Cache, PinsGrowing, WantedPin
 from kvd.core.events import Backed, BackPins, Effect, RenewPin
+from kvd.core.journal import Kind
 from kvd.core.pins import Pin
 from kvd.core.sequences import Session
 from kvd.core.tree import match
@@ -60,7 +61,7 @@ def unpin(cache: Cache, session: Session, message: Unpin, effects: list[Effect])
         if each.owner == message.owner and message.model in ("", arena.name)
     ]
     for each in ended:
-        pins.end(cache, each, effects)
+        pins.end(cache, each, "asked", effects)
     return Unpinned(len(ended))
 
 
@@ -90,6 +91,7 @@ def _pin(cache: Cache, wanted: WantedPin, now: float, effects: list[Effect]) -> 
     if known is not None:
         pins.renew(cache, known, expires)
         effects.append(RenewPin(arena.number, known.place, expires))
+        _note(cache, wanted)
         return Pinned(wanted.n_tokens)
     if arena.tenant.pins >= cache.limits.max_pins:
         raise TooMany(
@@ -104,7 +106,14 @@ def _pin(cache: Cache, wanted: WantedPin, now: float, effects: list[Effect]) -> 
     made = Pin(owner, block, place, expires)
     pins.start(cache, made)
     effects.append(pins.write_effect(made))
+    _note(cache, wanted)
     return Pinned(wanted.n_tokens)
+
+
+def _note(cache: Cache, wanted: WantedPin) -> None:
+    arena = wanted.block.arena
+    values = (wanted.owner, wanted.n_tokens, wanted.seconds or None)
+    cache.budget.journal.note(Kind.PIN, arena.tenant.name, arena.name, *values)
 
 
 def _grow(cache: Cache, wanted: WantedPin, effects: list[Effect]) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from kvd.core.events import DropPin, Effect, WritePin
+from kvd.core.journal import Kind
 from kvd.core.tree import Block
 from kvd_proto.geometry import round_up
 from kvd_proto.layout import PIN_BYTES
@@ -101,9 +102,11 @@ def renew(cache: "Cache", pin: Pin, expires: float) -> None:
     cache.deadlines.add(renewed)
 
 
-def end(cache: "Cache", pin: Pin, effects: list[Effect]) -> None:
-    """Keep the pin's block no longer."""
+def end(cache: "Cache", pin: Pin, reason: str, effects: list[Effect]) -> None:
+    """Keep the pin's block no longer; the journal is told the reason."""
     arena = pin.block.arena
+    values = (pin.owner, pin.block.end, reason)
+    cache.budget.journal.note(Kind.UNPIN, arena.tenant.name, arena.name, *values)
     del arena.pins.pins[pin.owner, pin.block]
     arena.pins.free.append(pin.place)
     arena.tenant.pins -= 1
@@ -118,7 +121,7 @@ def end_below(cache: "Cache", block: Block, effects: list[Effect]) -> None:
         while node is not None and node is not block:
             node = node.parent
         if node is block:
-            end(cache, pin, effects)
+            end(cache, pin, "damaged", effects)
 
 
 def write_effect(pin: Pin) -> WritePin:

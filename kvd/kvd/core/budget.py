@@ -28,6 +28,7 @@ from itertools import islice
 from operator import attrgetter, itemgetter
 from typing import NamedTuple
 
+from kvd.core.ages import SAMPLED, Ages
 from kvd.core.arenas import Arena
 from kvd.core.events import (
     Back,
@@ -74,6 +75,9 @@ class Budget:
         self.tenants = {rule.name: Tenant(rule, n_bytes) for rule in rules}
         self.clock = 0
         """Counts uses of blocks. A sealed block's generation is its first use."""
+        self.ages = Ages()
+        self.evictions = 0
+        """Blocks dropped since the start, but those that a longer one has superseded."""
         self.letting_go: deque[Block] = deque()
         """Leases that have ended, but for what is left of them."""
         self.allowance = WALK_BLOCKS
@@ -84,6 +88,12 @@ class Budget:
         """The clock's next moment."""
         self.clock += 1
         return self.clock
+
+    def begin_moment(self, now: float) -> None:
+        """A second has passed since the last moment began: let the clock tell them apart."""
+        self.ages.begin(self.clock, now)
+        if self.clock:  # else nothing has been used yet
+            self.tick()
 
     def tenant(self, name: str) -> Tenant:
         """The tenant of this name. One that there are no rules for has no quota and no salt."""
@@ -119,6 +129,9 @@ class Budget:
         node = block
         arena = block.arena
         lru = arena.lru
+        last_use = lru.get(block)
+        if last_use is not None:
+            self.ages.reused(last_use)
         n_cached = n_pinned = 0
         while (parent := node.parent) is not None:
             node.holds += 1
@@ -315,6 +328,7 @@ class Budget:
         del self.arenas[arena.number]
         arena.tenant.arenas.remove(arena)
         for block in arena.root.below():
+            self._note_age(block)
             del arena.lru[block]
             block.state = GONE
         arena.tenant.evicted[Reason.ARENA] += arena.cached
@@ -383,6 +397,8 @@ class Budget:
         """Forget a cached block, which has no children: its slot is free."""
         assert block.parent is not None
         assert not block.children, "a parent goes after its children"
+        if reason is not Reason.SUPERSEDED:  # whose tokens are all there still
+            self._note_age(block)
         del block.arena.lru[block]
         parent = block.parent
         parent.remove(block)
@@ -398,6 +414,12 @@ class Budget:
         arena.free.append(block.slot)
         arena.blocks[block.slot] = None
         effects.append(DropRecord(arena.number, block.slot))
+
+    def _note_age(self, block: Block) -> None:
+        """A cached block is evicted: of one in SAMPLED, and of the first, note how old it is."""
+        if self.evictions % SAMPLED == 0:
+            self.ages.evicted(block, block.arena.lru[block])
+        self.evictions += 1
 
     def pop_oldest(self, effects: list[Effect], tenant: Tenant | None = None) -> Block:
         """Evict the least recently used block that has no resident children: the head of the

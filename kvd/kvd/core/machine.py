@@ -76,6 +76,10 @@ class Core:
         effects: list[Effect] = []
         cache = self.cache
         cache.budget.allowance = WALK_BLOCKS
+        ages = cache.budget.ages
+        ages.now = now
+        if now >= ages.due:
+            cache.budget.begin_moment(now)
         match event:
             case Requested():
                 self._request(event, now, effects)

@@ -75,7 +75,7 @@ def _about(snapshot: Snapshot) -> Iterator[Metric]:
     yield InfoMetricFamily("kvd_build", "The program that runs.", version)
     yield InfoMetricFamily("kvd_config", "Its settings, but for the tenants'.", snapshot.settings)
     yield GaugeMetricFamily(
-        "kvd_uptime_seconds", "Since the start.", snapshot.report["uptime_seconds"]
+        "kvd_uptime_seconds", "Since the start of the daemon.", snapshot.report["uptime_seconds"]
     )
 
 
@@ -97,7 +97,7 @@ def _memory(report: dict[str, Any]) -> Iterator[Metric]:
     )
     yield GaugeMetricFamily(
         "kvd_accounting_drift_bytes",
-        "What the operating system says beyond what is accounted for. Always 0, or call.",
+        "What the operating system says beyond what is accounted for. Anything but 0 is a fault.",
         accounting["drift_bytes"],
     )
     arenas = GaugeMetricFamily(

@@ -59,9 +59,10 @@ def take(
 
 
 def _shown(settings: Settings) -> dict[str, str]:
-    """Those in effect, but for the tables of tenants: they are no labels, and hold salts."""
+    """Those in effect, but for tables: they are no labels, and those of tenants hold salts."""
+    values = {name: settings.effective(name) for name in ABOUT}
     return {
-        name: "" if (value := settings.effective(name)) is None else str(value)
-        for name in ABOUT
-        if name != "tenants"
+        name: "" if value is None else str(value)
+        for name, value in values.items()
+        if value is None or isinstance(value, str | int | float)
     }

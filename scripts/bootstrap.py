@@ -57,7 +57,7 @@ class Step:
 def steps_of(job: str, pyproject: dict[str, Any]) -> list[Step]:
     """What `job` needs, quick steps first. Raises KeyError for an unknown job."""
     extras = pyproject["project"]["optional-dependencies"]
-    package = Step("package", "kvd and what it needs", ("--editable", "."))
+    package = Step("package", "kvd and what it needs", ("--editable", ".[metrics]"))
     lint = Step("lint", "the linters", ("--group", "lint"))
     test = Step("test", "the test tools", ("--group", "test"))
     llama = Step(LLAMA, "llama-cpp-python", tuple(extras["llama"]))

@@ -41,7 +41,7 @@ install_program() {
         ;;
     esac
     "$python" -m venv "$prefix"
-    "$prefix/bin/python" -m pip install --quiet --upgrade "$here/.."
+    "$prefix/bin/python" -m pip install --quiet --upgrade "$here/..[metrics]"
     if [ ! -e /usr/local/bin/kvctl ] && [ ! -L /usr/local/bin/kvctl ]; then
         ln -s "$prefix/bin/kvctl" /usr/local/bin/kvctl
     elif [ "$(readlink /usr/local/bin/kvctl)" != "$prefix/bin/kvctl" ]; then
@@ -52,7 +52,7 @@ install_program() {
 install_files() {
     install -d "$lib/systemd/system" "$lib/sysusers.d" "$lib/tmpfiles.d" "$doc"
     mkdir -p "$root/etc/kvd"
-    for unit in kvd.service kvd@.service kvd.slice; do
+    for unit in kvd.service kvd@.service kvd.slice kvd-metrics.socket; do
         sed "s|/opt/kvd|$prefix|g" "$here/$unit" >"$lib/systemd/system/$unit"
         chmod 644 "$lib/systemd/system/$unit"
     done
@@ -64,8 +64,9 @@ install_files() {
 
 remove_program() {
     if [ -d /run/systemd/system ]; then
-        systemctl stop kvd.service 'kvd@*.service' || :
-        systemctl disable --quiet kvd.service kvd@.service || : # and all that is made of the latter
+        systemctl stop kvd-metrics.socket kvd.service 'kvd@*.service' || :
+        # and all that is made of the last
+        systemctl disable --quiet kvd-metrics.socket kvd.service kvd@.service || :
     fi
     if [ "$(readlink /usr/local/bin/kvctl)" = "$prefix/bin/kvctl" ]; then
         rm /usr/local/bin/kvctl
@@ -78,7 +79,8 @@ remove_program() {
 
 remove_files() {
     rm -f "$lib/systemd/system/kvd.service" "$lib/systemd/system/kvd@.service" \
-        "$lib/systemd/system/kvd.slice" "$lib/sysusers.d/kvd.conf" "$lib/tmpfiles.d/kvd.conf"
+        "$lib/systemd/system/kvd.slice" "$lib/systemd/system/kvd-metrics.socket" \
+        "$lib/sysusers.d/kvd.conf" "$lib/tmpfiles.d/kvd.conf"
     rm -rf "$doc"
 }
 

@@ -17,6 +17,8 @@ from kvd import __version__, advice, config_cli, descriptors, log, pauses
 from kvd.configuration import DEFAULT_FILE, BadSetting, Configuration, flag_of, load
 from kvd.instance import InstanceBusy, InstanceLock, UnsafePath, default_runtime_dir, purge
 from kvd.kinds import Switch
+from kvd.metrics import listening
+from kvd.metrics.listening import CannotServe
 from kvd.notify import Notifier
 from kvd.server import Server
 from kvd.settings import ABOUT, Settings
@@ -35,7 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return config_cli.run(options, flags)
         configuration = load(options.config, flags)
         notifier = Notifier.from_env()
-    except (BadSetting, ValueError) as error:
+        listening.check_installed(configuration.settings.metrics)
+    except (BadSetting, CannotServe, ValueError) as error:
         return _fail(2, error)
     log.set_up(configuration.settings.log_level)
     try:
@@ -60,6 +63,8 @@ def serve(configuration: Configuration, notifier: Notifier) -> int:
         pauses.bound()
         try:
             server = Server(settings, lock, notifier)
+        except CannotServe as error:
+            return _fail(2, error)
         except (OSError, zmq.ZMQError) as error:
             return _fail(1, error)
         for warning in [*configuration.warnings, *advice.of_machine(settings)]:

@@ -186,7 +186,7 @@ class Text(Kind):
 
     metavar: ClassVar[str] = "TEXT"
     allowed_text: str = "text"
-    check: Callable[[str], None] = lambda _: None
+    check: Callable[[str], object] = lambda _: None
 
     @property
     def allowed(self) -> str:

@@ -32,15 +32,19 @@ REPORTS = frozenset((Status, Verify, ListSequences, ListClients, ListPins))
 MAX_WAITING = 16
 """Requests for a report that one client may have open, of those that take time: more is no use to
 it."""
+_OURSELVES = b""
+"""No session's id."""
 TRIES = 5
 """How often a report is taken, if each time the system refuses memory in between."""
 
 
 class Asked(NamedTuple):
-    """A request for a report that takes time, and whose it may be of: None, of everybody's."""
+    """A request for a report that takes time, whose it may be of (None: everybody's), and who takes
+    the answer."""
 
     incoming: Incoming
     tenant: Tenant | None
+    give: Callable[[Any], None]
     compared: Compared | None = None
     """What a comparison of checksums has found, if it was asked for."""
 
@@ -143,7 +147,8 @@ class Reporter:
                 case ListPins():
                     report = {"pins": report_of_pins(self._cache, now, tenant)}
                 case _:
-                    self._wait(Asked(incoming, tenant))
+                    give = partial(self._reply, session, correlation)
+                    self._wait(Asked(incoming, tenant, give))
                     self._take()
                     return
         except KvdError as error:
@@ -152,6 +157,12 @@ class Reporter:
             self._reply(session, correlation, _fault(error))
         else:
             self._reply(session, correlation, Reported(report))
+
+    def ask_status(self, give: Callable[[Any], None]) -> None:
+        """Give the status of everything to this process itself, soon: a Reported, or an
+        InternalError."""
+        self._wait(Asked(Incoming(_OURSELVES, 0, Status()), None, give))
+        self._take()
 
     def _whose(self, asker: SessionId) -> Tenant | None:
         """The tenant of which this client may see what there is; None: of all."""
@@ -232,11 +243,11 @@ class Reporter:
         self._take()
 
     def _answer(self, asked: Asked, body: Any) -> None:
-        session, correlation, _ = asked.incoming
+        session = asked.incoming.session
         self._open[session] -= 1
         if not self._open[session]:
             del self._open[session]
-        self._reply(session, correlation, body)
+        asked.give(body)
 
 
 def _report(taken: reports.Taken, seen: reports.Seen, asked: Asked) -> Reported:

@@ -17,6 +17,7 @@ import zmq
 from kvd import log
 from kvd.core.events import SessionId
 from kvd.group import SOCKET_MODE, admit
+from kvd.timing import RequestTimes
 from kvd_proto import codec
 from kvd_proto.errors import BadMessage, InternalError, KvdError
 
@@ -51,6 +52,7 @@ class Requests:
         """
         self._path = path
         self._on_unread = on_unread
+        self.times = RequestTimes()
         self._router = _bind(path, group)
         # The method below pyzmq's wrapper, which costs 1 us a frame for options we do not use.
         self._send = super(zmq.Socket, self._router).send
@@ -86,6 +88,7 @@ class Requests:
 
     def reply(self, session: SessionId, correlation: int, body: Any) -> None:
         """Answer a request with a reply message or a KvdError. One that has gone hears nothing."""
+        self.times.answered(session, correlation, body)
         if isinstance(body, KvdError):
             frame = codec.encode_error(correlation, body)
         else:

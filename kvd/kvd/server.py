@@ -22,13 +22,18 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
+from typing import TYPE_CHECKING
 
-from kvd import __version__, adoption, advice, audit, log, reports
+from kvd import __version__, adoption, advice, audit, log, reports, timing
 from kvd.core import events, pins
 from kvd.core.cache import Limits
+from kvd.core.histogram import Histogram
 from kvd.core.machine import Core
 from kvd.following import Followers
 from kvd.instance import InstanceLock
+from kvd.metrics import listening, snapshot
+from kvd.metrics.questions import Kind, Question
 from kvd.notify import Notifier
 from kvd.reporter import REPORTS, Reporter
 from kvd.requests import Incoming, Requests
@@ -39,8 +44,11 @@ from kvd.tenants import Tenants
 from kvd.warming import Warming
 from kvd_proto.codec import MAX_MESSAGE_BYTES
 from kvd_proto.errors import InternalError, KvdError
-from kvd_proto.messages import Append, Events, Ping, Pong
+from kvd_proto.messages import Append, Events, Ping, Pong, Reported
 from kvd_proto.paths import LIFELINE_SOCKET, REQUESTS_SOCKET
+
+if TYPE_CHECKING:
+    from kvd.metrics.service import Metrics
 
 BURST_SECONDS = 0.002
 """Requests are served for so long before the other descriptors get their turn."""
@@ -75,6 +83,8 @@ class Server:
         first_context = int.from_bytes(os.urandom(7), "little") << 7 | 1
         self._limits = limits_of(settings, tenants, first_context)
         self.core = Core(self._limits)
+        self.evicting = Histogram(timing.BOUNDS)
+        """Seconds of the loop for events in which the core evicted something."""
         with ExitStack() as opened:
             self._poller = opened.enter_context(select.epoll())
             self._handlers: dict[int, Callable[[int], None]] = {}
@@ -113,10 +123,14 @@ class Server:
                 self.unwatch,
             )
             opened.callback(self._warming.close)
+            self._metrics = self._serve_metrics(lock, opened)
             self._opened = opened.pop_all()
         # Only to wake up: the loop looks into the request socket each time.
         self.watch(self._requests.fd, select.EPOLLIN, lambda _: None)
         self.watch(self.store.event_fd, select.EPOLLIN, lambda _: self._finish_jobs())
+        if self._metrics is not None:
+            self.watch(self._metrics.questions.fd, select.EPOLLIN, lambda _: self._tell_metrics())
+            self._metrics.start()
 
     def watch(self, fd: int, mask: int, handler: Callable[[int], None]) -> None:
         """Call `handler` with the events whenever `fd` has some of `mask`; again to change it."""
@@ -175,6 +189,20 @@ class Server:
             self.core = Core(self._limits)
             self.store = Store(lock.segment_name, self.handle)
 
+    def _serve_metrics(self, lock: InstanceLock, opened: ExitStack) -> "Metrics | None":
+        """Listen for who asks for metrics, if anybody may."""
+        # With tenants a member of the group sees no other's; and metrics are of all.
+        group = None if self._settings.tenants else self._settings.socket_group
+        listeners = listening.listen(self._settings.metrics, lock.runtime_dir, group)
+        if not listeners:
+            return None
+        # Not above: it needs prometheus_client, which is an extra.
+        from kvd.metrics.service import Metrics
+
+        metrics = Metrics(listeners)
+        opened.callback(metrics.close)
+        return metrics
+
     def _close_store(self) -> None:
         """The core may have been changed by what went wrong, but what it left in shared memory is
         checked by whoever adopts it."""
@@ -211,8 +239,11 @@ class Server:
 
     def _decide(self, event: events.Event) -> list[events.Effect]:
         """The core's answer to an event. If it fails: see the module's docstring."""
+        now = time.monotonic()
+        budget = self.core.cache.budget
+        evictions = budget.evictions
         try:
-            return self.core.handle(event, time.monotonic())
+            effects = self.core.handle(event, now)
         except Exception as error:
             if not isinstance(event, events.Requested):
                 raise
@@ -224,6 +255,9 @@ class Server:
                 log.error("recount disagrees", differences="; ".join(differences))
                 raise
             return []
+        if budget.evictions != evictions:
+            self.evicting.observe(time.monotonic() - now)
+        return effects
 
     def _apply(self, effects: list[events.Effect]) -> None:
         store = self.store
@@ -276,6 +310,7 @@ class Server:
                     self.sessions.refuse(session, error)
                 case events.CloseStaging(session):
                     store.close_staging(session)
+                    self._requests.times.forget(session)
 
     def _create_arena(self, effect: events.CreateArena, answer: events.Effect) -> bool:
         """Make an arena. False if there is no memory for it: then `answer`, the reply that would
@@ -302,13 +337,34 @@ class Server:
     def _reply_lost(self, session: events.SessionId) -> None:
         self.sessions.give_up(session)
 
+    # --- metrics
+
+    def _tell_metrics(self) -> None:
+        """Answer what the metrics' thread has asked."""
+        assert self._metrics is not None
+        for question in self._metrics.questions.take():
+            if question.kind is Kind.ARE_YOU_THERE:
+                question.give(None)
+            else:
+                self._reporter.ask_status(partial(self._tell_how_things_are, question))
+
+    def _tell_how_things_are(self, question: Question, report: Reported | KvdError) -> None:
+        if isinstance(report, Reported):
+            cache, times = self.core.cache, self._requests.times
+            question.give(snapshot.take(report, cache, times, self.evicting, self._settings))
+        else:
+            question.give(report)
+
     # --- requests
 
     def _serve_requests(self) -> bool:
         """Answer what has come in; whether there may be more."""
+        times = self._requests.times
         until = time.monotonic() + BURST_SECONDS
         while (incoming := self._requests.receive()) is not None:
+            times.begin(*incoming)
             self._serve(incoming)
+            times.finish()
             if not self._requests.pending():
                 return False
             if time.monotonic() >= until:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from kvd.instance import check_instance
 from kvd.kinds import Choice, Count, Duration, Group, Kind, Size, Switch, Text
+from kvd.metrics import listening
 from kvd.tenants import TenantTable, TenantTables
 from kvd.warming import WarmList, WarmLists
 from kvd_proto.layout import MAX_PINS
@@ -78,6 +79,13 @@ class Settings:
     """For private daemons."""
     keep_on_stop: bool = _setting(
         True, Switch(), "keep the cache in shared memory for the next start"
+    )
+    metrics: str = _setting(
+        "",
+        Text(f"empty, {listening.ALLOWED}", listening.parse),
+        "where metrics, the status page and /healthz are served: unix, or an address of this "
+        "machine; empty: nowhere",
+        "who asks must find it where it was",
     )
     tenants: tuple[TenantTable, ...] = _setting(
         (),

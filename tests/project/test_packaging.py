@@ -51,14 +51,13 @@ def test_wheel_holds_the_three_packages_and_nothing_else(wheel: Path) -> None:
 
 
 def test_wheel_holds_every_source_file_and_the_type_marker(wheel: Path) -> None:
-    packed = {
-        name for name in zipfile.ZipFile(wheel).namelist() if name.endswith((".py", "/py.typed"))
-    }
+    endings = (".py", "/py.typed", ".html")
+    packed = {name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(endings)}
     sources = {
         str(path.relative_to(ROOT / room))
         for room, package in PACKAGES.items()
         for path in (ROOT / room / package).rglob("*")
-        if path.suffix == ".py" or path.name == "py.typed"
+        if path.suffix in (".py", ".html") or path.name == "py.typed"
     }
     assert packed == sources
     assert {f"{package}/py.typed" for package in PACKAGES.values()} <= packed
@@ -104,7 +103,8 @@ def test_metadata_says_what_pyproject_says() -> None:
 
 def test_third_party_imports_are_the_declared_ones() -> None:
     """A package that only happens to be there, through another one or the tools, is found out."""
-    declared = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["llama"]]
+    extras = PROJECT["optional-dependencies"]
+    declared = [*PROJECT["dependencies"], *extras["llama"], *extras["metrics"]]
     distributions = {re.split(r"[<>=!~\[; ]", line)[0] for line in declared}
     modules = {MODULES.get(name, name) for name in distributions}
     imported = {

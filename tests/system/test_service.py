@@ -5,6 +5,7 @@ running. Workers in containers of their own: test_containers.py.
 """
 
 import json
+import subprocess
 from collections.abc import Iterator
 
 import pytest
@@ -274,3 +275,41 @@ def test_what_can_be_done_from_behind_it(container: Container) -> None:
         "write its configuration": "EROFS",
         "write its program": "EROFS",
     }
+
+
+# --- metrics
+
+SCRAPE = """
+import sys, urllib.request
+print(urllib.request.urlopen("http://127.0.0.1:9187" + sys.argv[1], timeout=20).read().decode())
+"""
+SOCKET = "kvd-metrics.socket"
+
+
+def test_metrics_come_through_a_socket_of_systemds_and_the_service_has_no_network(
+    container: Container,
+) -> None:
+    def scrape(path: str) -> "subprocess.CompletedProcess[str]":
+        return container.run("/opt/kvd/bin/python", "-c", SCRAPE, path, user=STRANGER)
+
+    container.do("systemctl", "stop", KVD)
+    container.do("systemctl", "enable", "--now", SOCKET)
+    container.do("systemctl", "start", KVD)
+    try:
+        assert scrape("/healthz").stdout == "ok\n\n"
+        assert "kvd_accounting_drift_bytes 0.0" in scrape("/metrics").stdout
+        pid = container.pid(KVD)
+        networks = {container.do("readlink", f"/proc/{each}/ns/net") for each in (1, pid)}
+        assert len(networks) == 2
+        assert container.show(KVD, "RestrictAddressFamilies") == "AF_UNIX"
+        container.do("kill", "-KILL", str(pid))
+        until(lambda: container.started_again(KVD, pid))
+        assert until(lambda: scrape("/healthz").stdout) == "ok\n\n"
+        # What was stopped is not started by who asks.
+        container.do("systemctl", "stop", KVD)
+        refused = scrape("/healthz")
+        assert "Connection refused" in refused.stderr
+        assert container.show(KVD, "ActiveState") == "inactive"
+    finally:
+        container.do("systemctl", "disable", "--now", SOCKET)
+        container.do("systemctl", "start", KVD)

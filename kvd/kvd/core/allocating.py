@@ -136,6 +136,7 @@ def close_sequence(cache: Cache, sequence: Sequence, outcome: State, effects: li
     if sequence.reserved:
         _end_reservation(cache, sequence, sequence.reserved)
         sequence.reserved.clear()
+    cache.timed_out_sequences -= sequence.state is State.TIMED_OUT
     sequence.state = outcome
     sequence.context.give_back(sequence)
     sequence.context.session.open_sequences -= 1
@@ -221,6 +222,7 @@ def expire(cache: Cache, now: float, effects: list[Effect]) -> None:
             pins.end(cache, owner, "expired", effects)
         else:
             owner.state = State.TIMED_OUT
+            cache.timed_out_sequences += 1
             owner.context.session.counters.sequences_timed_out += 1
             note_timed_out(cache, owner, now)
 

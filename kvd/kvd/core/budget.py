@@ -28,6 +28,7 @@ from itertools import islice
 from operator import attrgetter
 from typing import NamedTuple
 
+from kvd.core.ages import SAMPLED, Ages
 from kvd.core.arenas import Arena
 from kvd.core.events import (
     Back,
@@ -68,6 +69,9 @@ class Budget:
         self.tenants = {rule.name: Tenant(rule, n_bytes) for rule in rules}
         self.clock = 0
         """Counts uses of blocks. A sealed block's generation is its first use."""
+        self.ages = Ages()
+        self.evictions = 0
+        """Blocks dropped since the start, but those that a longer one has superseded."""
         self.letting_go: deque[Block] = deque()
         """Leases that have ended, but for what is left of them."""
         self.allowance = WALK_BLOCKS
@@ -78,6 +82,12 @@ class Budget:
         """The clock's next moment."""
         self.clock += 1
         return self.clock
+
+    def begin_moment(self, now: float) -> None:
+        """A second has passed since the last moment began: let the clock tell them apart."""
+        self.ages.begin(self.clock, now)
+        if self.clock:  # else nothing has been used yet
+            self.tick()
 
     def tenant(self, name: str) -> Tenant:
         """The tenant of this name. One that there are no rules for has no quota and no salt."""
@@ -111,6 +121,8 @@ class Budget:
         """Keep `block` and all its ancestors. Stops at the first that is held already."""
         node = above = block
         arena = block.arena
+        if block.is_listed:
+            self.ages.reused(block.used)
         n_cached = n_pinned = 0
         while (parent := node.parent) is not None:
             node.holds += 1
@@ -308,6 +320,7 @@ class Budget:
         arena.tenant.arenas.remove(arena)
         for block in arena.root.below():
             assert block.parent is not None
+            self._note_age(block)
             arena.evictable.remove(block, block.parent)
             block.state = GONE
         arena.tenant.evicted[Reason.ARENA] += arena.cached
@@ -377,6 +390,8 @@ class Budget:
         """Forget a cached block, which has no children: its slot is free."""
         assert block.parent is not None
         assert not block.children, "a parent goes after its children"
+        if reason is not Reason.SUPERSEDED:  # whose tokens are all there still
+            self._note_age(block)
         parent = block.parent
         block.arena.evictable.remove(block, parent)
         parent.remove(block)
@@ -395,6 +410,12 @@ class Budget:
         arena.free.append(block.slot)
         arena.blocks[block.slot] = None
         effects.append(DropRecord(arena.number, block.slot))
+
+    def _note_age(self, block: Block) -> None:
+        """A cached block is evicted: of one in SAMPLED, and of the first, note how old it is."""
+        if self.evictions % SAMPLED == 0:
+            self.ages.evicted(block, block.used)
+        self.evictions += 1
 
     def pop_oldest(self, effects: list[Effect], tenant: Tenant | None = None) -> Block:
         """Evict the least recently used block that has no resident children: the head of the

@@ -196,6 +196,8 @@ class Cache:
     counters_of: dict[str, Counters] = field(default_factory=dict)
     """By the tenant's name."""
     open_sequences: int = 0
+    timed_out_sequences: int = 0
+    """Of the open ones."""
     next_context: int = 0
     next_arena: int = 1
     next_job: int = 1

@@ -78,6 +78,10 @@ class Core:
         cache = self.cache
         cache.budget.allowance = WALK_BLOCKS
         cache.budget.journal.now = now
+        ages = cache.budget.ages
+        ages.now = now
+        if now >= ages.due:
+            cache.budget.begin_moment(now)
         match event:
             case Requested():
                 self._request(event, now, effects)

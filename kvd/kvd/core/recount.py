@@ -29,7 +29,7 @@ from kvd.core.cache import (
     WantedPin,
 )
 from kvd.core.pins import pins_bytes_for
-from kvd.core.sequences import Sequence, Session
+from kvd.core.sequences import Sequence, Session, State
 from kvd.core.tenants import Tenant
 from kvd.core.tree import ADOPTED, FILLING, GONE, SEALED, Block
 from kvd_proto.messages import Alloc, Pin
@@ -73,6 +73,8 @@ def check_totals(cache: Cache) -> None:
     _check_tenants(cache, sessions)
     sequences = cache.sequences()
     _equal("open sequences", cache.open_sequences, len(sequences))
+    timed_out = sum(sequence.state is State.TIMED_OUT for sequence in sequences)
+    _equal("sequences timed out", cache.timed_out_sequences, timed_out)
     waiting = sum(len(context.waiting) for context in cache.contexts.values())
     _equal("waiting", len(cache.waiting), waiting)
     for sequence in sequences:

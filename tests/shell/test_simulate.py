@@ -134,9 +134,9 @@ def test_a_block_is_its_id_and_all_before_it() -> None:
 # --- the command
 
 
-def run(*arguments: object, **options: Any) -> "subprocess.CompletedProcess[str]":
+def run(*arguments: object) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, "-m", "kvd", "simulate", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
 @pytest.fixture
@@ -166,7 +166,7 @@ def test_the_report_says_what_was_simulated(file: Path) -> None:
 def test_the_command_of_the_readme_runs(file: Path) -> None:
     readme = (Path(__file__).parents[2] / "README.md").read_text()
     (command,) = re.findall(r"^kvd simulate (.*)$", readme, re.MULTILINE)
-    done = run(*command.split(), cwd=file.parent)
+    done = run(*command.replace("trace.jsonl", str(file)).split())
     assert (done.returncode, done.stderr, len(done.stdout.splitlines())) == (0, "", 8)
 
 

@@ -1,5 +1,6 @@
 """The command `kvd`: `kvd serve` runs the daemon in the foreground, `kvd purge` removes what one
-that is not running has left in shared memory, `kvd config` looks at settings (config_cli.py).
+that is not running has left in shared memory, `kvd config` looks at settings (config_cli.py), and
+`kvd simulate` replays a trace (simulate.py).
 
 Exit codes: 0 stopped when asked to, 1 a fault, 2 bad usage or settings, 3 another daemon has the
 instance.
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import zmq
 
-from kvd import __version__, advice, config_cli, descriptors, log, pauses
+from kvd import __version__, advice, config_cli, descriptors, log, pauses, simulate
 from kvd.configuration import DEFAULT_FILE, BadSetting, Configuration, flag_of, load
 from kvd.instance import InstanceBusy, InstanceLock, UnsafePath, default_runtime_dir, purge
 from kvd.kinds import Switch
@@ -23,6 +24,8 @@ from kvd.notify import Notifier
 from kvd.server import Server
 from kvd.settings import ABOUT, Settings
 from kvd.signals import StopSignals
+from kvd.simulate import BadCapacity
+from kvd.trace import BadTrace
 from kvd_proto.paths import DEFAULT_INSTANCE
 
 
@@ -35,10 +38,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.run == "config":
             return config_cli.run(options, flags)
+        if options.run == "simulate":
+            return simulate.run(options)
         configuration = load(options.config, flags)
         notifier = Notifier.from_env()
         listening.check_installed(configuration.settings.metrics)
-    except (BadSetting, CannotServe, ValueError) as error:
+    except (BadSetting, BadTrace, BadCapacity, CannotServe, ValueError) as error:
         return _fail(2, error)
     log.set_up(configuration.settings.log_level)
     try:
@@ -119,6 +124,15 @@ def _parser() -> argparse.ArgumentParser:
     _add_settings(serving)
     config_cli.add_commands(
         commands.add_parser("config", help="check or show the settings"), _add_settings
+    )
+    simulate.add_arguments(
+        commands.add_parser(
+            "simulate",
+            help="what a cache would have hit of a trace of requests",
+            description="Replay a trace through the code that the daemon runs, and print which "
+            "part of its blocks a cache of each capacity would have hit, beside Belady's optimum, "
+            "which knows the future. Needs no daemon.",
+        )
     )
     purging = commands.add_parser(
         "purge", help="remove the cache that a stopped daemon keeps in shared memory"

@@ -44,7 +44,7 @@ _ARRAY = 9
 _SCALARS = {
     0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d",
 }  # fmt: skip
-_CHUNK = 1 << 20
+_CHUNK = 1 << 16
 
 
 class BadModelFile(Exception):

@@ -49,6 +49,8 @@ from kvd_proto.keys import TOKEN_BYTES
 
 MAGIC = b"KVDDIR\0\3"
 DIRECTORY_HEADER_BYTES = 4 * PAGE_BYTES
+DIRECTORY_CHUNK = 64 * 1024
+"""Directories grow by so much: a few hundred records, so that small arenas stay small."""
 _HEADER = struct.Struct("<8sIIIIQ")
 _BODY = struct.Struct("<II16s16sQQ")
 _SUM = struct.Struct("<Q")
@@ -96,6 +98,11 @@ class Header(NamedTuple):
 def record_bytes(block_tokens: int) -> int:
     """Bytes of one record."""
     return _BODY_OFFSET + _BODY.size + TOKEN_BYTES * block_tokens
+
+
+def directory_bytes_for(slots: int, block_tokens: int) -> int:
+    """Bytes of a directory that has records for `slots` slots, in whole pages."""
+    return round_up(DIRECTORY_HEADER_BYTES + slots * record_bytes(block_tokens))
 
 
 def record_offset(slot: int, block_tokens: int) -> int:

@@ -6,14 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvd.core.arenas import DIRECTORY_CHUNK, Arena, directory_bytes_for
+from kvd.core.arenas import Arena
 from kvd.core.budget import Budget
 from kvd.core.events import DropRecord, Effect, Punch, UseRecord
 from kvd.core.reasons import Reason
 from kvd.core.tree import FILLING, SEALED, Block
 from kvd_proto.errors import AllLeased, BudgetTooSmall
 from kvd_proto.geometry import Geometry
-from kvd_proto.layout import record_bytes
+from kvd_proto.layout import DIRECTORY_CHUNK, directory_bytes_for, record_bytes
 from tests.core.driver import BLOCK_TOKENS, PAGE, SMALL_DIRECTORY, array_format, packed
 
 FIRST_DIRECTORY = 4 * PAGE

@@ -3,13 +3,13 @@
 import pytest
 
 from kvd.core import accounting, recount
-from kvd.core.arenas import directory_bytes_for
 from kvd.core.cache import Limits
 from kvd.core.events import DropRecord, Punch, RefuseSession, ShareArena
 from kvd.core.machine import Core
 from kvd.core.tenants import TenantRule
 from kvd_proto import errors
 from kvd_proto.keys import arena_fingerprint, block_key, root_key
+from kvd_proto.layout import directory_bytes_for
 from kvd_proto.messages import COMPLETED, CloseContext, Evict, Evicted, Flush, Get, Release
 from tests.core.driver import (
     BLOCK_TOKENS,

@@ -8,12 +8,12 @@ import xxhash
 
 from kvd.adoption import ARENA, DIRECTORY, boot_id
 from kvd.arena import Segment
-from kvd.core.arenas import directory_bytes_for
 from kvd.core.events import CreateArena, WriteRecord
 from kvd.directory import Directory
 from kvd.instance import InstanceLock
 from kvd_proto.geometry import Geometry, round_up
 from kvd_proto.keys import arena_fingerprint, block_key, root_key
+from kvd_proto.layout import directory_bytes_for
 from kvd_proto.payload import make_format
 from tests.shell.raw import FINGERPRINT, many_tokens
 

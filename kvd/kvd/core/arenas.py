@@ -22,11 +22,8 @@ from kvd.core.pins import PinTable
 from kvd.core.tenants import Tenant
 from kvd.core.tree import NO_SLOT, SEALED, Block
 from kvd_proto.geometry import Geometry, round_up
-from kvd_proto.layout import DIRECTORY_HEADER_BYTES, record_bytes
+from kvd_proto.layout import DIRECTORY_CHUNK, DIRECTORY_HEADER_BYTES, directory_bytes_for
 from kvd_proto.payload import PayloadFormat
-
-DIRECTORY_CHUNK = 64 * 1024
-"""Directories grow by so much: a few hundred records, so that small arenas stay small."""
 
 
 class Arena:
@@ -120,8 +117,3 @@ class Arena:
         beyond = self.high_water + max(0, n_slots - len(self.punched))
         growth = self.directory_for(beyond) - self.directory_bytes
         return n_slots * self.stride + growth
-
-
-def directory_bytes_for(slots: int, block_tokens: int) -> int:
-    """Bytes of a directory that has records for `slots` slots, in whole pages."""
-    return round_up(DIRECTORY_HEADER_BYTES + slots * record_bytes(block_tokens))

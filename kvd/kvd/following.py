@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 from kvd import log
 from kvd.core.cache import Cache
 from kvd.core.events import SessionId
-from kvd.core.journal import FIELDS, Kind, Noted
+from kvd.core.journal import Noted
 from kvd.requests import Incoming
 from kvd_proto.errors import BadMessage, KvdError, UnknownSession
+from kvd_proto.happenings import FIELDS, Kind
 from kvd_proto.messages import Events, Reported
 
 PERIOD_SECONDS = 0.1
@@ -113,6 +114,7 @@ class Followers:
         asker = self._cache.sessions.get(session)
         if asker is None:
             raise UnknownSession("only a session is told what happens")
+        asker.heard = now
         unknown = sorted(set(message.kinds) - _KINDS)
         if unknown:
             raise BadMessage(

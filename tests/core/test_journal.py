@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 
 from kvd.core import journal
-from kvd.core.journal import FIELDS, FREQUENT, Kind, Noted
+from kvd.core.journal import Noted
 from kvd.core.machine import Core
+from kvd_proto.happenings import FIELDS, FREQUENT, Kind
 from kvd_proto.messages import Evict, KeepAlive, Release, Unpin
 from tests.core.driver import PAGE, Driver
 

@@ -14,12 +14,13 @@ import pytest
 
 from kvd.core.cache import Cache, Limits
 from kvd.core.events import Connected
-from kvd.core.journal import FIELDS, KEPT
+from kvd.core.journal import KEPT
 from kvd.core.machine import Core
 from kvd.following import FOLLOWED_SECONDS, Followers
 from kvd.requests import Incoming
 from kvd_proto import codec
 from kvd_proto.errors import BadMessage, UnknownSession
+from kvd_proto.happenings import FIELDS
 from kvd_proto.messages import MAX_EVENTS, Events, Reported
 from tests.proto.protocol_doc import Section, report_keys, sections
 from tests.shell.raw import BLOCK_TOKENS, Raw, many_tokens, raw_client, until

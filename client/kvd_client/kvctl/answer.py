@@ -22,6 +22,12 @@ class Answer(NamedTuple):
     code: int = OK
 
 
+class Printed(NamedTuple):
+    """Everything has been printed already."""
+
+    code: int = OK
+
+
 def check_model(client: Client, name: str) -> list[dict[str, Any]]:
     """The rows of the models of this name; raises RequestError if there is none."""
     rows = client.status()["models"]

@@ -7,13 +7,13 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from kvd_client.client import Client
-from kvd_client.kvctl.answer import Answer
+from kvd_client.kvctl.answer import Answer, Printed
 
 WELCOME_SECONDS = 0.6
 """A daemon that lives welcomes a client within milliseconds. With this, and the start of Python, it
 is told within a second that one does not."""
 
-Run = Callable[[argparse.Namespace], Answer]
+Run = Callable[[argparse.Namespace], Answer | Printed]
 
 
 def _no_options(_: argparse.ArgumentParser) -> None:

@@ -15,18 +15,19 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from typing import Any
 
 from kvd_client.errors import DeadlineExceeded, KvdError, Unavailable
-from kvd_client.kvctl import evicting, pins, reading, warm
-from kvd_client.kvctl.answer import FAILED, NO_DAEMON, USAGE, Answer, BadUsage
+from kvd_client.kvctl import events, evicting, output, pins, reading, warm
+from kvd_client.kvctl.answer import FAILED, NO_DAEMON, OK, USAGE, Answer, BadUsage, Printed
 from kvd_client.kvctl.tables import Look
 from kvd_client.kvctl.trouble import what_to_do
 from kvd_client.operations import DEFAULT_TIMEOUT
 from kvd_proto.paths import DEFAULT_INSTANCE
 
-MODULES = (reading, evicting, pins, warm)
+MODULES = (reading, events, evicting, pins, warm)
 """In the order in which --help shows their commands."""
 _INTERRUPTED = 130
 """128 + SIGINT, as shells have it."""
@@ -36,7 +37,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code. Raises SystemExit(2) for bad usage."""
     options = _parser().parse_args(arguments)
     try:
-        answer: Answer = options.run(options)
+        answer: Answer | Printed = options.run(options)
+        if isinstance(answer, Answer):
+            as_json = options.json
+            look = Look.of(sys.stdout)
+            text = json.dumps(answer.report, indent=2) if as_json else answer.show(look)
+            with suppress(output.NobodyReads):
+                output.write(text)
     except (Unavailable, DeadlineExceeded) as error:
         _complain(error, what_to_do(error))
         return NO_DAEMON
@@ -46,11 +53,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BadUsage as error:
         _complain(error)
         return USAGE
+    except output.CannotWrite as error:
+        _complain(error)
+        return FAILED
+    except output.NobodyReads:
+        return OK
     except KeyboardInterrupt:
         return _INTERRUPTED
-    as_json = options.json
-    text = json.dumps(answer.report, indent=2) if as_json else answer.show(Look.of(sys.stdout))
-    return _print(text, answer.code)
+    return answer.code
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -114,21 +124,6 @@ def _seconds(text: str) -> float:
     if not 0 < seconds <= 86400:
         raise argparse.ArgumentTypeError(f"a number of seconds above 0, not {text!r}")
     return seconds
-
-
-def _print(text: str, code: int) -> int:
-    """Print, and return the code; who reads us may have seen enough before the end."""
-    try:
-        print(text)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # Python flushes once more at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        print(f"kvctl: cannot write: {error.strerror}", file=sys.stderr)
-        return FAILED
-    return code
 
 
 def _complain(error: Exception, advice: str = "") -> None:

@@ -26,12 +26,12 @@ from kvd.core.events import (
     FoundRecord,
     Punch,
 )
-from kvd.core.journal import Kind
 from kvd.core.models import check_models, make_arena
 from kvd.core.pins import Pin
 from kvd.core.tree import ADOPTED, Block
 from kvd_proto.errors import KvdError
 from kvd_proto.geometry import Geometry
+from kvd_proto.happenings import Kind
 from kvd_proto.keys import TOKEN_BYTES, block_key
 
 _LATEST_USE = 1 << 62

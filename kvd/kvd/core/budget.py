@@ -40,12 +40,13 @@ from kvd.core.events import (
     UseRecord,
 )
 from kvd.core.eviction import arrange_by_records
-from kvd.core.journal import Journal, Kind
+from kvd.core.journal import Journal
 from kvd.core.pins import pins_bytes_for
 from kvd.core.reasons import Reason
 from kvd.core.tenants import Tenant, TenantRule
 from kvd.core.tree import ADOPTED, FILLING, GONE, Block
 from kvd_proto.errors import AllLeased, BudgetTooSmall, Detail, ResourceError
+from kvd_proto.happenings import Kind
 
 WALK_BLOCKS = 1024
 """Leased, or let go, at once: in less than a millisecond, before others get their turn."""

@@ -12,11 +12,11 @@ from kvd.core.budget import Budget
 from kvd.core.commits import Commit
 from kvd.core.deadlines import Deadlines
 from kvd.core.events import Effect, Reply, SessionId
-from kvd.core.journal import Kind
 from kvd.core.sequences import Context, Opening, Sequence, Session, Waiter
 from kvd.core.tenants import TenantRule
 from kvd.core.tree import Block
 from kvd_proto.errors import KvdError
+from kvd_proto.happenings import Kind
 from kvd_proto.messages import Alloc, Pin
 
 NO_LIMIT = 1 << 62

@@ -12,11 +12,11 @@ from kvd.core import pins
 from kvd.core.cache import Cache, Checking
 from kvd.core.commits import supersede
 from kvd.core.events import BlocksDamaged, Check, Checked, CheckItem, Effect
-from kvd.core.journal import Kind
 from kvd.core.reasons import Reason
 from kvd.core.storing import remove
 from kvd.core.tree import ADOPTED, SEALED, Block, unchecked
 from kvd_proto.errors import InternalError
+from kvd_proto.happenings import Kind
 from kvd_proto.keys import TOKEN_BYTES
 
 BATCH_BYTES = 8 << 20

@@ -14,66 +14,18 @@ else pays for them: an alloc costs one look at `is_followed`. They do not push o
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
-from enum import StrEnum
 from heapq import merge
 from itertools import islice
 from operator import attrgetter
 from typing import Any, NamedTuple
+
+from kvd_proto.happenings import FREQUENT, Kind
 
 KEPT = 4096
 """Frequent events of one tenant: some 1.5 MiB when all are there."""
 KEPT_RARE = 1024
 LOOKED_AT = 1024
 """Events that one reading looks at: a fraction of a millisecond."""
-
-
-class Kind(StrEnum):
-    """What has happened."""
-
-    ALLOC = "alloc"
-    HIT = "hit"
-    RELEASE = "release"
-    SEAL = "seal"
-    EVICT = "evict"
-    PIN = "pin"
-    UNPIN = "unpin"
-    MODEL = "model"
-    MODEL_GONE = "model-gone"
-    ADOPTED = "adopted"
-    NOT_ADOPTED = "not-adopted"
-    DAMAGED = "damaged"
-    TIMED_OUT = "timed-out"
-    REFUSED = "refused"
-    SESSION_OPENED = "session-opened"
-    SESSION_REFUSED = "session-refused"
-    SESSION_GONE = "session-gone"
-
-
-FREQUENT = frozenset((Kind.ALLOC, Kind.HIT, Kind.RELEASE, Kind.SEAL, Kind.EVICT))
-
-FIELDS: dict[Kind, tuple[str, ...]] = {
-    Kind.ALLOC: (
-        *("client", "pid", "context", "seq_id", "generation", "request"),
-        *("tokens", "hit_tokens"),
-    ),
-    Kind.HIT: ("client", "pid", "context", "seq_id", "tokens", "hit_tokens", "blocks"),
-    Kind.RELEASE: ("client", "pid", "context", "seq_id", "generation", "tokens", "outcome"),
-    Kind.SEAL: ("client", "pid", "start", "tokens", "slot"),
-    Kind.EVICT: ("reason", "start", "tokens", "slot"),
-    Kind.PIN: ("owner", "tokens", "ttl_seconds"),
-    Kind.UNPIN: ("owner", "tokens", "reason"),
-    Kind.MODEL: ("client", "pid", "block_tokens", "stride_bytes"),
-    Kind.MODEL_GONE: ("blocks",),
-    Kind.ADOPTED: ("blocks", "pins"),
-    Kind.NOT_ADOPTED: ("reason",),
-    Kind.DAMAGED: ("blocks",),
-    Kind.TIMED_OUT: ("client", "pid", "context", "seq_id", "generation", "request", "idle_seconds"),
-    Kind.REFUSED: ("client", "pid", "code", "message"),
-    Kind.SESSION_OPENED: ("client", "pid", "uid", "session", "staging_bytes"),
-    Kind.SESSION_REFUSED: ("client", "pid", "uid", "code", "message"),
-    Kind.SESSION_GONE: ("client", "pid", "session", "reason", "sequences", "connected_seconds"),
-}
-"""What is said of each, in this order; besides when, of which tenant and model."""
 
 
 class Noted(NamedTuple):
@@ -122,7 +74,7 @@ class Journal:
         self._rings: dict[str, _Rings] = {}
 
     def note(self, kind: Kind, tenant: str, model: str, *values: Any) -> None:
-        """Something rare has happened now; `values` are those of FIELDS."""
+        """Something rare has happened now; `values` are those of its FIELDS."""
         assert kind not in FREQUENT
         rings = self._rings_of(tenant)
         noted = Noted(self.total, rings.total, self.now, kind, tenant, model, values)

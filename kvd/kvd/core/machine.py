@@ -39,9 +39,9 @@ from kvd.core.events import (
     Requested,
     Ticked,
 )
-from kvd.core.journal import Kind
 from kvd.core.sequences import Session, State
 from kvd_proto.errors import KvdError, TooManySessions, UnknownSession
+from kvd_proto.happenings import Kind
 from kvd_proto.messages import (
     Alloc,
     Append,

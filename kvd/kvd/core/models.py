@@ -6,7 +6,6 @@ from kvd.core.allocating import close_sequence, refuse_beyond_limit, refuse_wait
 from kvd.core.arenas import Arena
 from kvd.core.cache import Cache
 from kvd.core.events import CreateArena, Effect, ShareArena
-from kvd.core.journal import Kind
 from kvd.core.sequences import Context, Session, State, find_context
 from kvd.core.tenants import Tenant
 from kvd_proto.errors import (
@@ -18,6 +17,7 @@ from kvd_proto.errors import (
     UnknownModel,
 )
 from kvd_proto.geometry import Geometry, round_up
+from kvd_proto.happenings import Kind
 from kvd_proto.keys import arena_fingerprint, root_key
 from kvd_proto.messages import (
     CloseContext,

@@ -1,8 +1,8 @@
 """What the journal is told of sequences. The journal itself: journal.py."""
 
 from kvd.core.cache import Cache
-from kvd.core.journal import Kind
 from kvd.core.sequences import Sequence
+from kvd_proto.happenings import Kind
 
 
 def note_alloc(cache: Cache, sequence: Sequence, n_tokens: int, n_blocks: int) -> None:

@@ -9,12 +9,12 @@ from kvd.core import pins
 from kvd.core.allocating import defer
 from kvd.core.cache import Cache, PinsGrowing, WantedPin
 from kvd.core.events import Backed, BackPins, Effect, RenewPin
-from kvd.core.journal import Kind
 from kvd.core.pins import Pin
 from kvd.core.sequences import Session
 from kvd.core.tree import match
 from kvd_proto import messages
 from kvd_proto.errors import KvdError, TooMany, UnknownModel
+from kvd_proto.happenings import Kind
 from kvd_proto.keys import TOKEN_BYTES
 from kvd_proto.messages import MAX_TOKENS, Pinned, Unpin, Unpinned
 

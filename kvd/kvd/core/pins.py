@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from kvd.core.events import DropPin, Effect, WritePin
-from kvd.core.journal import Kind
 from kvd.core.tree import Block
 from kvd_proto.geometry import round_up
+from kvd_proto.happenings import Kind
 from kvd_proto.layout import PIN_BYTES
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ import psutil
 from kvd import __version__
 from kvd.arena import ByteRange, Segment, byte_ranges
 from kvd.audit import Compared, recount_totals
-from kvd.core.accounting import Totals, arena_counts, totals
+from kvd.core.accounting import Totals, arena_counts, contents, totals
 from kvd.core.arenas import Arena
 from kvd.core.cache import Cache, Counters, sum_of
 from kvd.core.events import SessionId
@@ -252,6 +252,7 @@ def _status(
         "accounting": {
             "budget_bytes": now.budget,
             "unassigned_bytes": now.unassigned,
+            "promised_bytes": cache.budget.promised if tenant is None else tenant.share.promised,
             **_uses(now),
             "padding_bytes": now.padding,
         },
@@ -283,6 +284,7 @@ def _tenant(cache: Cache, store: Store, tenant: Tenant) -> dict[str, Any]:
     return {
         "name": tenant.name,
         "quota_bytes": tenant.quota,
+        "minimum_bytes": tenant.share.minimum,
         "held_bytes": now.backed,
         **_uses(now),
         "sessions": len(sessions),
@@ -312,6 +314,7 @@ def _evicted(tenants: Collection[Tenant]) -> dict[str, Any]:
 
 
 def _model(arena: Arena) -> dict[str, Any]:
+    held = contents(arena)
     return {
         "name": arena.name,
         "tenant": arena.tenant.name,
@@ -321,7 +324,14 @@ def _model(arena: Arena) -> dict[str, Any]:
         "payload_bytes": arena.payload_bytes,
         "stride_bytes": arena.stride,
         "bytes_per_token": arena.geometry.bytes_per_token,
+        "minimum_bytes": arena.model.share.minimum if arena.model is not None else 0,
+        "cap_bytes": arena.model.cap if arena.model is not None else None,
         "blocks": arena_counts(arena),
+        "tokens": held.tokens,
+        "bytes": held.bytes,
+        "payload": held.payload,
+        "padding_bytes": held.padding,
+        "open_bytes": held.open,
     }
 
 

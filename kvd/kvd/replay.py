@@ -9,7 +9,6 @@ import math
 from struct import pack
 from typing import Any
 
-from kvd.core.arenas import DIRECTORY_CHUNK, directory_bytes_for
 from kvd.core.cache import Limits
 from kvd.core.events import (
     Back,
@@ -27,6 +26,7 @@ from kvd.core.machine import Core
 from kvd_proto.errors import KvdError
 from kvd_proto.geometry import PAGE_BYTES, round_up
 from kvd_proto.keys import TOKEN_BYTES
+from kvd_proto.layout import DIRECTORY_CHUNK, directory_bytes_for
 from kvd_proto.messages import (
     COMPLETED,
     Alloc,

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvd_client.client import Client
 from kvd_client.errors import KvdError
 from kvd_client.integrations.llama.architectures import NoKvShape
 from kvd_client.integrations.llama.gguf_header import BadModelFile
 from kvd_client.integrations.llama.model_size import BadKvType, ModelSize, model_size
 from kvd_client.kvctl.answer import FAILED, Answer, BadUsage
-from kvd_client.kvctl.command import Command, positive
+from kvd_client.kvctl.command import Command, connect, positive
 from kvd_client.kvctl.tables import Column, Look, clean, count, size, table
 from kvd_proto.geometry import GGML_TYPES, round_up
 from kvd_proto.layout import DIRECTORY_CHUNK, directory_bytes_for
@@ -21,8 +20,6 @@ from kvd_proto.messages import MAX_BLOCK_TOKENS
 
 DEFAULT_BUDGET = 4096 << 20
 """That of a daemon whose settings do not say another one."""
-_ASK_SECONDS = 1.0
-"""How long a daemon may take to tell its budget, at the most."""
 _UNITS = {"": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
 _SIZE = re.compile(r"\s*([0-9]{1,19})\s*([a-zA-Z]*)\s*")
 
@@ -69,13 +66,7 @@ def _budget(options: argparse.Namespace) -> Budget:
     if options.budget:
         return Budget(options.budget, "option")
     try:
-        with Client(
-            options.runtime_dir,
-            instance=options.instance,
-            name="kvctl",
-            staging_bytes=0,
-            timeout=min(options.timeout, _ASK_SECONDS),
-        ) as client:
+        with connect(options) as client:
             return Budget(client.status()["accounting"]["budget_bytes"], "daemon")
     except KvdError:  # there is none, or it has other things to do
         return Budget(DEFAULT_BUDGET, "default")

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from kvd_proto.checks import Ascii, Int, Items, Row
+from kvd_proto.errors import BadMessage
 
 PAGE_BYTES = 4096
 """A block's stride is a multiple of this, so that a block can be given back to the system alone."""
@@ -14,7 +15,7 @@ PAGE_BYTES = 4096
 MAX_LAYERS = 512
 MAX_ROW_BYTES = 1 << 24
 _TYPE = Ascii(1, 8)  # not any letter: a registration must fit the directory's header, see layout.py
-_ROW_BYTES = Int(1, MAX_ROW_BYTES)
+_ROW_BYTES = Int(0, MAX_ROW_BYTES)
 LAYERS = Items(1, MAX_LAYERS, Row((_TYPE, _ROW_BYTES, _TYPE, _ROW_BYTES)))
 """The check of a geometry on the wire."""
 
@@ -42,7 +43,8 @@ GGML_TYPES: dict[str, TypeSize] = {
 
 
 class LayerGeometry(NamedTuple):
-    """One layer's K row and V row of one token: element type names and bytes."""
+    """One layer's K row and V row of one token: element type names and bytes. A layer without K/V
+    has rows of 0 bytes where its format has headers for it."""
 
     k_type: str
     k_row_bytes: int
@@ -51,7 +53,7 @@ class LayerGeometry(NamedTuple):
 
 
 class Geometry(NamedTuple):
-    """The layers of a model, in order; a layer without K/V of its own is not listed."""
+    """The layers of a model, in order; at least one of them has K or V."""
 
     layers: tuple[LayerGeometry, ...]
 
@@ -65,7 +67,10 @@ class Geometry(NamedTuple):
         """Build from `[[k_type, k_row_bytes, v_type, v_row_bytes], ...]`; raises BadMessage."""
         layers = [list(row) if isinstance(row, tuple) else row for row in rows]
         LAYERS("layers", layers)
-        return cls(tuple(LayerGeometry(*layer) for layer in layers))
+        geometry = cls(tuple(LayerGeometry(*layer) for layer in layers))
+        if not geometry.bytes_per_token:
+            raise BadMessage("none of the layers has K or V")
+        return geometry
 
 
 def round_up(n_bytes: int, multiple: int = PAGE_BYTES) -> int:

@@ -27,7 +27,14 @@ WITH: dict[str, list[str]] = {
     "warm": ["--model", "/dev/null", "/dev/null"],
 }
 """What a command cannot do without."""
-NAMES = [command.name for module in kvctl.MODULES for command in module.COMMANDS]
+WITHOUT = {"model-size"}
+"""Asks a daemon for its budget, and goes on if there is none."""
+NAMES = [
+    command.name
+    for module in kvctl.MODULES
+    for command in module.COMMANDS
+    if command.name not in WITHOUT
+]
 
 
 class Told(NamedTuple):

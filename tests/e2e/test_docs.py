@@ -28,7 +28,8 @@ def test_the_readme_has_python() -> None:
     assert len(BLOCKS) == 2
 
 
-def test_commands_in_the_readme_run(daemon: Daemon, tmp_path: Path) -> None:
+def test_commands_in_the_readme_run(daemon: Daemon, smollm2: Path, tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").symlink_to(smollm2)
     lines = (ROOT / "README.md").read_text().splitlines()
     commands = [line.split("#")[0].split() for line in lines if line.startswith("    kvctl ")]
     assert len(commands) >= 5
@@ -38,6 +39,15 @@ def test_commands_in_the_readme_run(daemon: Daemon, tmp_path: Path) -> None:
             tmp_path,
             KVD_RUNTIME_DIR=str(daemon.runtime_dir),
         )
+
+
+def test_the_readme_shows_what_model_size_says(smollm2: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "kvd_client.kvctl", "model-size", str(smollm2)]
+    said = run(command, tmp_path, KVD_RUNTIME_DIR=str(tmp_path))
+    readme = (ROOT / "README.md").read_text().splitlines()
+    shown = [line.strip() for line in readme if line.startswith(("    block ", "    context "))]
+    assert len(shown) == 2
+    assert set(shown) <= set(said.splitlines())
 
 
 def test_the_demo_convinces(tmp_path: Path) -> None:

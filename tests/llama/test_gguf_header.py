@@ -4,6 +4,7 @@ import os
 import random
 import struct
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import gguf
@@ -90,10 +91,18 @@ def refused(path: Path, content: bytes) -> str:
     return str(error.value)
 
 
-def test_a_header_cut_off_at_any_byte_is_refused(written: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def in_memory() -> Iterator[Path]:
+    """A file that costs nothing to write."""
+    descriptor = os.memfd_create("gguf")
+    yield Path(f"/proc/self/fd/{descriptor}")
+    os.close(descriptor)
+
+
+def test_a_header_cut_off_at_any_byte_is_refused(written: Path, in_memory: Path) -> None:
     whole = written.read_bytes()
     needed = whole.index(b"llama.block_count") + len(b"llama.block_count") + 8
-    cut = tmp_path / "cut.gguf"
+    cut = in_memory
     lengths = [*range(1500), *range(1500, needed, 97), *range(needed - 200, needed)]
     for length in lengths:
         message = refused(cut, whole[:length])
@@ -102,10 +111,9 @@ def test_a_header_cut_off_at_any_byte_is_refused(written: Path, tmp_path: Path) 
     assert read_header(cut).values == read_header(written).values
 
 
-def test_flipped_bytes_are_refused_or_read(written: Path, tmp_path: Path) -> None:
+def test_flipped_bytes_are_refused_or_read(written: Path, in_memory: Path) -> None:
     """Never another error, and never long."""
     whole = written.read_bytes()[:2000]
-    damaged = tmp_path / "damaged.gguf"
     chance = random.Random(SEED)
     outcomes = {True: 0, False: 0}
     for _ in range(4000):
@@ -114,9 +122,9 @@ def test_flipped_bytes_are_refused_or_read(written: Path, tmp_path: Path) -> Non
             content[chance.randrange(len(whole))] = chance.choice(
                 (0, 1, 127, 255, chance.randrange(256))
             )
-        damaged.write_bytes(content)
+        in_memory.write_bytes(content)
         try:
-            read_header(damaged)
+            read_header(in_memory)
         except BadModelFile:
             outcomes[False] += 1
         else:

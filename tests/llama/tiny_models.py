@@ -56,9 +56,10 @@ class _Writer:
 
 def _attention_layer(writer: _Writer, prefix: str, n_head_kv: int) -> None:
     writer.ones(f"{prefix}.attn_norm.weight", N_EMBD)
-    writer.matrix(f"{prefix}.attn_q.weight", N_EMBD, N_EMBD)
-    writer.matrix(f"{prefix}.attn_k.weight", n_head_kv * HEAD_DIM, N_EMBD)
-    writer.matrix(f"{prefix}.attn_v.weight", n_head_kv * HEAD_DIM, N_EMBD)
+    if n_head_kv:  # without, deci's attention is a matrix
+        writer.matrix(f"{prefix}.attn_q.weight", N_EMBD, N_EMBD)
+        writer.matrix(f"{prefix}.attn_k.weight", n_head_kv * HEAD_DIM, N_EMBD)
+        writer.matrix(f"{prefix}.attn_v.weight", n_head_kv * HEAD_DIM, N_EMBD)
     writer.ones(f"{prefix}.ffn_norm.weight", N_EMBD)
     writer.matrix(f"{prefix}.ffn_up.weight", N_FF, N_EMBD)
     writer.matrix(f"{prefix}.ffn_down.weight", N_EMBD, N_FF)

@@ -87,7 +87,7 @@ def test_layers_may_differ() -> None:
         [["\N{GRINNING FACE}", 2, "f16", 2]],
         [[b"f16", 2, "f16", 2]],
         [[1, 2, "f16", 2]],
-        [["f16", 0, "f16", 2]],
+        [["f16", 0, "f16", 0]] * 2,
         [["f16", -2, "f16", 2]],
         [["f16", 2, "f16", MAX_ROW_BYTES + 1]],
         [["f16", True, "f16", 2]],
@@ -101,6 +101,12 @@ def test_wrong_layers_are_refused(rows: list[Any]) -> None:
     with pytest.raises(BadMessage, match="layers") as caught:
         Geometry.from_wire(rows)
     assert len(str(caught.value)) < 200
+
+
+def test_a_layer_without_kv_has_headers_and_no_rows() -> None:
+    with_it = Geometry.from_wire([["f16", 64, "f16", 64], ["f16", 0, "f16", 0]])
+    without = Geometry.from_wire([["f16", 64, "f16", 64]])
+    assert LlamaState(with_it, 32).max_bytes == LlamaState(without, 32).max_bytes + 2 * 12
 
 
 def test_round_up() -> None:

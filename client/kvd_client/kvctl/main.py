@@ -20,14 +20,14 @@ from importlib.metadata import version
 from typing import Any
 
 from kvd_client.errors import DeadlineExceeded, KvdError, Unavailable
-from kvd_client.kvctl import events, evicting, output, pins, reading, warm
+from kvd_client.kvctl import events, evicting, model_size, output, pins, reading, warm
 from kvd_client.kvctl.answer import FAILED, NO_DAEMON, OK, USAGE, Answer, BadUsage, Printed
 from kvd_client.kvctl.tables import Look
 from kvd_client.kvctl.trouble import what_to_do
 from kvd_client.operations import DEFAULT_TIMEOUT
 from kvd_proto.paths import DEFAULT_INSTANCE
 
-MODULES = (reading, events, evicting, pins, warm)
+MODULES = (reading, events, evicting, pins, warm, model_size)
 """In the order in which --help shows their commands."""
 _INTERRUPTED = 130
 """128 + SIGINT, as shells have it."""

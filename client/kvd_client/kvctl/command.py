@@ -58,3 +58,14 @@ def positive(text: str) -> int:
     if not text.isdecimal() or not 0 < int(text) < 1 << 32:
         raise argparse.ArgumentTypeError(f"a whole number from 1 on, not {text!r}")
     return int(text)
+
+
+def seconds(text: str) -> float:
+    """The type of an option: seconds, up to a day."""
+    try:
+        found = float(text)
+    except ValueError:
+        found = -1.0
+    if not 0 < found <= 86400:
+        raise argparse.ArgumentTypeError(f"a number of seconds above 0, not {text!r}")
+    return found

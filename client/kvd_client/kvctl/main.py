@@ -20,14 +20,15 @@ from importlib.metadata import version
 from typing import Any
 
 from kvd_client.errors import DeadlineExceeded, KvdError, Unavailable
-from kvd_client.kvctl import events, evicting, model_size, output, pins, reading, warm
+from kvd_client.kvctl import events, evicting, model_size, output, pins, reading, top, warm
 from kvd_client.kvctl.answer import FAILED, NO_DAEMON, OK, USAGE, Answer, BadUsage, Printed
+from kvd_client.kvctl.command import seconds
 from kvd_client.kvctl.tables import Look
 from kvd_client.kvctl.trouble import what_to_do
 from kvd_client.operations import DEFAULT_TIMEOUT
 from kvd_proto.paths import DEFAULT_INSTANCE
 
-MODULES = (reading, events, evicting, pins, warm, model_size)
+MODULES = (reading, top, events, evicting, pins, warm, model_size)
 """In the order in which --help shows their commands."""
 _INTERRUPTED = 130
 """128 + SIGINT, as shells have it."""
@@ -106,7 +107,7 @@ def _add_common(parser: argparse.ArgumentParser, *, suppress: bool) -> None:
     )
     parser.add_argument(
         "--timeout",
-        type=_seconds,
+        type=seconds,
         metavar="SECONDS",
         default=default(DEFAULT_TIMEOUT),
         help="how long to wait for an answer (default: 5)",
@@ -114,16 +115,6 @@ def _add_common(parser: argparse.ArgumentParser, *, suppress: bool) -> None:
     parser.add_argument(
         "--json", action="store_true", default=default(False), help="print it for programs"
     )
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = -1.0
-    if not 0 < seconds <= 86400:
-        raise argparse.ArgumentTypeError(f"a number of seconds above 0, not {text!r}")
-    return seconds
 
 
 def _complain(error: Exception, advice: str = "") -> None:

@@ -5,6 +5,7 @@ views.py.
 """
 
 import os
+import re
 import shutil
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +15,8 @@ NARROW = 80
 """Columns of a pipe, and of the terminal that everybody has."""
 _SHORTEST = 6
 """Characters of a text that had to be cut, at the least."""
+
+_ESCAPE = re.compile("\x1b\\[[0-9;]*m")
 
 _COLOURS = {
     "bold": "1",
@@ -154,6 +157,28 @@ def clean(text: str) -> str:
 def width_of(text: str) -> int:
     """Columns that a text takes on a terminal."""
     return sum(1 + (unicodedata.east_asian_width(each) in "WF") for each in text)
+
+
+def width_of_painted(line: str) -> int:
+    """The same, of a line with colours."""
+    return width_of(_ESCAPE.sub("", line))
+
+
+def clip(line: str, width: int) -> str:
+    """The line's first `width` columns; colours that were on are off at the end."""
+    if width_of_painted(line) <= width:
+        return line
+    kept, used = "", 0
+    for piece in re.split(f"({_ESCAPE.pattern})", line):
+        if _ESCAPE.fullmatch(piece):
+            kept += piece
+            continue
+        for letter in piece:
+            used += width_of(letter)
+            if used > width:
+                return kept + "\x1b[0m" * ("\x1b" in kept)
+            kept += letter
+    return kept
 
 
 def _squeeze(widths: list[int], columns: Sequence[Column], most: int) -> None:

@@ -18,7 +18,7 @@ from kvd_client.kvctl.tables import (
 
 Report = Mapping[str, Any]
 
-_STATE_COLOURS = {"PROCESSING": "green", "PENDING": "yellow", "TIMED_OUT": "red"}
+STATE_COLOURS = {"PROCESSING": "green", "PENDING": "yellow", "TIMED_OUT": "red"}
 
 
 class _Share(NamedTuple):
@@ -158,7 +158,7 @@ def sequences(rows: Sequence[Report], look: Look) -> str:
         Column("MODEL", elastic=True),
         Column("SEQ", right=True),
         Column("GEN", right=True),
-        Column("STATE", colour_of=lambda state: _STATE_COLOURS.get(state, "")),
+        Column("STATE", colour_of=lambda state: STATE_COLOURS.get(state, "")),
         Column("TOKENS", right=True),
         Column("BLOCKS", right=True),
         Column("IDLE", right=True),
@@ -288,18 +288,39 @@ def verify(report: Report, look: Look) -> str:
     return "\n".join([*lines, "", table(columns, cells, look)])
 
 
+class Use(NamedTuple):
+    """A use of the budget that is not 0: its part of the bar, and its name and meaning."""
+
+    part: Part
+    name: str
+    meaning: str
+
+
+def uses(accounting: Report, look: Look) -> list[Use]:
+    """What the budget is used for, in the order of the bar."""
+    return [
+        Use(
+            Part(
+                accounting[share.key],
+                share.character if look.unicode else share.plain,
+                share.colour,
+            ),
+            share.name,
+            share.meaning,
+        )
+        for share in _SHARES
+        if accounting[share.key]
+    ]
+
+
 def _memory(accounting: Report, look: Look) -> list[str]:
     budget = accounting["budget_bytes"]
-    shares = [share for share in _SHARES if accounting[share.key]]
-    characters = [share.character if look.unicode else share.plain for share in shares]
-    parts = [
-        Part(accounting[share.key], character, share.colour)
-        for share, character in zip(shares, characters, strict=True)
-    ]
+    used = uses(accounting, look)
     legend = [
-        f"  {look.paint(part.character, part.colour)} {share.name:<11}"
-        f"{size(part.size):>10}  {percent(part.size, budget):>7}  {share.meaning}"
-        for share, part in zip(shares, parts, strict=True)
+        f"  {look.paint(part.character, part.colour)} {name:<11}"
+        f"{size(part.size):>10}  {percent(part.size, budget):>7}  {meaning}"
+        for part, name, meaning in used
     ]
     width = min(look.width, 100) - 4
-    return [f"memory     {size(budget)}", f"  [{bar(parts, width, look)}]", *legend]
+    painted = bar([use.part for use in used], width, look)
+    return [f"memory     {size(budget)}", f"  [{painted}]", *legend]

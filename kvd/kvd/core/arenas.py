@@ -18,7 +18,9 @@ sealed before it has been checked.
 Who holds a slot and makes room for it: budget.py.
 """
 
+from kvd.core.eviction import LRU, Policy
 from kvd.core.pins import PinTable
+from kvd.core.shares import ModelShare
 from kvd.core.tenants import Tenant
 from kvd.core.tree import NO_SLOT, SEALED, Block
 from kvd_proto.geometry import Geometry, round_up
@@ -43,10 +45,15 @@ class Arena:
         block_tokens: int,
         slots: int,
         root_key: bytes,
+        model: ModelShare | None = None,
     ) -> None:
         self.number = number
         self.tenant = tenant
-        self.evictable = tenant.evictable
+        self.model = model
+        """If there is a rule for it."""
+        self.share = model.share if model is not None and model.share.minimum else tenant.share
+        # What goes for one reason, and not for another, has an order of its own.
+        self.evictable: Policy = tenant.evictable if model is None else LRU()
         self.name = name
         self.fingerprint = fingerprint
         self.geometry = geometry

@@ -39,16 +39,21 @@ from kvd.core.events import (
     SessionId,
     UseRecord,
 )
-from kvd.core.eviction import arrange_by_records
+from kvd.core.eviction import Policy, arrange_by_records
 from kvd.core.journal import Journal, Kind
 from kvd.core.pins import pins_bytes_for
 from kvd.core.reasons import Reason
+from kvd.core.shares import ModelRule, ModelShare, Share, may_lose, reclaimable
 from kvd.core.tenants import Tenant, TenantRule
 from kvd.core.tree import ADOPTED, FILLING, GONE, Block
 from kvd_proto.errors import AllLeased, BudgetTooSmall, Detail, ResourceError
 
 WALK_BLOCKS = 1024
 """Leased, or let go, at once: in less than a millisecond, before others get their turn."""
+
+
+def _oldest_first(policies: Iterable[Policy]) -> Iterator[Block]:
+    return merge(*policies, key=attrgetter("used"))
 
 
 class SlotsTaken(NamedTuple):
@@ -61,12 +66,21 @@ class SlotsTaken(NamedTuple):
 class Budget:
     """The bytes of the daemon: makes room, and keeps every running total."""
 
-    def __init__(self, n_bytes: int, rules: Iterable[TenantRule] = ()) -> None:
+    def __init__(
+        self,
+        n_bytes: int,
+        rules: Iterable[TenantRule] = (),
+        models: Iterable[ModelRule] = (),
+    ) -> None:
         self.n_bytes = n_bytes
         self.unassigned = n_bytes
         self.journal = Journal()
         self.arenas: dict[int, Arena] = {}
         self.tenants = {rule.name: Tenant(rule, n_bytes) for rule in rules}
+        self.models = {rule.name: ModelShare(rule, n_bytes) for rule in models}
+        """Those that there are rules for."""
+        self.promised = sum(share.minimum for share in self.shares)
+        """Of `unassigned`: what is missing of all minima."""
         self.clock = 0
         """Counts uses of blocks. A sealed block's generation is its first use."""
         self.ages = Ages()
@@ -96,13 +110,29 @@ class Budget:
         return self.tenants[name]
 
     @property
+    def shares(self) -> list[Share]:
+        """All that there are minima for, or may be."""
+        of_tenants = [each.share for each in self.tenants.values()]
+        return of_tenants + [each.share for each in self.models.values()]
+
+    def available(self, share: Share) -> int:
+        """Bytes that this one may take, and nothing has to go."""
+        return self.unassigned - self.promised + share.promised
+
+    @property
+    def policies(self) -> list[Policy]:
+        """The orders of eviction of all tenants, and of models that there are rules for."""
+        of_tenants = [each.evictable for each in self.tenants.values()]
+        return of_tenants + [each for model in self.models.values() for each in model.policies]
+
+    @property
     def staging(self) -> int:
         """Bytes of all stagings."""
         return sum(tenant.staging for tenant in self.tenants.values())
 
     def oldest_first(self) -> Iterator[Block]:
         """All that is cached; nothing may change meanwhile."""
-        return merge(*(each.evictable for each in self.tenants.values()), key=attrgetter("used"))
+        return _oldest_first(self.policies)
 
     @property
     def n_cached(self) -> int:
@@ -255,9 +285,8 @@ class Budget:
         for block in blocks:
             block.holds = 1 + len(block.children)
             arena.blocks[block.slot] = block
-        self.spend(arena.tenant, arena.memory_beside + arena.backed * arena.stride)
-        self.arenas[arena.number] = arena
-        arena.tenant.arenas.append(arena)
+        self._enter(arena)
+        self.spend(arena.tenant, arena.memory_beside + arena.backed * arena.stride, arena)
 
     def readers_gone(self, arena: Arena, effects: list[Effect]) -> None:
         """End the leases of those who could read the arena before this daemon was there. What
@@ -299,10 +328,15 @@ class Budget:
 
     def charge_directory(self, arena: Arena, effects: list[Effect]) -> None:
         """Take the bytes of a new arena's directory, and make the arena known."""
-        self._make_room(arena.tenant, arena.directory_bytes, effects)
-        self.spend(arena.tenant, arena.directory_bytes)
+        self._make_room(arena.tenant, arena.directory_bytes, effects, arena)
+        self._enter(arena)
+        self.spend(arena.tenant, arena.directory_bytes, arena)
+
+    def _enter(self, arena: Arena) -> None:
         self.arenas[arena.number] = arena
         arena.tenant.arenas.append(arena)
+        if arena.model is not None:
+            arena.model.arenas.append(arena)
 
     def charge_pins(self, arena: Arena, effects: list[Effect]) -> None:
         """Take the bytes for one more pin in the arena's directory, unless it has them already;
@@ -310,14 +344,16 @@ class Budget:
         table = arena.pins
         growth = pins_bytes_for(table.high_water + 1) - table.n_bytes
         if growth > 0:
-            self._make_room(arena.tenant, growth, effects)
-            self.spend(arena.tenant, growth)
+            self._make_room(arena.tenant, growth, effects, arena)
+            self.spend(arena.tenant, growth, arena)
             table.n_bytes += growth
 
     def forget_arena(self, arena: Arena) -> None:
         """Take an arena out in which nothing is held, with all that is cached in it."""
         del self.arenas[arena.number]
         arena.tenant.arenas.remove(arena)
+        if arena.model is not None:
+            arena.model.arenas.remove(arena)
         for block in arena.root.below():
             assert block.parent is not None
             self._note_age(block)
@@ -325,7 +361,7 @@ class Budget:
             block.state = GONE
         arena.tenant.evicted[Reason.ARENA] += arena.cached
         self.journal.note(Kind.MODEL_GONE, arena.tenant.name, arena.name, arena.cached)
-        self.spend(arena.tenant, -arena.memory_beside - arena.backed * arena.stride)
+        self.spend(arena.tenant, -arena.memory_beside - arena.backed * arena.stride, arena)
 
     def give_up(self, arena: Arena, effects: list[Effect]) -> None:
         """Forget an arena that is unused, and give its memory back."""
@@ -337,20 +373,31 @@ class Budget:
         first of all those that are empty. A walk of the LRU."""
         unused = [arena for arena in tenant.arenas if arena.is_unused]
         if unused:
-            latest = {block.arena: block.used for block in tenant.evictable}
+            latest = {block.arena: block.used for each in tenant.policies for block in each}
             self.give_up(min(unused, key=lambda each: latest.get(each, 0)), effects)
 
-    def spend(self, tenant: Tenant, n_bytes: int) -> None:
-        """Bytes that are the tenant's now (negative: given back). Whoever spends has looked whether
-        there are so many."""
+    def spend(self, tenant: Tenant, n_bytes: int, arena: Arena | None = None) -> None:
+        """Bytes that are the tenant's now (negative: given back), in `arena` or, if it is None, in
+        a staging. Whoever spends has looked whether there are so many."""
         self.unassigned -= n_bytes
         tenant.held += n_bytes
+        share = tenant.share
+        if arena is not None:
+            share = arena.share
+            if arena.model is not None:
+                arena.model.held += n_bytes
+        if share.minimum:
+            self.promised -= share.promised
+            share.held += n_bytes
+            self.promised += share.promised
+        else:
+            share.held += n_bytes
 
     def take(self, arena: Arena, n_slots: int, effects: list[Effect]) -> SlotsTaken:
         """Set `n_slots` aside as filling. All or none: raises OverQuota, BudgetTooSmall or
         AllLeased."""
         self._find_room(lambda: self.check_room(arena, n_slots), effects)
-        tenant = arena.tenant
+        tenant, model, share = arena.tenant, arena.model, arena.share
         to_back: list[int] = []
         slots: list[int] = []
         while len(slots) < n_slots:
@@ -361,11 +408,13 @@ class Budget:
             # A slot is left: the arena has as many as the whole budget has strides.
             cost = arena.cost_of_fresh(1)
             if cost > tenant.headroom:
-                self._give_way(arena, tenant, effects)
-            elif cost > self.unassigned:
-                self._give_way(arena, None, effects)
+                self._give_way(arena, tenant, share, effects)
+            elif model is not None and cost > model.headroom:
+                self._give_way(arena, model, share, effects)
+            elif cost > self.available(share):
+                self._give_way(arena, self, share, effects)
             else:
-                self.spend(tenant, cost)
+                self.spend(tenant, cost, arena)
                 slot = arena.punched.pop() if arena.punched else self._raise_high_water(arena)
                 slots.append(slot)
                 to_back.append(slot)
@@ -384,7 +433,7 @@ class Budget:
         arena.punched.extend(sorted(slots))
         for slot in slots:
             arena.blocks[slot] = None
-        self.spend(arena.tenant, -len(slots) * arena.stride)
+        self.spend(arena.tenant, -len(slots) * arena.stride, arena)
 
     def drop(self, block: Block, reason: Reason, effects: list[Effect]) -> None:
         """Forget a cached block, which has no children: its slot is free."""
@@ -417,15 +466,27 @@ class Budget:
             self.ages.evicted(block, block.used)
         self.evictions += 1
 
-    def pop_oldest(self, effects: list[Effect], tenant: Tenant | None = None) -> Block:
-        """Evict the least recently used block that has no resident children: the head of the
-        tenant's LRU, or the oldest of all heads."""
-        reason = Reason.QUOTA if tenant is not None and tenant.has_quota else Reason.ROOM
-        tenants = self.tenants.values() if tenant is None else (tenant,)
-        heads = [head for each in tenants if (head := each.evictable.oldest()) is not None]
-        block = min(heads, key=attrgetter("used"))  # there is one: check_room counted it
-        self.drop(block, reason, effects)
-        return block
+    def pop_oldest(
+        self,
+        effects: list[Effect],
+        whose: "Tenant | ModelShare | Budget | None" = None,
+        taker: Share | None = None,
+    ) -> Block:
+        """Evict the least recently used block that has no resident children and may go for `taker`:
+        the oldest of all heads, or of those of one tenant or model."""
+        by_quota = isinstance(whose, ModelShare) or (isinstance(whose, Tenant) and whose.has_quota)
+        oldest: Block | None = None
+        for policy in (whose or self).policies:
+            head = policy.oldest()
+            if (
+                head is not None
+                and (oldest is None or head.used < oldest.used)
+                and may_lose(head.arena.share, taker, head.arena.stride)
+            ):
+                oldest = head
+        assert oldest is not None, "check_room counted it"
+        self.drop(oldest, Reason.QUOTA if by_quota else Reason.ROOM, effects)
+        return oldest
 
     def evict(
         self, name: str, n_blocks: int, effects: list[Effect], tenant: Tenant | None = None
@@ -440,8 +501,8 @@ class Budget:
         wanted = {arena for arena in arenas if not name or arena.name == name}
         # Whoever names a model without blocks causes no walk.
         n_blocks = min(n_blocks, sum(arena.cached for arena in wanted))
-        lru = self.oldest_first() if tenant is None else tenant.evictable
-        chosen = list(islice((block for block in lru if block.arena in wanted), n_blocks))
+        order = _oldest_first((self if tenant is None else tenant).policies)
+        chosen = list(islice((block for block in order if block.arena in wanted), n_blocks))
         for block in chosen:
             self.drop(block, Reason.COMMAND, effects)
         for arena in arenas:
@@ -459,9 +520,13 @@ class Budget:
         if fresh <= 0:
             return
         cost = arena.cost_of_fresh(fresh)
-        arena.tenant.check_quota(cost, but=arena)
-        if cost <= self.unassigned + self._reclaimable(but=arena):
+        share = arena.share
+        arena.tenant.check_quota(cost, share, but=arena)
+        if arena.model is not None:
+            arena.model.check_cap(cost, share, but=arena)
+        if cost <= self.available(share) + reclaimable(self.arenas.values(), share, but=arena):
             return
+        minima = sum(each.minimum for each in self.shares if each is not share)
         directories = self.directories - arena.directory_bytes + arena.directory_for(n_slots)
         evidence: dict[str, Detail] = {
             "model": arena.name,
@@ -472,19 +537,26 @@ class Budget:
             "staging_bytes": self.staging,
             "pinned_bytes": sum(each.pinned * each.stride for each in self.arenas.values()),
             "unassigned_bytes": self.unassigned,
+            "minima_bytes": minima,
         }
-        if n_slots * arena.stride + directories > self.n_bytes:
+        if n_slots * arena.stride + max(directories, minima) > self.n_bytes:
             raise BudgetTooSmall("so many blocks can never fit the budget", **evidence)
         raise AllLeased("the budget is full and every block in it is in use", **evidence)
 
-    def _make_room(self, tenant: Tenant, n_bytes: int, effects: list[Effect]) -> None:
-        """Give memory of free and cached slots back until `tenant` may take `n_bytes`, and they are
-        unassigned."""
-        self._find_room(lambda: self._check_bytes(tenant, n_bytes), effects)
+    def _make_room(
+        self, tenant: Tenant, n_bytes: int, effects: list[Effect], arena: Arena | None = None
+    ) -> None:
+        """Give memory of free and cached slots back until `tenant` may take `n_bytes`, for `arena`
+        or (None) for a staging."""
+        share = tenant.share if arena is None else arena.share
+        model = None if arena is None else arena.model
+        self._find_room(lambda: self._check_bytes(tenant, n_bytes, share, model), effects)
         while n_bytes > tenant.headroom:
-            self._give_way(None, tenant, effects)
-        while n_bytes > self.unassigned:
-            self._give_way(None, None, effects)
+            self._give_way(None, tenant, share, effects)
+        while model is not None and n_bytes > model.headroom:
+            self._give_way(None, model, share, effects)
+        while n_bytes > self.available(share):
+            self._give_way(None, self, share, effects)
 
     def _find_room(self, check: Callable[[], None], effects: list[Effect]) -> None:
         """Let `check` raise ResourceError, but not for want of what is being let go."""
@@ -498,37 +570,48 @@ class Budget:
                 return
         check()
 
-    def _check_bytes(self, tenant: Tenant, n_bytes: int) -> None:
+    def _check_bytes(
+        self, tenant: Tenant, n_bytes: int, share: Share, model: ModelShare | None
+    ) -> None:
         """Whether `tenant` may take so many, if everything that may go does. Mutates nothing."""
-        tenant.check_quota(n_bytes)
-        could = self.unassigned + self._reclaimable()
+        tenant.check_quota(n_bytes, share)
+        if model is not None:
+            model.check_cap(n_bytes, share)
+        could = self.available(share) + reclaimable(self.arenas.values(), share)
         if n_bytes > could:
-            kind = BudgetTooSmall if n_bytes + self.directories > self.n_bytes else AllLeased
-            raise kind(
+            minima = sum(each.minimum for each in self.shares if each is not share)
+            can_never = n_bytes + max(self.directories, minima) > self.n_bytes
+            raise (BudgetTooSmall if can_never else AllLeased)(
                 "the budget has no room for this",
                 asked_bytes=n_bytes,
                 budget_bytes=self.n_bytes,
                 directory_bytes=self.directories,
+                minima_bytes=minima,
                 available_bytes=could,
             )
 
-    def _reclaimable(self, but: Arena | None = None) -> int:
-        """Bytes that may go, whosever they are, those of the arena `but` left out."""
-        return sum(arena.reclaimable for arena in self.arenas.values() if arena is not but)
-
-    def _give_way(self, arena: Arena | None, tenant: Tenant | None, effects: list[Effect]) -> None:
-        """One step towards room for `arena`, by `tenant` or (None) by all: another arena that is
-        empty and unused, or one of its free slots; else the oldest cached block."""
-        for other in self.arenas.values() if tenant is None else tenant.arenas:
+    def _give_way(
+        self,
+        arena: Arena | None,
+        whose: "Tenant | ModelShare | Budget",
+        taker: Share,
+        effects: list[Effect],
+    ) -> None:
+        """One step towards room for `arena`, which `taker` wants, by one tenant, one model or all:
+        another arena that is empty and unused, or one of its free slots; else the oldest cached
+        block that may go."""
+        others = whose.arenas.values() if isinstance(whose, Budget) else whose.arenas
+        for other in others:
             if other is arena:
                 continue
-            if not other.cached and other.is_unused:
+            share = other.share
+            if not other.cached and other.is_unused and (share is taker or not share.minimum):
                 self.give_up(other, effects)
                 return
-            if other.free:
+            if other.free and may_lose(share, taker, other.stride):
                 self._punch(other, 1, effects)
                 return
-        self.pop_oldest(effects, tenant)
+        self.pop_oldest(effects, whose, taker)
 
     def _punch(self, arena: Arena, n_slots: int, effects: list[Effect]) -> None:
         """Give `n_slots` free slots back to the operating system."""
@@ -536,7 +619,7 @@ class Budget:
             return
         slots = [arena.free.pop() for _ in range(n_slots)]
         arena.punched.extend(slots)
-        self.spend(arena.tenant, -n_slots * arena.stride)
+        self.spend(arena.tenant, -n_slots * arena.stride, arena)
         effects.append(Punch(arena.number, slots))
 
     @staticmethod

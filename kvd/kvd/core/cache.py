@@ -14,6 +14,7 @@ from kvd.core.deadlines import Deadlines
 from kvd.core.events import Effect, Reply, SessionId
 from kvd.core.journal import Kind
 from kvd.core.sequences import Context, Opening, Sequence, Session, Waiter
+from kvd.core.shares import ModelRule
 from kvd.core.tenants import TenantRule
 from kvd.core.tree import Block
 from kvd_proto.errors import KvdError
@@ -34,7 +35,9 @@ class Limits:
     """Contexts are numbered from here: the shell gives each start of the daemon another range, so
     that a handle from before a restart cannot name a context of today."""
     tenants: tuple[TenantRule, ...] = ()
-    """Those that have a quota or a salt."""
+    """Those that have a quota, a minimum or a salt."""
+    models: tuple[ModelRule, ...] = ()
+    """Those that have a minimum or a cap."""
     max_models: int = NO_LIMIT
     """Of one tenant. One more takes the place of an arena that nobody uses."""
     max_pins: int = 1000

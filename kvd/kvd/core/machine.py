@@ -68,7 +68,7 @@ class Core:
     def __init__(self, limits: Limits) -> None:
         self.cache = Cache(
             limits,
-            Budget(limits.max_memory, limits.tenants),
+            Budget(limits.max_memory, limits.tenants, limits.models),
             next_context=limits.first_context,
         )
 

@@ -161,10 +161,12 @@ def make_arena(
         block_tokens=block_tokens,
         slots=cache.limits.max_memory // round_up(form.max_bytes),
         root_key=root_key(fingerprint, tenant.salt),
+        model=cache.budget.models.get(name),
     )
-    if not arena.slots or arena.stride + arena.directory_for(1) > tenant.quota:
+    most = tenant.quota if arena.model is None else min(tenant.quota, arena.model.cap)
+    if not arena.slots or arena.stride + arena.directory_for(1) > most:
         raise ModelTooLarge(
-            "not even one block of this model fits the budget or the tenant's quota",
+            "not even one block of this model fits the budget, the tenant's quota or its own cap",
             stride_bytes=arena.stride,
             directory_bytes=arena.directory_for(1),
             budget_bytes=cache.limits.max_memory,

@@ -30,7 +30,6 @@ from kvd.core.cache import (
 )
 from kvd.core.pins import pins_bytes_for
 from kvd.core.sequences import Sequence, Session, State
-from kvd.core.tenants import Tenant
 from kvd.core.tree import ADOPTED, FILLING, GONE, SEALED, Block
 from kvd_proto.messages import Alloc, Pin
 
@@ -62,7 +61,15 @@ def check_in_steps(cache: Cache) -> Iterator[None]:
     _check_filling(cache)
     yield
     for tenant in list(cache.budget.tenants.values()):
-        yield from _check_order(tenant, cache.budget.clock)
+        plain = [arena for arena in tenant.arenas if arena.evictable is tenant.evictable]
+        cached = sum(arena.cached for arena in plain)
+        order = list(tenant.evictable)
+        yield from _check_order(tenant.name, order, cached, cache.budget.clock)
+    for arena in [each for each in cache.budget.arenas.values() if each.model is not None]:
+        if arena.number not in cache.budget.arenas:
+            continue  # given up meanwhile
+        name = f"{arena.name} of {arena.tenant.name}"
+        yield from _check_order(name, list(arena.evictable), arena.cached, cache.budget.clock)
 
 
 def check_totals(cache: Cache) -> None:
@@ -117,6 +124,19 @@ def _check_tenants(cache: Cache, sessions: list[Session]) -> None:
             raise AccountingError(
                 f"{tenant.name} holds {tenant.held}, more than its quota {tenant.quota}"
             )
+        own = sum(_bytes_of(arena) for arena in arenas if arena.share is tenant.share)
+        _equal(f"of the minimum of {tenant.name}", tenant.share.held, staging + own)
+    for model in budget.models.values():
+        arenas = [arena for arena in budget.arenas.values() if arena.name == model.name]
+        if arenas != model.arenas or any(arena.model is not model for arena in arenas):
+            raise AccountingError(f"arenas of {model.name}: {model.arenas}, recounted {arenas}")
+        _equal(f"held by {model.name}", model.held, sum(map(_bytes_of, arenas)))
+        if model.held > model.cap:
+            raise AccountingError(f"{model.name} holds {model.held}, more than its cap {model.cap}")
+        own = sum(_bytes_of(arena) for arena in arenas if arena.share is model.share)
+        _equal(f"of the minimum of {model.name}", model.share.held, own)
+    promised = sum(max(0, share.minimum - share.held) for share in budget.shares)
+    _equal("promised", budget.promised, promised)
     held = sum(tenant.held for tenant in budget.tenants.values())
     _equal("unassigned", budget.unassigned, budget.n_bytes - held)
 
@@ -288,12 +308,10 @@ def _name_places(arena: Arena, aside: list[int]) -> str:
     )
 
 
-def _check_order(tenant: Tenant, now: int) -> Iterator[None]:
+def _check_order(name: str, order: list[Block], cached: int, now: int) -> Iterator[None]:
     """All that is cached is in the LRU, no block before its children, and the oldest first. What is
     used after `now`, when this begins, has another place then, and is left out."""
-    order = list(tenant.evictable)
-    cached = sum(arena.cached for arena in tenant.arenas)
-    _equal(f"blocks in the LRU of {tenant.name}", len(order), cached)
+    _equal(f"blocks in the LRU of {name}", len(order), cached)
     seen: set[Block] = set()
     before = 0
     for first in range(0, len(order), STEP_BLOCKS):
@@ -360,6 +378,10 @@ def _slots_set_aside(cache: Cache, arena: Arena) -> list[int]:
             gone = [block for block in job.blocks if block.state is GONE]
             found += [block.slot for block in gone if block.arena is arena]
     return found
+
+
+def _bytes_of(arena: Arena) -> int:
+    return arena.memory_beside + arena.backed * arena.stride
 
 
 def _stride(sequence: Sequence) -> int:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from kvd.core.eviction import LRU, Policy
 from kvd.core.reasons import Reason
+from kvd.core.shares import Share, reclaimable
 from kvd_proto.errors import OverQuota
 
 if TYPE_CHECKING:
@@ -16,12 +17,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class TenantRule:
-    """What the configuration says of a tenant. `quota` in bytes; None: the whole budget."""
+    """What the configuration says of a tenant. `quota` and `minimum` in bytes; a quota of None: the
+    whole budget."""
 
     name: str
     salt: bytes = field(default=b"", repr=False)
     """Roots its block keys. A secret: it is in no report, log, error or directory."""
     quota: int | None = None
+    minimum: int = 0
 
 
 class Tenant:
@@ -39,6 +42,8 @@ class Tenant:
         self.has_quota = rule.quota is not None and rule.quota < budget
         self.quota = rule.quota if rule.quota is not None and rule.quota < budget else budget
         self.held = 0
+        self.share = Share(rule.minimum)
+        """Of what it holds, all but what counts for a model's minimum."""
         self.staging = 0
         self.pins = 0
         self.arenas: list[Arena] = []
@@ -54,14 +59,17 @@ class Tenant:
         """Its arena of this model, if there is one."""
         return next((arena for arena in self.arenas if arena.fingerprint == fingerprint), None)
 
-    def reclaimable(self, but: "Arena | None" = None) -> int:
-        """Bytes that may go, those of the arena `but` left out."""
-        return sum(arena.reclaimable for arena in self.arenas if arena is not but)
+    @property
+    def policies(self) -> list[Policy]:
+        """In which order what it has cached goes: its own, and those of its models that there are
+        rules for."""
+        ruled = [arena.evictable for arena in self.arenas if arena.model is not None]
+        return [self.evictable, *ruled]
 
-    def check_quota(self, n_bytes: int, but: "Arena | None" = None) -> None:
-        """Raise OverQuota unless it may take `n_bytes` more, if all that may go of its own does.
-        Without a quota the budget decides, and its errors say more. Mutates nothing."""
-        could = self.headroom + self.reclaimable(but)
+    def check_quota(self, n_bytes: int, taker: Share, but: "Arena | None" = None) -> None:
+        """Raise OverQuota unless it may take `n_bytes` more, if all that may go of its own does for
+        `taker`. Without a quota the budget decides, and its errors say more. Mutates nothing."""
+        could = self.headroom + reclaimable(self.arenas, taker, but)
         if n_bytes > could and self.has_quota:
             raise OverQuota(
                 "the tenant's quota has no room for this",

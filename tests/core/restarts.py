@@ -41,7 +41,18 @@ from kvd_proto import errors, layout
 from kvd_proto.messages import Alloc, Pin, Pinned
 from tests.core.fake_shell import HOLED, FakeShell, Slots, checksum
 from tests.core.reference import Arena, Context, Path, Sequence, Session, Wanted, packed
-from tests.core.world import KINDS, PAGE, Kind, Waiting, World, _fails, _path, _tokens
+from tests.core.world import (
+    KINDS,
+    PAGE,
+    SHARES,
+    Kind,
+    Shares,
+    Waiting,
+    World,
+    _fails,
+    _path,
+    _tokens,
+)
 
 LATEST_USE = 1 << 62
 """What is later was not written by any clock."""
@@ -223,8 +234,9 @@ class RestartingWorld(World):
         max_sequences: int = 5,
         spare_of_tenants: tuple[int | None, ...] = (None,),
         max_models: int = len(KINDS),
+        shares: Shares = SHARES[0],
     ) -> None:
-        super().__init__(spare_pages, max_sequences, spare_of_tenants, max_models)
+        super().__init__(spare_pages, max_sequences, spare_of_tenants, max_models, shares)
         self.random = random
         self.shell = DurableShell()
         self.shell.paths = self.paths
@@ -274,7 +286,7 @@ class RestartingWorld(World):
             self.sessions, self.contexts, self.arenas, self.answers, self.askers, self.allocs,
             self.reserving, self.backing, self.copying, self.seals, self.staged, self.unheld,
             self.checks, self.deferred, self.deferred_pins, self.retrying, self.condemned,
-            self.from_before, self.dropped,
+            self.from_before, self.dropped, self.counts_for,
         ):  # fmt: skip
             each.clear()
         self.evicting = False

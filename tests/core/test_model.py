@@ -19,7 +19,7 @@ from hypothesis.stateful import (
 )
 
 from tests.core.reference import Context, Sequence, Session
-from tests.core.world import KINDS, OWNERS, STAGING, TENANTS, VOCABULARY, World
+from tests.core.world import KINDS, OWNERS, SHARES, STAGING, TENANTS, VOCABULARY, Shares, World
 
 EXAMPLES = int(os.environ.get("KVD_EXAMPLES", 300))
 STEPS = int(os.environ.get("KVD_STEPS", 40))
@@ -41,6 +41,7 @@ class CoreMachine(RuleBasedStateMachine):
         max_sequences=st.sampled_from((3, 5)),
         tenants=st.sampled_from(TENANTS),
         max_models=st.sampled_from((1, 2)),
+        shares=st.sampled_from(SHARES),
     )
     def begin(
         self,
@@ -48,15 +49,18 @@ class CoreMachine(RuleBasedStateMachine):
         max_sequences: int,
         tenants: tuple[int | None, ...],
         max_models: int,
+        shares: Shares,
     ) -> None:
-        """Two workers have come up, of the first two tenants."""
-        self.world = World(spare_pages, max_sequences, tenants, max_models)
+        """Two workers have come up, of the first two tenants, if others' minima leave them room."""
+        self.world = World(spare_pages, max_sequences, tenants, max_models, shares)
         for which in range(2):
             session = self.world.connect(which)
-            assert session is not None
+            if session is None:
+                assert shares.models
+                continue
             self.world.register(session, KINDS[0])
-            (model,) = session.models
-            self.world.open_context(session, model, 2, [])
+            for model in session.models:
+                self.world.open_context(session, model, 2, [])
 
     def _session(self, which: int) -> Session:
         return _pick(list(self.world.sessions.values()), which)

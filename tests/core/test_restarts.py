@@ -11,7 +11,7 @@ import pytest
 
 from tests.core.restarts import Crashed, RestartingWorld
 from tests.core.test_simulation import Life
-from tests.core.world import KINDS, World
+from tests.core.world import KINDS, Shares, World
 
 SIMULATIONS = int(os.environ.get("KVD_SIMULATIONS", 300))
 FIRST_SEED = int(os.environ.get("KVD_SEED", 0))
@@ -64,9 +64,10 @@ class Story(Life):
         max_sequences: int,
         spare_of_tenants: tuple[int | None, ...],
         max_models: int,
+        shares: Shares,
     ) -> World:
         return RestartingWorld(
-            self.random, spare_pages, max_sequences, spare_of_tenants, max_models
+            self.random, spare_pages, max_sequences, spare_of_tenants, max_models, shares
         )
 
     def live(self) -> None:

@@ -8,7 +8,7 @@ from random import Random
 import pytest
 
 from tests.core.driver import walk_in_steps_of
-from tests.core.world import KINDS, OWNERS, STAGING, TENANTS, VOCABULARY, World
+from tests.core.world import KINDS, OWNERS, SHARES, STAGING, TENANTS, VOCABULARY, Shares, World
 
 STEPS = int(os.environ.get("KVD_SIMULATION_STEPS", 100_000))
 SEEDS = range(10)
@@ -44,6 +44,7 @@ class Life:
             random.choice((3, 5)),
             random.choice(TENANTS),
             random.choice((1, 2)),
+            random.choice(SHARES),
         )
         self.failures = random.choice(((0,), (0, 0, 0, 1), (0, 1, 2, 3)))
         self.likeness = random.choice((1, 5, 25))
@@ -75,8 +76,9 @@ class Life:
         max_sequences: int,
         spare_of_tenants: tuple[int | None, ...],
         max_models: int,
+        shares: Shares,
     ) -> World:
-        return World(spare_pages, max_sequences, spare_of_tenants, max_models)
+        return World(spare_pages, max_sequences, spare_of_tenants, max_models, shares)
 
     def live(self) -> None:
         steps, weights = list(self.weights), list(self.weights.values())

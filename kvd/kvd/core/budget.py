@@ -370,8 +370,9 @@ class Budget:
 
     def give_up_oldest(self, tenant: Tenant, effects: list[Effect]) -> None:
         """Give up the tenant's unused arena, if it has one, of which nothing was used for longest;
-        first of all those that are empty. A walk of the LRU."""
-        unused = [arena for arena in tenant.arenas if arena.is_unused]
+        first of all those that are empty. Not of a model with a minimum. A walk of the LRU."""
+        may_go = [arena for arena in tenant.arenas if arena.share is tenant.share]
+        unused = [arena for arena in may_go if arena.is_unused]
         if unused:
             latest = {block.arena: block.used for each in tenant.policies for block in each}
             self.give_up(min(unused, key=lambda each: latest.get(each, 0)), effects)

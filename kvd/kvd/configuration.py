@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from kvd import tenants, warming
+from kvd import model_rules, tenants, warming
+from kvd.core.shares import ModelRule
 from kvd.instance import default_runtime_dir
 from kvd.kinds import Kind, Unusable, complaint, nearest, unknown
 from kvd.settings import ABOUT, Settings, disagreements
@@ -111,8 +112,8 @@ def flag_of(name: str) -> str:
 
 
 def rows(configuration: Configuration) -> list[Row]:
-    """Every value in effect, in the order of the example file; a tenant has one for each of what
-    its table may say."""
+    """Every value in effect, in the order of the example file; a tenant and a model have one for
+    each of what their table may say."""
     settings, found = configuration.settings, []
     for name, about in ABOUT.items():
         origin = configuration.origins.get(name, _DEFAULT)
@@ -129,6 +130,9 @@ def rows(configuration: Configuration) -> list[Row]:
                     _row_of_list(each, key, part, origin, about.restart)
                     for key, part in each.values
                 ]
+        elif name == "models":
+            for rule in settings.models:
+                found += _rows_of_model(rule, origin, about.restart)
     return found
 
 
@@ -138,6 +142,7 @@ def _rows_of_tenant(table: tenants.TenantTable, origin: Origin, restart: str) ->
         ("uids", table.uids, frozenset()),
         ("gids", table.gids, frozenset()),
         ("quota", table.rule.quota, None),
+        ("minimum", table.rule.minimum, 0),
         ("salt", table.rule.salt, b""),
     ):
         where = origin if value != default else _DEFAULT
@@ -151,6 +156,20 @@ def _row_of_list(of: warming.WarmList, name: str, value: Any, origin: Origin, re
     kind = warming.KINDS[name]
     key = f"warm.{of.name}.{name}"
     return Row(key, kind.plain(value), kind.show(value), None, "none", *origin, restart)
+
+
+def _rows_of_model(rule: ModelRule, origin: Origin, restart: str) -> list[Row]:
+    return [
+        _row(
+            f"models.{rule.name}.{name}",
+            model_rules.KINDS[name],
+            value,
+            default,
+            origin if value != default else _DEFAULT,
+            restart,
+        )
+        for name, value, default in (("minimum", rule.minimum, 0), ("cap", rule.cap, None))
+    ]
 
 
 def _row(name: str, kind: Kind, value: Any, default: Any, origin: Origin, restart: str) -> Row:

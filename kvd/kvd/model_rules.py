@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 
 from kvd.core.shares import ModelRule
 from kvd.kinds import Kind, Size, Unusable, read_table
-from kvd_proto.messages import MAX_NAME
 
+MAX_NAME = 200
+"""Characters, as in the protocol."""
 MAX_RULES = 256
 """An eviction looks at each."""
 KINDS: Mapping[str, Kind] = {"minimum": Size(0, 1 << 44), "cap": Size(1 << 20, 1 << 44)}
@@ -22,6 +23,7 @@ class ModelTables(Kind):
     """The tables of all models."""
 
     metavar: ClassVar[str] = "TABLES"
+    is_table: ClassVar[bool] = True
 
     @property
     def allowed(self) -> str:
@@ -36,8 +38,10 @@ class ModelTables(Kind):
             errors.append(f"models: there may be {MAX_RULES}, not {len(value)}")
         rules: list[ModelRule] = []
         for name, table in value.items():
-            if not 0 < len(name.encode()) <= MAX_NAME:
-                errors.append(f"models: a model's name has 1 to {MAX_NAME} bytes, not {name[:40]!r}")
+            if not 0 < len(name) <= MAX_NAME:
+                errors.append(
+                    f"models: a model's name has 1 to {MAX_NAME} letters, not {name[:40]!r}"
+                )
                 continue
             try:
                 values = read_table(f"models.{name}", table, KINDS)

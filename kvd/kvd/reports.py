@@ -252,6 +252,7 @@ def _status(
         "accounting": {
             "budget_bytes": now.budget,
             "unassigned_bytes": now.unassigned,
+            "promised_bytes": cache.budget.promised if tenant is None else tenant.share.promised,
             **_uses(now),
             "padding_bytes": now.padding,
         },
@@ -283,6 +284,7 @@ def _tenant(cache: Cache, store: Store, tenant: Tenant) -> dict[str, Any]:
     return {
         "name": tenant.name,
         "quota_bytes": tenant.quota,
+        "minimum_bytes": tenant.share.minimum,
         "held_bytes": now.backed,
         **_uses(now),
         "sessions": len(sessions),
@@ -321,6 +323,8 @@ def _model(arena: Arena) -> dict[str, Any]:
         "payload_bytes": arena.payload_bytes,
         "stride_bytes": arena.stride,
         "bytes_per_token": arena.geometry.bytes_per_token,
+        "minimum_bytes": arena.model.share.minimum if arena.model is not None else 0,
+        "cap_bytes": arena.model.cap if arena.model is not None else None,
         "blocks": arena_counts(arena),
     }
 

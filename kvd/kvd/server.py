@@ -464,6 +464,7 @@ def limits_of(settings: Settings, tenants: Tenants, first_context: int) -> Limit
         settings.n_seq_max,
         first_context,
         tenants=tenants.rules,
+        models=settings.models,
         max_models=settings.max_models,
         max_pins=settings.max_pins,
         session_models=settings.max_session_models,

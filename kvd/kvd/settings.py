@@ -10,9 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
+from kvd.core.shares import ModelRule
 from kvd.instance import check_instance
 from kvd.kinds import Choice, Count, Duration, Group, Kind, Size, Switch, Text
 from kvd.metrics import listening
+from kvd.model_rules import ModelTables
 from kvd.tenants import TenantTable, TenantTables
 from kvd.warming import WarmList, WarmLists
 from kvd_proto.layout import MAX_PINS
@@ -21,6 +23,9 @@ from kvd_proto.paths import DEFAULT_INSTANCE
 
 LEVELS = ("debug", "info", "warning", "error")
 _LONGEST = 366 * 86400.0
+
+
+_AT_START = "what is promised is set aside at the start"
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +105,9 @@ class Settings:
         "prompts to compute, store and pin at a cold start",
         "they are computed at a start",
     )
+    models: tuple[ModelRule, ...] = _setting(
+        (), ModelTables(), "what models have at least, and at most", _AT_START
+    )
     max_models: int = _setting(64, Count(1, 1 << 12), "models of one tenant")
     max_pins: int = _setting(1000, Count(0, MAX_PINS), "pins of one tenant")
     # What one session may have, so that none can take everything from others.
@@ -177,4 +185,30 @@ def disagreements(settings: Settings) -> list[Disagreement]:
                 f"({show(settings.max_memory)})"
             )
             found.append(Disagreement(("tenants", "max_memory"), text))
+    return found + _minima_that_do_not_fit(settings)
+
+
+def _minima_that_do_not_fit(settings: Settings) -> list[Disagreement]:
+    """A minimum is for certain, so all of them fit the budget, and each its quota or cap."""
+    show = ABOUT["max_memory"].kind.show
+    found = []
+    limits = [
+        ("tenants", each.rule.name, "quota", each.rule.minimum, each.rule.quota)
+        for each in settings.tenants
+    ]
+    limits += [("models", each.name, "cap", each.minimum, each.cap) for each in settings.models]
+    for table, name, limit, minimum, most in limits:
+        if most is not None and minimum > most:
+            text = (
+                f"{table}.{name}.minimum = {show(minimum)}: it is at most its {limit} "
+                f"({show(most)})"
+            )
+            found.append(Disagreement((table,), text))
+    total = sum(minimum for _, _, _, minimum, _ in limits)
+    if total > settings.max_memory:
+        text = (
+            f"the minima of tenants and models are {show(total)} together: they are at most "
+            f"max_memory ({show(settings.max_memory)})"
+        )
+        found.append(Disagreement(("tenants", "models", "max_memory"), text))
     return found

@@ -36,6 +36,7 @@ KINDS: Mapping[str, Kind] = {
     "uids": Ids(_LAST_ID, _OVERFLOW_ID),
     "gids": Ids(_LAST_ID, _OVERFLOW_ID),
     "quota": Size(1 << 20, 1 << 44),
+    "minimum": Size(0, 1 << 44),
     "salt": Secret(16, 128),
 }
 """What a table of a tenant may say."""
@@ -171,5 +172,5 @@ def _read_table(name: str, table: Any) -> TenantTable:
     uids, gids = (values.get(kind, frozenset()) for kind in ("uids", "gids"))
     if not uids and not gids and name != DEFAULT:
         raise Unusable([f"{where}: it lists neither uids nor gids, so nobody would be of it"])
-    rule = TenantRule(name, values.get("salt", b""), values.get("quota"))
+    rule = TenantRule(name, values.get("salt", b""), values.get("quota"), values.get("minimum", 0))
     return TenantTable(rule, uids, gids)

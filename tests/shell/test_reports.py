@@ -59,6 +59,7 @@ def test_status_equals_the_formulas_and_the_system(daemon: Daemon, client: Raw) 
     assert accounting == {
         "budget_bytes": BUDGET,
         "unassigned_bytes": BUDGET - N_BLOCKS * STRIDE - directory - staging,
+        "promised_bytes": 0,
         "free_bytes": 0,
         "filling_bytes": 0,
         "active_bytes": N_BLOCKS * STRIDE,

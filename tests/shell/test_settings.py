@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from kvd.configuration import BadSetting, Configuration, Origin, load, rows
+from kvd.core.shares import ModelRule
 from kvd.settings import ABOUT, Settings
 
 
@@ -349,3 +350,62 @@ def test_a_warm_list_that_cannot_be_is_refused(tmp_path: Path, text: str, messag
     with pytest.raises(BadSetting) as refused:
         load(file(tmp_path, text), {}, {})
     assert message in str(refused.value)
+
+
+# --- minima and caps
+
+
+SHARES = """
+[tenants.team-a]
+uids = [1001]
+quota = "2GiB"
+minimum = "1GiB"
+
+[models."my.model/7B"]
+minimum = "512MiB"
+cap = "1GiB"
+
+[models.other]
+cap = "3GiB"
+"""
+
+
+def test_minima_and_caps_are_read_and_told(tmp_path: Path) -> None:
+    found = load(file(tmp_path, SHARES), {}, {})
+    (tenant,) = found.settings.tenants
+    assert (tenant.rule.minimum, tenant.rule.quota) == (1 << 30, 2 << 30)
+    assert found.settings.models == (
+        ModelRule("my.model/7B", 512 << 20, 1 << 30),
+        ModelRule("other", 0, 3 << 30),
+    )
+    told = {row.name: (row.text, row.origin) for row in rows(found)}
+    assert told["tenants.team-a.minimum"] == ("1GiB", "file")
+    assert told["models.my.model/7B.minimum"] == ("512MiB", "file")
+    assert told["models.other.minimum"] == ("0", "default")
+    assert told["models.other.cap"] == ("3GiB", "file")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (
+            ('minimum = "1GiB"', 'minimum = "3GiB"'),
+            r"team-a.minimum = 3GiB: it is at most its quota",
+        ),
+        (('cap = "1GiB"', 'cap = "256MiB"'), r"7B.minimum = 512MiB: it is at most its cap"),
+        (
+            ('minimum = "512MiB"', "minimun = 1"),
+            r"7B.minimun: there is no .*; did you mean minimum",
+        ),
+        (('cap = "3GiB"', "minimum = '3GiB'"), r"4608MiB together: they are at most max_memory"),
+        (("[models.other]", '[models.""]'), r"a model's name has 1 to 200 letters, not ''"),
+        (("[models.other]\n", "[models]\nother = 1\n[unused]\n"), r"models.other: it is a table"),
+    ],
+)
+def test_minima_and_caps_that_cannot_be_are_refused(
+    tmp_path: Path, change: tuple[str, str], says: str
+) -> None:
+    text = SHARES.replace(*change)
+    assert text != SHARES
+    with pytest.raises(BadSetting, match=says):
+        load(file(tmp_path, text), {}, {})

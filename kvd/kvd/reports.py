@@ -24,7 +24,7 @@ import psutil
 from kvd import __version__
 from kvd.arena import ByteRange, Segment, byte_ranges
 from kvd.audit import Compared, recount_totals
-from kvd.core.accounting import Totals, arena_counts, totals
+from kvd.core.accounting import Totals, arena_counts, contents, totals
 from kvd.core.arenas import Arena
 from kvd.core.cache import Cache, Counters, sum_of
 from kvd.core.events import SessionId
@@ -314,6 +314,7 @@ def _evicted(tenants: Collection[Tenant]) -> dict[str, Any]:
 
 
 def _model(arena: Arena) -> dict[str, Any]:
+    held = contents(arena)
     return {
         "name": arena.name,
         "tenant": arena.tenant.name,
@@ -326,6 +327,11 @@ def _model(arena: Arena) -> dict[str, Any]:
         "minimum_bytes": arena.model.share.minimum if arena.model is not None else 0,
         "cap_bytes": arena.model.cap if arena.model is not None else None,
         "blocks": arena_counts(arena),
+        "tokens": held.tokens,
+        "bytes": held.bytes,
+        "payload": held.payload,
+        "padding_bytes": held.padding,
+        "open_bytes": held.open,
     }
 
 

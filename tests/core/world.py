@@ -1416,6 +1416,7 @@ class World:
         counts = accounting.arena_counts(real)
         assert (counts["active"], counts["pinned"]) == (len(in_use), len(pinned))
         assert counts["cached"] == len(arena.sealed.keys() - in_use - pinned)
+        self._compare_tokens(arena, real, in_use, pinned)
         rows = accounting.report_of_pins(self.core.cache, self.now)
         assert len(rows) == sum(len(each.pins) for each in self.arenas.values())
 
@@ -1434,6 +1435,25 @@ class World:
             assert may_be_at_one or not tenant.evicted[Reason.QUOTA]
         assert counted == self.dropped
         assert self.commanded == sum(tenant.evicted[Reason.COMMAND] for tenant in tenants)
+
+    def _compare_tokens(
+        self, arena: Arena, real: Any, in_use: set[Path], pinned: set[Path]
+    ) -> None:
+        """How many tokens, and bytes of payload, blocks of each state hold."""
+        held = accounting.contents(real)
+        by_state = {
+            "filling": set(arena.filling),
+            "active": in_use,
+            "pinned": pinned,
+            "cached": arena.sealed.keys() - in_use - pinned,
+        }
+        for state, paths in by_state.items():
+            sizes = [len(path) - len(arena.parent(path)) for path in paths]
+            assert held.tokens[state] == sum(sizes), state
+            assert held.payload[state] == sum(real.format.size(each) for each in sizes), state
+        free, payload = held.bytes["free"], held.payload["total"]
+        assert held.bytes["total"] == free + payload + held.padding + held.open
+        assert held.padding >= 0 <= held.open
 
     def _compare_memory(self) -> None:
         """The shell is idle: its memory is what the core accounts for."""

@@ -89,6 +89,52 @@ def arena_counts(arena: Arena) -> dict[str, int]:
     }
 
 
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """What an arena's slots hold, by state: "free" and so on, and "total".
+
+    In bytes: total == free + payload's total + padding + open.
+    """
+
+    tokens: dict[str, int]
+    bytes: dict[str, int]
+    """Of stride."""
+    payload: dict[str, int]
+    """Bytes of payloads that are stored, or being stored."""
+    padding: int
+    """What the stride has beyond a full block's payload, of all slots but free ones."""
+    open: int
+    """What blocks lack to be full, and slots that are set aside."""
+
+
+def contents(arena: Arena) -> Contents:
+    """From the running totals, without a walk."""
+    counts = arena_counts(arena)
+    blocks = {**counts, "free": 0, "filling": arena.filling_blocks}
+    size = arena.format.size
+    per_token = size(2) - size(1) if arena.block_tokens > 1 else 0
+    beside = size(1) - per_token
+    lacks = {
+        "active": arena.active_lacks,
+        "pinned": arena.pinned_lacks,
+        "cached": arena.cached_lacks,
+    }
+    states = ("free", "filling", "active", "cached", "pinned")
+    tokens = {state: blocks[state] * arena.block_tokens - lacks.get(state, 0) for state in states}
+    tokens["filling"] = arena.filling_tokens
+    payload = {state: blocks[state] * beside + tokens[state] * per_token for state in states}
+    for each in (tokens, payload):
+        each["total"] = sum(each.values())
+    used = counts["total"] - counts["free"]
+    return Contents(
+        tokens,
+        {state: count * arena.stride for state, count in counts.items()},
+        payload,
+        used * (arena.stride - arena.payload_bytes),
+        used * arena.payload_bytes - payload["total"],
+    )
+
+
 def report_of_pins(cache: Cache, now: float, tenant: Tenant | None = None) -> list[dict[str, Any]]:
     """A row for each pin, of one tenant or (None) of all."""
     arenas = cache.budget.arenas.values() if tenant is None else tenant.arenas

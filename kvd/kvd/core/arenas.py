@@ -24,6 +24,7 @@ from kvd.core.shares import ModelShare
 from kvd.core.tenants import Tenant
 from kvd.core.tree import NO_SLOT, SEALED, Block
 from kvd_proto.geometry import Geometry, round_up
+from kvd_proto.keys import TOKEN_BYTES
 from kvd_proto.layout import DIRECTORY_HEADER_BYTES, record_bytes
 from kvd_proto.payload import PayloadFormat
 
@@ -59,6 +60,8 @@ class Arena:
         self.geometry = geometry
         self.format = payload_format
         self.block_tokens = block_tokens
+        self.token_bytes = block_tokens * TOKEN_BYTES
+        """Of the tokens of a full block."""
         self.payload_bytes = payload_format.max_bytes
         self.stride = round_up(payload_format.max_bytes)
         self.slots = slots
@@ -80,11 +83,18 @@ class Arena:
         """Blocks that an earlier daemon left, and that are not served before they are checked."""
         self.pins = PinTable()
         self.filling = 0
+        self.filling_blocks = 0
+        """Of these: what is set aside is none."""
         self.filling_tokens = 0
-        """Of the blocks among these: a slot that is set aside has none."""
+        """Theirs."""
         self.active = 0
         self.pinned = 0
         self.cached = 0
+        # Tokens that the blocks in each of these states lack to be full. Only the last block of a
+        # sequence does, so a walk over many blocks counts them for one.
+        self.active_lacks = 0
+        self.pinned_lacks = 0
+        self.cached_lacks = 0
         self.directory_bytes = min(self.directory_limit, round_up(DIRECTORY_HEADER_BYTES))
 
     @property
@@ -96,6 +106,10 @@ class Arena:
     def memory_beside(self) -> int:
         """Bytes of the directory, its pins included."""
         return self.directory_bytes + self.pins.n_bytes
+
+    def lack_of(self, block: Block) -> int:
+        """How many tokens a block lacks to be full."""
+        return self.block_tokens - block.n_tokens
 
     @property
     def is_unused(self) -> bool:

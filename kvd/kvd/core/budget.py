@@ -168,6 +168,13 @@ class Budget:
         arena.cached -= n_cached
         arena.pinned -= n_pinned
         arena.active += n_cached + n_pinned
+        if n_cached + n_pinned and len(block.tokens) < arena.token_bytes:
+            lack = arena.lack_of(block)
+            arena.active_lacks += lack
+            if block.pins:
+                arena.pinned_lacks -= lack
+            else:
+                arena.cached_lacks -= lack
 
     def unhold(self, block: Block, effects: list[Effect]) -> None:
         """Undo one `hold`. What nobody holds any more becomes the youngest of the LRU, tail first;
@@ -189,8 +196,11 @@ class Budget:
                 return
             if not node.holds:
                 arena.evictable.remove(node, node.parent)
+                lack = arena.lack_of(node)
                 arena.cached -= 1
+                arena.cached_lacks -= lack
                 arena.pinned += 1
+                arena.pinned_lacks += lack
             node = node.parent
 
     def unpin(self, block: Block, effects: list[Effect]) -> None:
@@ -205,8 +215,11 @@ class Budget:
             if node.pins:
                 break
             if not node.holds:
+                lack = arena.lack_of(node)
                 arena.pinned -= 1
+                arena.pinned_lacks -= lack
                 arena.cached += 1
+                arena.cached_lacks += lack
                 arena.evictable.add(node, node.parent, self.clock)
             node = node.parent
         self._drop_superseded(block, effects)
@@ -265,6 +278,13 @@ class Budget:
         arena.active -= n_cached + n_pinned
         arena.pinned += n_pinned
         arena.cached += n_cached
+        if n_cached + n_pinned and len(block.tokens) < arena.token_bytes:
+            lack = arena.lack_of(block)
+            arena.active_lacks -= lack
+            if block.pins:
+                arena.pinned_lacks += lack
+            else:
+                arena.cached_lacks += lack
         self.allowance -= n_cached + n_pinned
 
     # --- what an earlier daemon left
@@ -277,6 +297,7 @@ class Budget:
         arena.directory_bytes = arena.directory_for(arena.high_water)
         arena.punched = [slot for slot in range(arena.high_water) if slot not in used]
         arena.active = len(blocks)
+        arena.active_lacks = sum(arena.lack_of(block) for block in blocks)
         arena.filling = len(retired)
         arena.retired = retired
         arena.former = dict.fromkeys(blocks)
@@ -453,6 +474,8 @@ class Budget:
             arena.unchecked -= 1
         block.state = GONE
         arena.cached -= 1
+        if len(block.tokens) < arena.token_bytes:
+            arena.cached_lacks -= arena.lack_of(block)
         arena.tenant.evicted[reason] += 1
         if self.journal.is_followed:
             values = (reason, block.start, block.n_tokens, block.slot)

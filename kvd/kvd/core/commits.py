@@ -117,6 +117,7 @@ def begin(
         parent = block
     if new:
         n_tokens = parent.end - new[0].start
+        arena.filling_blocks += len(new)
         arena.filling_tokens += n_tokens
         commit.session.filling.add(len(new), n_tokens, arena.stride)
     return Begun(new, len(plan.existing) - joined, joined)
@@ -141,7 +142,9 @@ def seal(
     block.generation = block.last_use = generation
     block.arena.filling -= 1
     block.arena.active += 1
-    block.arena.filling_tokens -= block.n_tokens
+    _fills_no_longer(block)
+    if len(block.tokens) < block.arena.token_bytes:
+        block.arena.active_lacks += block.arena.lack_of(block)
     _count(block, -1)
     effects.append(
         WriteRecord(
@@ -224,8 +227,13 @@ def _detach(block: Block, budget: Budget, effects: list[Effect]) -> None:
     assert parent is not None
     parent.remove(block)
     block.state = GONE
-    block.arena.filling_tokens -= block.n_tokens
+    _fills_no_longer(block)
     budget.unhold(parent, effects)
+
+
+def _fills_no_longer(block: Block) -> None:
+    block.arena.filling_blocks -= 1
+    block.arena.filling_tokens -= block.n_tokens
 
 
 def _count(block: Block, blocks: int) -> None:

@@ -37,6 +37,7 @@ STEP_BLOCKS = 128
 """Looked at at once, for 3 to 5 us each."""
 
 _holds = attrgetter("holds")
+_tokens_of = attrgetter("tokens")
 
 
 def check(cache: Cache) -> None:
@@ -241,6 +242,7 @@ def _check_counts(cache: Cache, arena: Arena) -> None:
     _equal("active", arena.active, n_held - len(filling))
     _equal("pinned", arena.pinned, sum(not block.holds for block in pinned))
     _equal("cached", arena.cached, n_blocks - n_held - arena.pinned)
+    _check_lacks(arena, [block for block in arena.blocks if block and block.state is not GONE])
     _check_pins(arena)
     adopted = 0
     if arena.unchecked:
@@ -249,6 +251,18 @@ def _check_counts(cache: Cache, arena: Arena) -> None:
     _equal("directory", arena.directory_bytes, arena.directory_for(arena.high_water))
     registered = sum(arena.number in session.shared for session in cache.sessions.values())
     _equal("sessions that have registered it", arena.sessions, registered)
+
+
+def _check_lacks(arena: Arena, blocks: list[Block]) -> None:
+    """How many tokens blocks of each state lack to be full."""
+    lacks = {"active": 0, "pinned": 0, "cached": 0}
+    lengths = map(len, map(_tokens_of, blocks))
+    for block, length in zip(blocks, lengths, strict=True):
+        if length < arena.token_bytes and block.state is not FILLING:
+            state = "active" if block.holds else "pinned" if block.pins else "cached"
+            lacks[state] += arena.lack_of(block)
+    for state, lack in lacks.items():
+        _equal(f"tokens that {state} blocks lack", getattr(arena, f"{state}_lacks"), lack)
 
 
 def _pinned_blocks(arena: Arena) -> set[Block]:
@@ -342,11 +356,13 @@ def _check_filling(cache: Cache) -> None:
     filling = {session: Amount() for session in sessions}
     for arena in cache.budget.arenas.values():
         n_tokens = 0
-        for block in _filling_blocks(cache, arena):
+        blocks = _filling_blocks(cache, arena)
+        for block in blocks:
             n_tokens += block.n_tokens
             session = block.first_source.commit.session
             if session in filling:  # it may have left before the memory for its blocks was there
                 filling[session].add(1, block.n_tokens, arena.stride)
+        _equal(f"blocks being stored for {arena.name}", arena.filling_blocks, len(blocks))
         _equal(f"tokens being stored for {arena.name}", arena.filling_tokens, n_tokens)
     for session in sessions:
         _equal(f"filled by {session.client}", session.filling, filling[session])

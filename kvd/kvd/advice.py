@@ -38,7 +38,7 @@ def of_machine(settings: Settings, sources: Sources = SYSTEM) -> list[str]:
     if most.cgroup is not None and budget + RESERVE_BYTES > most.cgroup:
         found.append(
             f"max_memory ({show_size(budget)}), with {show_size(RESERVE_BYTES)} beside it, is more "
-            f"than memory.max of {most.cgroup_path} ({_about(most.cgroup)}): lower it, or raise "
+            f"than the limit of {most.cgroup_path} ({_about(most.cgroup)}): lower it, or raise "
             "that limit (MemoryMax=)"
         )
     available = memory_headroom(sources=sources).machine + _memory_of(settings.instance)

@@ -5,11 +5,13 @@ and that of /dev/shm. Only the last one would be an error; to go beyond one of t
 kill (of us, or of somebody else), so they are looked up before memory is backed.
 Does not cover kvd's own budget (kvd.core), nor the backing (arena.py).
 
-cgroup v2 only: where memory is under v1, or no cgroup has a limit, this one counts as unlimited.
+A cgroup's limit is read under cgroup v2, and where memory is still a hierarchy of v1. If no cgroup
+has one, it counts as unlimited.
 """
 
 import os
 from dataclasses import dataclass
+from typing import NamedTuple
 
 # What is left to everybody else at the least. The numbers are a snapshot, and the daemon's own heap
 # and its clients allocate beside it.
@@ -39,12 +41,27 @@ class Sources:
 SYSTEM = Sources()
 
 
+class _Files(NamedTuple):
+    """How a version of cgroups calls what we read in each cgroup's directory."""
+
+    limit: str
+    usage: str
+    inactive: bytes
+    """In memory.stat: file pages that were not used lately."""
+
+
+_V2 = _Files("memory.max", "memory.current", b"inactive_file ")
+_V1 = _Files("memory.limit_in_bytes", "memory.usage_in_bytes", b"total_inactive_file ")
+_NO_LIMIT = 1 << 62
+"""What v1 says instead of nothing is the largest number of whole pages, about 2^63."""
+
+
 @dataclass(frozen=True, slots=True)
 class Headroom:
     """Bytes that are left at this moment, never below 0; None is unlimited.
 
-    `machine` is MemAvailable. `cgroup` is the least of memory.max - memory.current over our cgroup
-    and its ancestors, and `cgroup_path` the directory of the one that sets it ("" if none does).
+    `machine` is MemAvailable. `cgroup` is the least of limit - usage over our cgroup and its
+    ancestors, and `cgroup_path` the directory of the one that sets it ("" if none does).
     `shm` is what /dev/shm has free.
     """
 
@@ -63,8 +80,9 @@ def memory_headroom(*, count_file_cache: bool = False, sources: Sources = SYSTEM
     """
     cgroup: int | None = None
     cgroup_path = ""
+    files = _files(sources)
     for directory in _own_cgroups(sources):
-        left = _left_in_cgroup(directory, count_file_cache)
+        left = _left_in_cgroup(directory, files, count_file_cache)
         if left is not None and (cgroup is None or left < cgroup):
             cgroup, cgroup_path = left, directory
     return Headroom(_meminfo(sources, b"MemAvailable:"), cgroup, cgroup_path, _left_in_shm(sources))
@@ -74,7 +92,7 @@ def memory_headroom(*, count_file_cache: bool = False, sources: Sources = SYSTEM
 class Ceilings:
     """What there is at most, whoever has it at this moment, in bytes; None is unlimited.
 
-    `cgroup` is the least memory.max of our cgroup and its ancestors, and `cgroup_path` the
+    `cgroup` is the least limit of our cgroup and its ancestors, and `cgroup_path` the
     directory of the one that has it. `shm` is the size of /dev/shm. `machine` is MemTotal.
     """
 
@@ -88,8 +106,9 @@ def ceilings(sources: Sources = SYSTEM) -> Ceilings:
     """What there is at most."""
     cgroup: int | None = None
     cgroup_path = ""
+    files = _files(sources)
     for directory in _own_cgroups(sources):
-        limit = _cgroup_limit(directory)
+        limit = _cgroup_limit(directory, files)
         if limit is not None and (cgroup is None or limit < cgroup):
             cgroup, cgroup_path = limit, directory
     found = os.statvfs(sources.shm)
@@ -111,7 +130,8 @@ def check_room(
     if in_shm and room.shm is not None and room.shm < n_bytes:
         raise NotEnoughRoom(f"the size of {sources.shm}", n_bytes, room.shm)
     if room.cgroup is not None and room.cgroup < n_bytes + reserve:
-        limit = f"memory.max of {room.cgroup_path}, with {reserve} bytes in reserve,"
+        name = _files(sources).limit
+        limit = f"{name} of {room.cgroup_path}, with {reserve} bytes in reserve,"
         raise NotEnoughRoom(limit, n_bytes, max(room.cgroup - reserve, 0))
     if room.machine < n_bytes + reserve:
         limit = f"MemAvailable, with {reserve} bytes in reserve,"
@@ -133,16 +153,21 @@ def _left_in_shm(sources: Sources) -> int | None:
     return found.f_bavail * found.f_frsize
 
 
+def _files(sources: Sources) -> _Files:
+    return _V2 if os.path.exists(f"{sources.cgroup_root}/cgroup.controllers") else _V1
+
+
 def _own_cgroups(sources: Sources) -> list[str]:
-    """The directories of our cgroup and of its ancestors as far as we can see them; none without
-    cgroup v2. In a container the root is the container's own cgroup, and may have a limit, too."""
-    root = sources.cgroup_root
-    if not os.path.exists(f"{root}/cgroup.controllers"):
-        return []
+    """The directories of our cgroup and of its ancestors as far as we can see them. In a container
+    the root is the container's own cgroup, and may have a limit, too."""
+    root, begins = sources.cgroup_root, b"0::/"
+    if _files(sources) is _V1:
+        root, begins = f"{root}/memory", b":memory:/"
     path = ""
     for line in _read(sources.own_cgroup).splitlines():
-        if line.startswith(b"0::/"):
-            path = os.fsdecode(line[len(b"0::/") :])
+        number, begin, rest = line.partition(begins)
+        if begin and (not number or number.isdigit()):
+            path = os.fsdecode(rest)
     if ".." in path.split("/"):  # outside of our cgroup namespace: only its root can be seen
         path = ""
     directories = [root]
@@ -152,30 +177,30 @@ def _own_cgroups(sources: Sources) -> list[str]:
     return directories
 
 
-def _left_in_cgroup(directory: str, count_file_cache: bool) -> int | None:
-    limit = _cgroup_limit(directory)
+def _left_in_cgroup(directory: str, files: _Files, count_file_cache: bool) -> int | None:
+    limit = _cgroup_limit(directory, files)
     if limit is None:
         return None
     try:
-        left = limit - int(_read(f"{directory}/memory.current"))
+        left = limit - int(_read(f"{directory}/{files.usage}"))
         if count_file_cache:
-            left += _inactive_file(directory)
+            left += _inactive_file(directory, files)
     except FileNotFoundError:  # just removed
         return None
     return max(left, 0)
 
 
-def _cgroup_limit(directory: str) -> int | None:
+def _cgroup_limit(directory: str, files: _Files) -> int | None:
     try:
-        limit = _read(f"{directory}/memory.max").strip()
+        limit = _read(f"{directory}/{files.limit}").strip()
     except FileNotFoundError:  # the root of all, a cgroup without this controller, one just removed
         return None
-    return None if limit == b"max" else int(limit)
+    return None if limit == b"max" or int(limit) >= _NO_LIMIT else int(limit)
 
 
-def _inactive_file(directory: str) -> int:
+def _inactive_file(directory: str, files: _Files) -> int:
     for line in _read(f"{directory}/memory.stat").splitlines():
-        if line.startswith(b"inactive_file "):
+        if line.startswith(files.inactive):
             return int(line.split()[1])
     return 0
 

@@ -37,7 +37,7 @@ def test_a_budget_that_is_there_is_not_warned_of(sources: Sources) -> None:
 
 def test_a_budget_beyond_the_cgroup_is(sources: Sources) -> None:
     (warning,) = of_machine(replace(SMALL, max_memory=193 * MIB), sources)
-    assert "max_memory (193MiB), with 64MiB beside it, is more than memory.max" in warning
+    assert "max_memory (193MiB), with 64MiB beside it, is more than the limit of" in warning
     assert f"{sources.cgroup_root} (256MiB)" in warning
     assert of_machine(replace(SMALL, max_memory=192 * MIB), sources) == []
 

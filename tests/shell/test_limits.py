@@ -175,3 +175,49 @@ def test_the_ceilings_are_the_systems(tmp_path: Path) -> None:
     assert found.shm == shm.f_blocks * shm.f_frsize
     tree.enter("/")
     assert ceilings(tree.sources).cgroup is None
+
+
+class OldCgroupTree(CgroupTree):
+    """The hierarchy of the memory controller of cgroup v1, as it is mounted everywhere."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        (self.root / "cgroup.controllers").unlink()
+
+    def enter(self, path: str) -> None:
+        self.own.write_text(f"12:cpu,cpuacct:/other\n9:memory:{path}\n1:name=systemd:/x\n0::/x\n")
+
+    def add(self, path: str, limit: str, current: int, inactive_file: int = 0) -> None:
+        directory = self.root / "memory" / path
+        directory.mkdir(parents=True, exist_ok=True)
+        limit = "9223372036854771712" if limit == "max" else limit
+        (directory / "memory.limit_in_bytes").write_text(f"{limit}\n")
+        (directory / "memory.usage_in_bytes").write_text(f"{current}\n")
+        (directory / "memory.stat").write_text(
+            f"cache 1\ninactive_file 7\ntotal_inactive_file {inactive_file}\n"
+        )
+
+
+def test_the_limits_of_cgroup_v1_count_the_same(tmp_path: Path) -> None:
+    tree = OldCgroupTree(tmp_path)
+    tree.enter("/a/b/c")
+    assert memory_headroom(sources=tree.sources).cgroup is None
+    tree.add("a", str(1000 * MIB), 400 * MIB)
+    tree.add("a/b", "max", 300 * MIB)
+    tree.add("a/b/c", str(800 * MIB), 100 * MIB, inactive_file=30 * MIB)
+    tree.add("a/other", str(10 * MIB), 10 * MIB)
+    room = memory_headroom(sources=tree.sources)
+    assert (room.cgroup, room.cgroup_path) == (600 * MIB, f"{tree.root}/memory/a")
+    tree.add("a/b/c", str(800 * MIB), 750 * MIB, inactive_file=30 * MIB)
+    assert memory_headroom(sources=tree.sources).cgroup == 50 * MIB
+    assert memory_headroom(sources=tree.sources, count_file_cache=True).cgroup == 80 * MIB
+    assert ceilings(tree.sources).cgroup == 800 * MIB
+    with pytest.raises(NotEnoughRoom, match=r"memory\.limit_in_bytes of .*memory/a/b/c"):
+        check_room(81 * MIB, reserve=0, sources=tree.sources)
+
+
+def test_a_container_under_v1_sees_its_limit_at_the_root(tmp_path: Path) -> None:
+    tree = OldCgroupTree(tmp_path)
+    tree.enter("/docker/0123456789abcdef")
+    tree.add("", str(500 * MIB), 100 * MIB)
+    assert memory_headroom(sources=tree.sources).cgroup == 400 * MIB

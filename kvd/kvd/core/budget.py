@@ -88,6 +88,8 @@ class Budget:
         """Blocks dropped since the start, but those that a longer one has superseded."""
         self.letting_go: deque[Block] = deque()
         """Leases that have ended, but for what is left of them."""
+        self._given_back: dict[int, list[int]] = {}
+        """By arena: slots that have given way, and are punched with the last of them."""
         self.allowance = WALK_BLOCKS
         """How many blocks may be let go still before others get their turn: set anew for each
         event."""
@@ -441,6 +443,7 @@ class Budget:
                 slots.append(slot)
                 to_back.append(slot)
                 arena.filling += 1
+        self._punch_given_back(effects)
         return SlotsTaken(slots, to_back)
 
     def give_back(self, arena: Arena, slot: int) -> None:
@@ -581,6 +584,7 @@ class Budget:
             self._give_way(None, model, share, effects)
         while n_bytes > self.available(share):
             self._give_way(None, self, share, effects)
+        self._punch_given_back(effects)
 
     def _find_room(self, check: Callable[[], None], effects: list[Effect]) -> None:
         """Let `check` raise ResourceError, but not for want of what is being let go."""
@@ -633,18 +637,28 @@ class Budget:
                 self.give_up(other, effects)
                 return
             if other.free and may_lose(share, taker, other.stride):
-                self._punch(other, 1, effects)
+                self._given_back.setdefault(other.number, []).extend(self._return_free(other, 1))
                 return
         self.pop_oldest(effects, whose, taker)
 
     def _punch(self, arena: Arena, n_slots: int, effects: list[Effect]) -> None:
         """Give `n_slots` free slots back to the operating system."""
-        if not n_slots:
-            return
+        if n_slots:
+            effects.append(Punch(arena.number, self._return_free(arena, n_slots)))
+
+    def _return_free(self, arena: Arena, n_slots: int) -> list[int]:
+        """Free slots that have no memory from now on: to be punched before any is taken."""
         slots = [arena.free.pop() for _ in range(n_slots)]
         arena.punched.extend(slots)
         self.spend(arena.tenant, -n_slots * arena.stride, arena)
-        effects.append(Punch(arena.number, slots))
+        return slots
+
+    def _punch_given_back(self, effects: list[Effect]) -> None:
+        """All slots of an arena at once. One that has been given up meanwhile needs none."""
+        for number, slots in self._given_back.items():
+            if number in self.arenas:
+                effects.append(Punch(number, slots))
+        self._given_back.clear()
 
     @staticmethod
     def _raise_high_water(arena: Arena) -> int:

@@ -558,7 +558,8 @@ def test_memory_of_another_model_is_punched_before_it_is_used() -> None:
         Punch,  # one for all
         Back,
     ]
-    assert sorted(punch.slots[0] for punch in driver.of_kind(Punch)) == [0, 1, 2]
+    (punch,) = driver.of_kind(Punch)
+    assert sorted(punch.slots) == [0, 1, 2]
     driver.work()
     assert (driver.counts(1), driver.counts(2)) == ({}, {"active": 1})
 

@@ -257,9 +257,15 @@ _init = _prototype(
 )
 
 
+_FRESH = 32 << 20
+"""From this size on malloc gives pages that nobody had, which are zero and take no memory as long
+as they are only read."""
+
+
 @_SetData
 def _zero(tensor: int, _: object) -> None:
-    ctypes.memset(_data(tensor), 0, _nbytes(tensor))
+    if _nbytes(tensor) <= _FRESH:
+        ctypes.memset(_data(tensor), 0, _nbytes(tensor))
 
 
 class MadeModel(LlamaModel):

@@ -26,8 +26,10 @@ from kvd_client.integrations.llama.model_size import (
     ModelSize,
     model_size,
 )
+from kvd_client.integrations.llama.params import ContextParams
 from kvd_proto.geometry import GGML_TYPES
 from kvd_proto.payload import make_format
+from tests.llama import tiny_models
 from tests.llama.made_models import FAMILIES, Family, MadeModel, write_metadata
 
 pytestmark = pytest.mark.model
@@ -109,6 +111,36 @@ def test_smollm2(smollm2: LlamaModel) -> None:
     assert size.state_bytes(32) == 738_408
     assert size.stride_bytes(32) == 741_376
     assert size.groups == (LayerGroup(30, False, 384, 384),)
+
+
+@pytest.mark.parametrize("swa_full", [True, False])
+@pytest.mark.parametrize("name", ["gemma2", "gemma4", "llama4"])
+def test_whether_older_cells_are_kept_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, swa_full: bool
+) -> None:
+    """Longer than the window, and than what a context keeps of it without `swa_full`."""
+    make = ContextParams.to_native
+
+    def to_native(params: ContextParams) -> object:
+        native_params = make(params)
+        native_params.swa_full = swa_full
+        return native_params
+
+    monkeypatch.setattr(ContextParams, "to_native", to_native)
+    path = write_metadata(tmp_path / "model.gguf", BY_NAME[name])
+    with MadeModel(path) as model:
+        check(model, model_size(path), (33, 600))
+
+
+def test_gemma3_with_its_window() -> None:
+    """The first 64 MB of the file have the metadata: llama.cpp makes the rest."""
+    path = tiny_models.gemma3_head()
+    with MadeModel(path) as model:
+        check(model, model_size(path), (1, 33, 520))
+        check(model, model_size(path, "q8_0", "q4_0"), (33,))
+    size = model_size(path)
+    assert size.groups == (LayerGroup(3, False, 512, 512), LayerGroup(15, True, 512, 512))
+    assert size.state_bytes(64) == 1_181_656
 
 
 # --- what is told beside the size

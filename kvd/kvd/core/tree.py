@@ -16,11 +16,11 @@ left there have been checked; then it is SEALED, and only then can it be matched
 """
 
 from bisect import bisect_left
-from collections.abc import Sequence
-from operator import attrgetter
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from kvd.core.eviction import NOWHERE, Place
+from kvd.core.siblings import RUN, Siblings, by_tokens
 from kvd_proto.keys import TOKEN_BYTES
 
 if TYPE_CHECKING:
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 
 FILLING, ADOPTED, SEALED, GONE = "filling", "adopted", "sealed", "gone"
 NO_SLOT = -1
-
-_by_tokens = attrgetter("tokens")
 
 _CHECKSUM_BYTES = 8
 
@@ -78,8 +76,8 @@ class Block(Place):
         start = parent.end if parent else 0
         self.start = _STARTS.setdefault(start, start)
         self.state = FILLING
-        self._children: Block | list[Block] | None = None
-        """A list if there are several: most have one, or none."""
+        self._children: Block | list[Block] | Siblings | None = None
+        """A list if there are several, `Siblings` if there are many: most have one, or none."""
         self.holds = 0
         self.pins = 0
         self.generation = 0
@@ -147,7 +145,9 @@ class Block(Place):
         if isinstance(children, Block):
             # The usual case within a prompt.
             return children if children.tokens == tokens else None
-        index = bisect_left(children, tokens, key=_by_tokens)
+        if isinstance(children, Siblings):
+            return children.find(tokens)
+        index = bisect_left(children, tokens, key=by_tokens)
         if index < len(children) and children[index].tokens == tokens:
             return children[index]
         return None
@@ -158,9 +158,14 @@ class Block(Place):
         if children is None:
             self._children = block
             return
+        if isinstance(children, Siblings):
+            children.add(block)
+            return
         if isinstance(children, Block):
             self._children = children = [children]
-        children.insert(bisect_left(children, block.tokens, key=_by_tokens), block)
+        children.insert(bisect_left(children, block.tokens, key=by_tokens), block)
+        if len(children) == 2 * RUN:
+            self._children = Siblings(children)
 
     def remove(self, block: "Block") -> None:
         """Take a child out."""
@@ -168,8 +173,13 @@ class Block(Place):
         if children is block:
             self._children = None
             return
+        if isinstance(children, Siblings):
+            children.remove(block)
+            if len(children.runs) == 1:
+                self._children = children.runs[0]
+            return
         assert isinstance(children, list), "the tree lost a child"
-        index = bisect_left(children, block.tokens, key=_by_tokens)
+        index = bisect_left(children, block.tokens, key=by_tokens)
         assert children[index] is block, "the tree lost a child"
         del children[index]
         if len(children) == 1:
@@ -178,12 +188,9 @@ class Block(Place):
     def longest_agreeing(self, tokens: bytes, *, adopted: bool = False) -> "Agreement | None":
         """The sealed child (with `adopted` also one that is not checked yet) that agrees with
         `tokens` longest, and for how many tokens (> 0)."""
-        children = self.children
-        middle = bisect_left(children, tokens, key=_by_tokens)
         best: Agreement | None = None
-        for indices in (range(middle - 1, -1, -1), range(middle, len(children))):
-            for index in indices:
-                candidate = children[index]
+        for nearest in (self._before(tokens), self._since(tokens)):
+            for candidate in nearest:
                 agreed = common_tokens(candidate.tokens, tokens)
                 if agreed <= (best.n_tokens if best else 0):
                     break  # further neighbours agree no longer
@@ -195,18 +202,16 @@ class Block(Place):
 
     def prefixes(self, tokens: bytes) -> "list[Block]":
         """The children whose tokens are a proper prefix of `tokens`, longest first."""
-        children = self.children
         found: list[Block] = []
         below = tokens
         while below:
-            index = bisect_left(children, below, key=_by_tokens) - 1
-            if index < 0:
+            candidate = next(self._before(below), None)
+            if candidate is None:
                 break
-            candidate = children[index].tokens
-            agreed = common_tokens(candidate, tokens) * TOKEN_BYTES
-            if agreed == len(candidate):
-                found.append(children[index])
-                below = candidate
+            agreed = common_tokens(candidate.tokens, tokens) * TOKEN_BYTES
+            if agreed == len(candidate.tokens):
+                found.append(candidate)
+                below = candidate.tokens
             else:
                 # What sorts between a prefix and `below` begins with that prefix, so no prefix is
                 # longer than what the nearest smaller neighbour agrees with.
@@ -218,14 +223,26 @@ class Block(Place):
 
     def extension(self, tokens: bytes) -> "Block | None":
         """A sealed child that begins with `tokens` and goes on."""
-        children = self.children
-        for index in range(bisect_left(children, tokens, key=_by_tokens), len(children)):
-            candidate = children[index]
+        for candidate in self._since(tokens):
             if not candidate.tokens.startswith(tokens):
                 return None
             if candidate.state is SEALED and len(candidate.tokens) > len(tokens):
                 return candidate
         return None
+
+    def _before(self, tokens: bytes) -> "Iterator[Block]":
+        """The children that sort before these tokens, the nearest first."""
+        children = self.children
+        if isinstance(children, Siblings):
+            return children.before(tokens)
+        return reversed(children[: bisect_left(children, tokens, key=by_tokens)])
+
+    def _since(self, tokens: bytes) -> "Iterator[Block]":
+        """The children that do not sort before these tokens, the nearest first."""
+        children = self.children
+        if isinstance(children, Siblings):
+            return children.since(tokens)
+        return iter(children[bisect_left(children, tokens, key=by_tokens) :])
 
     def below(self) -> "list[Block]":
         """Every block below this one, parents before children. A walk of the whole subtree."""

@@ -39,6 +39,13 @@ from tests.support import Daemon, running_daemon
 N_CLIENTS = 4
 DAEMON = ("--max-memory", "6MiB", "--max-sequences", "30", "--max-reserved", "1MiB")
 """Some 700 blocks fit; the prompts have about 2,200. Nor are there enough ids for all."""
+CONFIG = """
+[models.array]
+minimum = "1MiB"
+[models.wide]
+minimum = "512KiB"
+cap = "3MiB"
+"""
 STAGING = 256 * 1024
 N_SEQ_MAX = 4
 SECONDS = 300.0
@@ -306,7 +313,10 @@ def do_operations(directory: Path, *, operations: int, rounds: int, seed: int) -
     chance = random.Random(seed)
     outcome = Outcome()
     with ExitStack() as opened:
-        daemon = opened.enter_context(running_daemon(*DAEMON, runtime_dir=directory / "rt"))
+        config = directory / "kvd.toml"
+        config.write_text(CONFIG)
+        flags = (*DAEMON, "--config", str(config))
+        daemon = opened.enter_context(running_daemon(*flags, runtime_dir=directory / "rt"))
         auditor = opened.enter_context(raw_client(daemon, staging_bytes=0))
         workers = opened.enter_context(clients(directory, daemon, seed))
         each = max(1, operations // rounds // N_CLIENTS)
@@ -380,10 +390,30 @@ def look_at_rest(daemon: Daemon, auditor: Raw, *, checksums: bool) -> None:
     assert accounting["os_bytes"] == backed
     holders = auditor.call(ListClients()).report
     check_holders(holders)
+    check_models(status)
     # A pin may end between the two reports.
     for uses in (("staging",), ("directory",), ("free",), ("pinned", "cached")):
         told = sum(row[f"{use}_bytes"] for row in holders["tenants"] for use in uses)
         assert told == sum(accounting[f"{use}_bytes"] for use in uses), uses
+
+
+def check_models(status: dict[str, Any]) -> None:
+    """Blocks, tokens and bytes of all models add up; minima are there, and caps are kept."""
+    accounting, models = status["accounting"], status["models"]
+    for state in ("free", "filling", "active", "cached", "pinned"):
+        told = sum(model["bytes"][state] for model in models)
+        assert told == accounting[f"{state}_bytes"], state
+        for model in models:
+            blocks = model["blocks"][state]
+            assert model["bytes"][state] == blocks * model["stride_bytes"]
+            assert 0 <= model["tokens"][state] <= blocks * model["block_tokens"]
+            assert 0 <= model["payload"][state] <= blocks * model["payload_bytes"]
+    assert sum(model["padding_bytes"] for model in models) == accounting["padding_bytes"]
+    for model in models:
+        inside = model["payload"]["total"] + model["padding_bytes"] + model["open_bytes"]
+        assert model["bytes"]["total"] == model["bytes"]["free"] + inside
+        assert model["cap_bytes"] is None or model["bytes"]["total"] <= model["cap_bytes"]
+    assert accounting["promised_bytes"] <= accounting["unassigned_bytes"]
 
 
 def occupied(daemon: Daemon) -> int:

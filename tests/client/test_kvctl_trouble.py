@@ -27,7 +27,9 @@ WITH: dict[str, list[str]] = {
     "warm": ["--model", "/dev/null", "/dev/null"],
 }
 """What a command cannot do without."""
-NAMES = [command.name for module in kvctl.MODULES for command in module.COMMANDS]
+NAMES = [
+    command.name for module in kvctl.MODULES for command in module.COMMANDS if command.needs_daemon
+]
 
 
 class Told(NamedTuple):

@@ -33,7 +33,7 @@ NAMES = [
     command.name
     for module in kvctl.MODULES
     for command in module.COMMANDS
-    if command.name not in WITHOUT
+    if command.needs_daemon and command.name not in WITHOUT
 ]
 
 

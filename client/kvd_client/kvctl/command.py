@@ -28,6 +28,8 @@ class Command(NamedTuple):
     summary: str
     run: Run
     add_options: Callable[[argparse.ArgumentParser], None] = _no_options
+    needs_daemon: bool = True
+    """Whether it takes the options that say which daemon, and how long to wait."""
 
 
 def asking(run: Callable[[Client, argparse.Namespace], Answer]) -> Run:

@@ -17,10 +17,19 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib.metadata import version
-from typing import Any
 
 from kvd_client.errors import DeadlineExceeded, KvdError, Unavailable
-from kvd_client.kvctl import events, evicting, model_size, output, pins, reading, top, warm
+from kvd_client.kvctl import (
+    completion,
+    events,
+    evicting,
+    model_size,
+    output,
+    pins,
+    reading,
+    top,
+    warm,
+)
 from kvd_client.kvctl.answer import FAILED, NO_DAEMON, OK, USAGE, Answer, BadUsage, Printed
 from kvd_client.kvctl.command import seconds
 from kvd_client.kvctl.tables import Look
@@ -28,7 +37,7 @@ from kvd_client.kvctl.trouble import what_to_do
 from kvd_client.operations import DEFAULT_TIMEOUT
 from kvd_proto.paths import DEFAULT_INSTANCE
 
-MODULES = (reading, top, events, evicting, pins, warm, model_size)
+MODULES = (reading, top, events, evicting, pins, warm, model_size, completion)
 """In the order in which --help shows their commands."""
 _INTERRUPTED = 130
 """128 + SIGINT, as shells have it."""
@@ -36,7 +45,7 @@ _INTERRUPTED = 130
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code. Raises SystemExit(2) for bad usage."""
-    options = _parser().parse_args(arguments)
+    options = make_parser().parse_args(arguments)
     try:
         answer: Answer | Printed = options.run(options)
         if isinstance(answer, Answer):
@@ -64,7 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return answer.code
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """All of the command line."""
     description, _, epilog = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(
         prog="kvctl",
@@ -74,15 +84,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"kvctl {version('kvd-cache')}")
     _add_common(parser, suppress=False)
+    _add_json(parser, suppress=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in (each for module in MODULES for each in module.COMMANDS):
         summary = command.summary
         options = commands.add_parser(
             command.name, help=summary, description=f"{summary[0].upper()}{summary[1:]}."
         )
-        _add_common(options, suppress=True)
+        if command.needs_daemon:
+            _add_common(options, suppress=True)
+        _add_json(options, suppress=True)
         command.add_options(options)
-        options.set_defaults(run=command.run)
+        options.set_defaults(run=command.run, parser=parser)
     return parser
 
 
@@ -90,7 +103,7 @@ def _add_common(parser: argparse.ArgumentParser, *, suppress: bool) -> None:
     """Options that may come before the command, or after it: there an absent one must not undo the
     one before (`suppress`)."""
 
-    def default(value: Any) -> Any:
+    def default(value: object) -> object:
         return argparse.SUPPRESS if suppress else value
 
     parser.add_argument(
@@ -112,8 +125,14 @@ def _add_common(parser: argparse.ArgumentParser, *, suppress: bool) -> None:
         default=default(DEFAULT_TIMEOUT),
         help="how long to wait for an answer (default: 5)",
     )
+
+
+def _add_json(parser: argparse.ArgumentParser, *, suppress: bool) -> None:
     parser.add_argument(
-        "--json", action="store_true", default=default(False), help="print it for programs"
+        "--json",
+        action="store_true",
+        default=argparse.SUPPRESS if suppress else False,
+        help="print it for programs",
     )
 
 

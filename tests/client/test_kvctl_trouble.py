@@ -24,6 +24,7 @@ COMMAND = [sys.executable, "-m", "kvd_client.kvctl"]
 WITH: dict[str, list[str]] = {
     "evict": ["--all"],
     "pin": ["--model", "m", "/dev/null"],
+    "top": ["--once"],
     "warm": ["--model", "/dev/null", "/dev/null"],
 }
 """What a command cannot do without."""

@@ -650,6 +650,7 @@ class RestartingWorld(World):
             for each in self.arenas.values()
         ):
             return
+        self.registering = f"tenant {session.tenant}"
         effects = self._send(session, kind.message, lambda body: None)
         made = [each for each in effects if isinstance(each, CreateArena)]
         if made:
@@ -660,6 +661,7 @@ class RestartingWorld(World):
             self.returned = made[0].directory_bytes
         self._settle(effects)
         self.returned = 0
+        self.registering = ""
 
     # --- what world.py does, and more
 

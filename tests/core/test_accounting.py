@@ -282,6 +282,10 @@ def reserved(cache: Cache) -> Any:
     return of_session(cache).reserved
 
 
+def of_share(cache: Cache) -> Any:
+    return of_tenant(cache).share
+
+
 def filled(cache: Cache) -> Any:
     return of_session(cache).filling
 
@@ -299,6 +303,8 @@ def forget_a_waiter(cache: Cache) -> None:
         (add("staging_bytes", of_dead_session, PAGE), "staging of t: running total"),
         (add("held", of_tenant, 1), "held by t: running total"),
         (lose_an_arena, "arenas of t"),
+        (add("held", of_share, PAGE), "of the minimum of t: running total"),
+        (add("promised", of_budget, PAGE), "promised: running total 4096, recounted 0"),
         (exceed_the_quota, "t holds .* more than its quota"),
         (add("open_sequences", of_session, 1), "open sequences of s: running total"),
         (add("waiting", of_session, 1), "waiting allocs of s: running total 2, recounted 1"),

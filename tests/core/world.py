@@ -1295,7 +1295,7 @@ class World:
         budget = self.core.cache.budget
         promised = sum(max(0, minima[each] - held[each]) for each in minima)
         assert promised <= budget.unassigned
-        assert all(each.held <= each.cap for each in budget.models.values())
+        assert all(each.headroom >= 0 for each in budget.models.values())
         takers = {self.registering}  # another model of its own may have gone for it
         for effect in effects:
             match effect:

@@ -78,7 +78,7 @@ class Budget:
         self.journal = Journal()
         self.arenas: dict[int, Arena] = {}
         self.tenants = {rule.name: Tenant(rule, n_bytes) for rule in rules}
-        self.models = {rule.name: ModelShare(rule, n_bytes) for rule in models}
+        self.models = {rule.name: ModelShare(rule) for rule in models}
         """Those that there are rules for."""
         self.promised = sum(share.minimum for share in self.shares)
         """Of `unassigned`: what is missing of all minima."""

@@ -163,7 +163,8 @@ def make_arena(
         root_key=root_key(fingerprint, tenant.salt),
         model=cache.budget.models.get(name),
     )
-    most = tenant.quota if arena.model is None else min(tenant.quota, arena.model.cap)
+    cap = None if arena.model is None else arena.model.cap
+    most = tenant.quota if cap is None else min(tenant.quota, cap)
     if not arena.slots or arena.stride + arena.directory_for(1) > most:
         raise ModelTooLarge(
             "not even one block of this model fits the budget, the tenant's quota or its own cap",

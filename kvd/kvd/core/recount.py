@@ -127,12 +127,15 @@ def _check_tenants(cache: Cache, sessions: list[Session]) -> None:
             )
         own = sum(_bytes_of(arena) for arena in arenas if arena.share is tenant.share)
         _equal(f"of the minimum of {tenant.name}", tenant.share.held, staging + own)
+    by_name: dict[str, list[Arena]] = {}
+    for arena in budget.arenas.values():
+        by_name.setdefault(arena.name, []).append(arena)
     for model in budget.models.values():
-        arenas = [arena for arena in budget.arenas.values() if arena.name == model.name]
+        arenas = by_name.get(model.name, [])
         if arenas != model.arenas or any(arena.model is not model for arena in arenas):
             raise AccountingError(f"arenas of {model.name}: {model.arenas}, recounted {arenas}")
         _equal(f"held by {model.name}", model.held, sum(map(_bytes_of, arenas)))
-        if model.held > model.cap:
+        if model.headroom < 0:
             raise AccountingError(f"{model.name} holds {model.held}, more than its cap {model.cap}")
         own = sum(_bytes_of(arena) for arena in arenas if arena.share is model.share)
         _equal(f"of the minimum of {model.name}", model.share.held, own)

@@ -291,6 +291,15 @@ def test_pins(tmp_path: Path) -> None:
             assert json.loads(ended.stdout) == {"pins": 1}
             assert kvctl(own, "unpin").stdout == "1 pin of 'kvctl' ended\n"
             assert kvctl(own, "pins").stdout == "nothing is pinned\n"
+            for owner in ("a", "b"):
+                kvctl(own, "pin", "--model", "tiny", "--owner", owner, input="[0, 1]", check=True)
+            asked = kvctl(own, "unpin", "--all")
+            assert (asked.returncode, asked.stdout) == (2, "")
+            assert "this would end 2 pins of 'a', 'b': do it with --yes" in asked.stderr
+            assert len(json.loads(kvctl(own, "pins", "--json").stdout)["pins"]) == 2
+            done = kvctl(own, "unpin", "--all", "--yes")
+            assert done.stdout == "2 pins of 2 owners ended\n"
+            assert kvctl(own, "unpin", "--all").stdout == "0 pins of 0 owners ended\n"
     finally:
         own.stop()
 

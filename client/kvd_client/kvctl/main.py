@@ -1,13 +1,14 @@
 """Look after the daemon of the shared K/V cache.
 
 exit codes:
-  0  done
-  1  verify found a difference, or the daemon refused what was asked
-  2  bad usage
-  3  no daemon answers
+    0  done
+    1  verify found a difference, or the daemon refused what was asked
+    2  bad usage
+    3  no daemon answers: it is down, or hangs
+  130  interrupted
 
-If another program called kvctl comes first on PATH (the package kvcached installs one),
-`python -m kvd_client.kvctl` is always this one.
+If another program called kvctl comes first on PATH (the package kvcached
+installs one), `python -m kvd_client.kvctl` is always this one.
 """
 
 import argparse

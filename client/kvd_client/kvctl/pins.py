@@ -35,8 +35,24 @@ def _pin(client: Client, options: argparse.Namespace) -> Answer:
 def _unpin(client: Client, options: argparse.Namespace) -> Answer:
     if options.model:
         check_model(client, options.model)
+    if options.all:
+        return _unpin_all(client, options)
     ended = client.unpin(options.owner, options.model)
     text = f"{count(ended)} pin{'s' if ended != 1 else ''} of {options.owner!r} ended"
+    return Answer({"pins": ended}, lambda _: text)
+
+
+def _unpin_all(client: Client, options: argparse.Namespace) -> Answer:
+    """Whoever has pinned them."""
+    rows = [row for row in client.pins() if options.model in ("", row["model"])]
+    owners = sorted({row["owner"] for row in rows})
+    if rows and not options.yes:
+        raise BadUsage(
+            f"this would end {count(len(rows))} pin{'s' if len(rows) != 1 else ''} of "
+            f"{', '.join(map(repr, owners))}: do it with --yes"
+        )
+    ended = sum(client.unpin(owner, options.model) for owner in owners)
+    text = f"{count(ended)} pin{'s' if ended != 1 else ''} of {count(len(owners))} owners ended"
     return Answer({"pins": ended}, lambda _: text)
 
 
@@ -71,9 +87,12 @@ def _add_pin_options(command: argparse.ArgumentParser) -> None:
 
 def _add_unpin_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--model", default="", metavar="NAME", help="on this model only")
-    command.add_argument(
+    whose = command.add_mutually_exclusive_group()
+    whose.add_argument(
         "--owner", default=_OWNER, metavar="NAME", help="whose pins (default: kvctl)"
     )
+    whose.add_argument("--all", action="store_true", help="everybody's; needs --yes")
+    command.add_argument("--yes", action="store_true", help="do it, however many these are")
 
 
 def _find_model(client: Client, name: str) -> bytes:

@@ -24,6 +24,7 @@ from kvd_client.kvctl import (
     completion,
     events,
     evicting,
+    explaining,
     model_size,
     output,
     pins,
@@ -38,7 +39,7 @@ from kvd_client.kvctl.trouble import what_to_do
 from kvd_client.operations import DEFAULT_TIMEOUT
 from kvd_proto.paths import DEFAULT_INSTANCE
 
-MODULES = (reading, top, events, evicting, pins, warm, model_size, completion)
+MODULES = (reading, top, events, explaining, evicting, pins, warm, model_size, completion)
 """In the order in which --help shows their commands."""
 _INTERRUPTED = 130
 """128 + SIGINT, as shells have it."""

@@ -138,11 +138,6 @@ class Budget:
         return _oldest_first(self.policies)
 
     @property
-    def n_cached(self) -> int:
-        """How many blocks are cached."""
-        return sum(arena.cached for arena in self.arenas.values())
-
-    @property
     def directories(self) -> int:
         """Bytes of the directories that cannot go, since their arenas are used."""
         used = (arena for arena in self.arenas.values() if not arena.is_unused)
@@ -383,7 +378,9 @@ class Budget:
             self._note_age(block)
             arena.evictable.remove(block, block.parent)
             block.state = GONE
-        arena.tenant.evicted[Reason.ARENA] += arena.cached
+        if arena.cached:
+            arena.tenant.evicted[Reason.ARENA] += arena.cached
+            arena.tenant.ghosts.note_arena(arena.fingerprint, self.journal.now)
         self.journal.note(Kind.MODEL_GONE, arena.tenant.name, arena.name, arena.cached)
         self.spend(arena.tenant, -arena.memory_beside - arena.backed * arena.stride, arena)
 
@@ -480,10 +477,12 @@ class Budget:
         arena.cached -= 1
         if len(block.tokens) < arena.token_bytes:
             arena.cached_lacks -= arena.lack_of(block)
-        arena.tenant.evicted[reason] += 1
+        tenant = arena.tenant
+        tenant.evicted[reason] += 1
+        tenant.ghosts.note(block.key, self.journal.now, reason)
         if self.journal.is_followed:
             values = (reason, block.start, block.n_tokens, block.slot)
-            self.journal.note_frequent(Kind.EVICT, arena.tenant.name, arena.name, *values)
+            self.journal.note_frequent(Kind.EVICT, tenant.name, arena.name, *values)
         arena.free.append(block.slot)
         arena.blocks[block.slot] = None
         effects.append(DropRecord(arena.number, block.slot))
@@ -493,6 +492,17 @@ class Budget:
         if self.evictions % SAMPLED == 0:
             self.ages.evicted(block, block.used)
         self.evictions += 1
+
+    def drop_some(self, arena: Arena, blocks: Iterable[Block], effects: list[Effect]) -> int:
+        """Drop these blocks of an arena, children first, as somebody asked for, and give their
+        memory back; but what is gone already, is kept, or has children by now. Returns how many."""
+        n_dropped = 0
+        for block in blocks:
+            if block.state is not GONE and not block.is_kept and not block.children:
+                self.drop(block, Reason.COMMAND, effects)
+                n_dropped += 1
+        self._punch(arena, n_dropped, effects)
+        return n_dropped
 
     def pop_oldest(
         self,

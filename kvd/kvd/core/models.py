@@ -56,6 +56,8 @@ def register_model(
             registered_layers=len(arena.geometry.layers),
             asked_layers=len(geometry.layers),
         )
+    if message.traits:
+        arena.traits = dict(message.traits)
     if not known:
         session.shared.add(arena.number)
         arena.sessions += 1

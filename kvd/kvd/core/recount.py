@@ -104,6 +104,8 @@ def check_totals(cache: Cache) -> None:
                 reserved[session].add(len(job.slots), 0, _stride(job.sequence))
     for session in sessions:
         _equal(f"copies from the staging of {session.client}", session.in_flight, copies[session])
+        n_tasks = sum(task.session is session for task in cache.tasks)
+        _equal(f"tasks of {session.client}", session.tasks, n_tasks)
         _equal(f"reserved by {session.client}", session.reserved, reserved[session])
         _check_session(cache, session)
 

@@ -272,6 +272,9 @@ class Match(NamedTuple):
     is_cut: bool = False
 
 
+NOTHING = Match([], None, 0)
+
+
 def match(node: Block, tokens: bytes, block_bytes: int, most: int) -> Match:
     """Match as many tokens as sealed blocks hold, exact to the token, from `node` on, whose end is
     where the match has come to: a full block, or the root. Mutates nothing.

@@ -4,7 +4,7 @@ import argparse
 
 from kvd_client.client import Client
 from kvd_client.kvctl import views
-from kvd_client.kvctl.answer import FAILED, Answer, check_model
+from kvd_client.kvctl.answer import FAILED, Answer, BadUsage, check_model
 from kvd_client.kvctl.command import Command, asking
 from kvd_client.kvctl.prompts import FILE_HELP, MODEL_HELP, find_model, read_tokens
 from kvd_client.kvctl.tables import count, duration

@@ -10,7 +10,17 @@ from typing import Any
 
 import pytest
 
-from kvd.core import accounting, allocating, budget, explaining, forgetting, machine, recount
+from kvd.core import (
+    accounting,
+    allocating,
+    budget,
+    explaining,
+    forgetting,
+    machine,
+    recount,
+    siblings,
+    tree,
+)
 from kvd.core.arenas import Arena
 from kvd.core.cache import Counters, Limits, sum_of
 from kvd.core.events import (
@@ -77,6 +87,12 @@ def walk_in_steps_of(n_blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a walk over blocks, as a match, or the end of a lease, go on for so many at once."""
     for module in (allocating, machine, budget, explaining, forgetting):
         monkeypatch.setattr(module, "WALK_BLOCKS", n_blocks)
+
+
+def siblings_in_runs_of(n_blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let so many children of one block be few already."""
+    for module in (siblings, tree):
+        monkeypatch.setattr(module, "RUN", n_blocks)
 
 
 class Handle:

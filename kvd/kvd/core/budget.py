@@ -53,6 +53,12 @@ WALK_BLOCKS = 1024
 """Leased, or let go, at once: in less than a millisecond, before others get their turn."""
 
 
+_evictable = attrgetter("evictable")
+
+_new = tuple.__new__
+"""Makes an effect in half the time. Each eviction has one or two."""
+
+
 def _oldest_first(policies: Iterable[Policy]) -> Iterator[Block]:
     return merge(*policies, key=attrgetter("used"))
 
@@ -125,8 +131,10 @@ class Budget:
     @property
     def policies(self) -> list[Policy]:
         """The orders of eviction of all tenants, and of models that there are rules for."""
-        of_tenants = [each.evictable for each in self.tenants.values()]
-        return of_tenants + [each for model in self.models.values() for each in model.policies]
+        found = list(map(_evictable, self.tenants.values()))
+        for model in self.models.values():
+            found += model.policies
+        return found
 
     @property
     def staging(self) -> int:
@@ -250,7 +258,7 @@ class Budget:
 
     def _record_use(self, block: Block, last_use: int, effects: list[Effect]) -> None:
         block.last_use = last_use
-        effects.append(UseRecord(block.arena.number, block.slot, last_use))
+        effects.append(_new(UseRecord, (block.arena.number, block.slot, last_use)))
 
     def _let_go(self, block: Block, most: int) -> None:
         """Count one `hold` less. What nobody holds any more is pinned, or is cached and was used
@@ -460,17 +468,16 @@ class Budget:
 
     def drop(self, block: Block, reason: Reason, effects: list[Effect]) -> None:
         """Forget a cached block, which has no children: its slot is free."""
-        assert block.parent is not None
-        assert not block.children, "a parent goes after its children"
+        arena, parent = block.arena, block.parent
+        assert parent is not None
+        assert block.family is None, "a parent goes after its children"
         if reason is not Reason.SUPERSEDED:  # whose tokens are all there still
             self._note_age(block)
-        parent = block.parent
-        block.arena.evictable.remove(block, parent)
+        arena.evictable.remove(block, parent)
         parent.remove(block)
         has_record = parent.parent is not None and parent.state is not FILLING
         if has_record and parent.last_use < block.last_use:
             self._record_use(parent, block.last_use, effects)
-        arena = block.arena
         if block.state is ADOPTED:
             arena.unchecked -= 1
         block.state = GONE
@@ -485,7 +492,7 @@ class Budget:
             self.journal.note_frequent(Kind.EVICT, tenant.name, arena.name, *values)
         arena.free.append(block.slot)
         arena.blocks[block.slot] = None
-        effects.append(DropRecord(arena.number, block.slot))
+        effects.append(_new(DropRecord, (arena.number, block.slot)))
 
     def _note_age(self, block: Block) -> None:
         """A cached block is evicted: of one in SAMPLED, and of the first, note how old it is."""
@@ -512,14 +519,16 @@ class Budget:
     ) -> Block:
         """Evict the least recently used block that has no resident children and may go for `taker`:
         the oldest of all heads, or of those of one tenant or model."""
-        by_quota = isinstance(whose, ModelShare) or (isinstance(whose, Tenant) and whose.has_quota)
+        by_quota = whose is not None and (
+            isinstance(whose, ModelShare) or (isinstance(whose, Tenant) and whose.has_quota)
+        )
         oldest: Block | None = None
         for policy in (whose or self).policies:
             head = policy.oldest()
             if (
                 head is not None
                 and (oldest is None or head.used < oldest.used)
-                and may_lose(head.arena.share, taker, head.arena.stride)
+                and (taker is None or may_lose(head.arena.share, taker, head.arena.stride))
             ):
                 oldest = head
         assert oldest is not None, "check_room counted it"

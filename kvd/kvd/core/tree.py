@@ -46,9 +46,9 @@ class Block(Place):
     """
 
     __slots__ = (
-        "_children",
         "_key_and_checksum",
         "arena",
+        "family",
         "generation",
         "holds",
         "in_flight",
@@ -76,7 +76,7 @@ class Block(Place):
         start = parent.end if parent else 0
         self.start = _STARTS.setdefault(start, start)
         self.state = FILLING
-        self._children: Block | list[Block] | Siblings | None = None
+        self.family: Block | list[Block] | Siblings | None = None
         """A list if there are several, `Siblings` if there are many: most have one, or none."""
         self.holds = 0
         self.pins = 0
@@ -106,7 +106,7 @@ class Block(Place):
     @property
     def children(self) -> "Sequence[Block]":
         """Sorted by their tokens. To look at, until one comes or goes."""
-        children = self._children
+        children = self.family
         if children is None:
             return ()
         return (children,) if isinstance(children, Block) else children
@@ -139,7 +139,7 @@ class Block(Place):
 
     def child(self, tokens: bytes) -> "Block | None":
         """The child with exactly these tokens, filling or sealed."""
-        children = self._children
+        children = self.family
         if children is None:
             return None
         if isinstance(children, Block):
@@ -154,36 +154,36 @@ class Block(Place):
 
     def add(self, block: "Block") -> None:
         """Insert a child; there is none with the same tokens."""
-        children = self._children
+        children = self.family
         if children is None:
-            self._children = block
+            self.family = block
             return
         if isinstance(children, Siblings):
             children.add(block)
             return
         if isinstance(children, Block):
-            self._children = children = [children]
+            self.family = children = [children]
         children.insert(bisect_left(children, block.tokens, key=by_tokens), block)
         if len(children) == 2 * RUN:
-            self._children = Siblings(children)
+            self.family = Siblings(children)
 
     def remove(self, block: "Block") -> None:
         """Take a child out."""
-        children = self._children
+        children = self.family
         if children is block:
-            self._children = None
+            self.family = None
             return
         if isinstance(children, Siblings):
             children.remove(block)
             if len(children.runs) == 1:
-                self._children = children.runs[0]
+                self.family = children.runs[0]
             return
         assert isinstance(children, list), "the tree lost a child"
         index = bisect_left(children, block.tokens, key=by_tokens)
         assert children[index] is block, "the tree lost a child"
         del children[index]
         if len(children) == 1:
-            self._children = children[0]
+            self.family = children[0]
 
     def longest_agreeing(self, tokens: bytes, *, adopted: bool = False) -> "Agreement | None":
         """The sealed child (with `adopted` also one that is not checked yet) that agrees with
@@ -294,7 +294,7 @@ def match(node: Block, tokens: bytes, block_bytes: int, most: int) -> Match:
         node = child
     else:
         return Match(full, None, node.end, end < len(tokens))
-    agreement = node.longest_agreeing(chunk) if node._children else None
+    agreement = node.longest_agreeing(chunk) if node.family else None
     if agreement is None:
         return Match(full, None, position // TOKEN_BYTES)
     return Match(full, agreement.block, position // TOKEN_BYTES + agreement.n_tokens)

@@ -22,7 +22,7 @@ from kvd.metrics.snapshot import Snapshot
 from kvd.timing import BOUNDS
 from kvd_proto.messages import Ping
 from tests.shell.raw import Raw, raw_client, until
-from tests.shell.scraping import connect, get, metrics_socket, scrape, value
+from tests.shell.scraping import connect, free_port, get, metrics_socket, scrape, value
 from tests.support import Daemon, running_daemon
 
 REQUEST = b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n"
@@ -62,12 +62,6 @@ def rest_of(sock: socket.socket) -> bytes:
         while part := sock.recv(1 << 16):
             answer += part
     return answer
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
 
 
 # --- HTTP

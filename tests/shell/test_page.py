@@ -14,8 +14,7 @@ from kvd_proto.keys import arena_fingerprint
 from kvd_proto.messages import Evict, Pin
 from tests.shell.browser import PROGRAM, Browser, running_browser
 from tests.shell.raw import BLOCK_TOKENS, STRIDE, Raw, many_tokens, raw_client, until
-from tests.shell.scraping import get, history
-from tests.shell.test_metrics_http import free_port
+from tests.shell.scraping import free_port, get, history
 from tests.support import running_daemon
 
 pytestmark = [

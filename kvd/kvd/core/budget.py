@@ -323,7 +323,8 @@ class Budget:
             self._let_go(block, arena.backed)
         arrange_by_records(arena.evictable)
         for block in former:
-            self._drop_superseded(block, effects)
+            if len(block.tokens) < arena.token_bytes:  # a full one has no longer sibling
+                self._drop_superseded(block, effects)
         arena.filling -= len(arena.retired)
         arena.free.extend(arena.retired)
         arena.retired.clear()

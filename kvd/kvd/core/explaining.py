@@ -15,9 +15,7 @@ of others.
 Nothing is leased and no use is noted. A step is a walk of WALK_BLOCKS at the most.
 """
 
-from bisect import bisect_left
 from collections.abc import Generator
-from operator import attrgetter
 from typing import Any, NamedTuple
 
 from kvd.core.arenas import Arena
@@ -36,8 +34,6 @@ MOST_OTHERS = 8
 """Of other models that have more of the prompt: those that have most."""
 SHAPE = ("payload_format", "block_tokens")
 """What the daemon itself knows of a fingerprint."""
-
-_by_tokens = attrgetter("tokens")
 
 
 class Found(NamedTuple):
@@ -166,11 +162,8 @@ def _told(ghost: Ghost | None, now: float) -> dict[str, Any]:
 
 def _beginning_with(node: Block, chunk: bytes) -> Block | None:
     """A child that has all of these tokens; since none of them matches, none is sealed."""
-    children = node.children
-    index = bisect_left(children, chunk, key=_by_tokens)
-    if index < len(children) and children[index].tokens.startswith(chunk):
-        return children[index]
-    return None
+    child = next(node.since(chunk), None)
+    return child if child is not None and child.tokens.startswith(chunk) else None
 
 
 def _traits(arena: Arena) -> dict[str, str]:

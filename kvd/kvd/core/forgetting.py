@@ -17,9 +17,8 @@ leased or pinned stays, and with it what is above.
 What would go is collected first, parents before children, and then dropped from the end.
 """
 
-from bisect import bisect_left
 from collections.abc import Generator
-from operator import attrgetter
+from itertools import takewhile
 from typing import NamedTuple
 
 from kvd.core.arenas import Arena
@@ -35,8 +34,6 @@ from kvd_proto.messages import Forget, Forgotten
 
 DROP_BLOCKS = 128
 """Dropped at once, in about a millisecond, before others get their turn."""
-
-_by_tokens = attrgetter("tokens")
 
 
 class End(NamedTuple):
@@ -109,9 +106,7 @@ def _collect(end: End) -> Generator[None, list[Effect], list[Block]]:
     else:
         stack = node.prefixes(rest)
         if is_whole:
-            first = bisect_left(node.children, rest, key=_by_tokens)
-            behind = rest + b"\xff" * (node.arena.block_tokens * TOKEN_BYTES)
-            stack += node.children[first : bisect_left(node.children, behind, key=_by_tokens)]
+            stack += takewhile(lambda each: each.tokens.startswith(rest), node.since(rest))
     found: list[Block] = []
     while stack:
         for _ in range(min(len(stack), WALK_BLOCKS)):

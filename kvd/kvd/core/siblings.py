@@ -89,7 +89,8 @@ class Siblings(Sequence["Block"]):
     def __getitem__(self, index: slice) -> list["Block"]: ...
     def __getitem__(self, index: int | slice) -> "Block | list[Block]":
         if isinstance(index, int):
-            (block,) = self[range(len(self))[index] :][:1]
+            index = range(len(self))[index]
+            (block,) = self[index : index + 1]
             return block
         start, stop, step = index.indices(len(self))
         n_skipped = 0

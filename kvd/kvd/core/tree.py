@@ -189,7 +189,7 @@ class Block(Place):
         """The sealed child (with `adopted` also one that is not checked yet) that agrees with
         `tokens` longest, and for how many tokens (> 0)."""
         best: Agreement | None = None
-        for nearest in (self._before(tokens), self._since(tokens)):
+        for nearest in (self.before(tokens), self.since(tokens)):
             for candidate in nearest:
                 agreed = common_tokens(candidate.tokens, tokens)
                 if agreed <= (best.n_tokens if best else 0):
@@ -205,7 +205,7 @@ class Block(Place):
         found: list[Block] = []
         below = tokens
         while below:
-            candidate = next(self._before(below), None)
+            candidate = next(self.before(below), None)
             if candidate is None:
                 break
             agreed = common_tokens(candidate.tokens, tokens) * TOKEN_BYTES
@@ -223,21 +223,21 @@ class Block(Place):
 
     def extension(self, tokens: bytes) -> "Block | None":
         """A sealed child that begins with `tokens` and goes on."""
-        for candidate in self._since(tokens):
+        for candidate in self.since(tokens):
             if not candidate.tokens.startswith(tokens):
                 return None
             if candidate.state is SEALED and len(candidate.tokens) > len(tokens):
                 return candidate
         return None
 
-    def _before(self, tokens: bytes) -> "Iterator[Block]":
+    def before(self, tokens: bytes) -> "Iterator[Block]":
         """The children that sort before these tokens, the nearest first."""
         children = self.children
         if isinstance(children, Siblings):
             return children.before(tokens)
         return reversed(children[: bisect_left(children, tokens, key=by_tokens)])
 
-    def _since(self, tokens: bytes) -> "Iterator[Block]":
+    def since(self, tokens: bytes) -> "Iterator[Block]":
         """The children that do not sort before these tokens, the nearest first."""
         children = self.children
         if isinstance(children, Siblings):

@@ -6,6 +6,7 @@ prints is compared in tests/client/test_kvctl_json.py.
 
     | `models[].blocks.free` | int | ... |      a place: a dot enters a map, [] an item of a list
     | `rates.seconds` | float or nil | ... |     a type of TYPES
+    | `kept` | int or absent | ... |             not always there
     | `status` | as kvctl status | ... |         the schema of another command,
     | `models` | as kvctl status: models | ... | or of one of its keys
 """
@@ -20,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SCHEMAS = ROOT / "docs" / "schema"
 Schema = dict[str, Any]
 
+_ABSENT = " or absent"
 TYPES: dict[str, Schema] = {
     "str": {"type": "string"},
     "int": {"type": "integer"},
@@ -78,7 +80,10 @@ def _schema_of(rows: list[tuple[str, str, str]], made: dict[str, Schema]) -> Sch
             if part.endswith("[]"):
                 place["type"] = "array"
                 place = place.setdefault("items", {})
-        place |= {**_type(kind, made), "description": re.sub(r"[`\[\]]|\(#.*?\)", "", meaning)}
+        if kind.endswith(_ABSENT):
+            place[_ABSENT] = True
+        description = re.sub(r"[`\[\]]|\(#.*?\)", "", meaning)
+        place |= {**_type(kind.removesuffix(_ABSENT), made), "description": description}
     return _all_required(whole)
 
 
@@ -94,10 +99,12 @@ def _type(kind: str, made: dict[str, Schema]) -> Schema:
 
 
 def _all_required(schema: Schema) -> Schema:
-    """Every key that is described is there; others may come to be."""
+    """Every key that is described is there, unless it says otherwise; others may come to be."""
     if "properties" in schema:
-        schema["required"] = list(schema["properties"])
-        for each in schema["properties"].values():
+        properties = schema["properties"]
+        schema["required"] = [name for name in properties if _ABSENT not in properties[name]]
+        for each in properties.values():
+            each.pop(_ABSENT, None)
             _all_required(each)
     if "items" in schema:
         _all_required(schema["items"])

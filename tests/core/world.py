@@ -707,7 +707,7 @@ class World:
         self.forgetting = {(arena.number, path) for path in going}
         self.commanded += len(going)
         reply = Forgotten(n_tokens, len(going), len(kept), len(going) * arena.stride)
-        self._request(session, message, _is(reply))
+        self._settle(self._send(session, message, _is(reply)), [arena])
         assert not going & arena.sealed.keys()
         self.forgetting = set()
 

@@ -88,7 +88,6 @@ class Requests:
 
     def reply(self, session: SessionId, correlation: int, body: Any) -> None:
         """Answer a request with a reply message or a KvdError. One that has gone hears nothing."""
-        self.times.answered(session, correlation, body)
         if isinstance(body, KvdError):
             frame = codec.encode_error(correlation, body)
         else:
@@ -103,6 +102,7 @@ class Requests:
             log.debug("reply dropped", session=session.hex()[:8], reason=error.strerror)
             if error.errno == zmq.EAGAIN:
                 self._on_unread(session)
+        self.times.answered(session, correlation, body)
 
     def close(self) -> None:
         """Drop what was not sent, and remove the socket."""

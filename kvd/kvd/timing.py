@@ -39,37 +39,34 @@ class RequestTimes:
         # The one that is being served: most are answered before the next.
         self._session: SessionId = b""
         self._correlation = 0
-        self._durations: Histogram | None = None
+        self._kind: type[Any] | None = None
+        """None: it is answered."""
         self._since = 0.0
         self._later: dict[SessionId, dict[int, _Begun]] = {}
         """Those that were not answered at once."""
 
     def begin(self, session: SessionId, correlation: int, message: Any) -> None:
-        """A request is served from now on."""
+        """A request is served from now on. Who asked waits for what is done here."""
         self._session = session
         self._correlation = correlation
-        self._durations = self._by_kind.get(type(message)) or self.durations[INVALID]
+        self._kind = type(message)
         self._since = perf_counter()
 
     def finish(self) -> None:
         """It has been served; if it is not answered yet, it will be later."""
-        if self._durations is not None:
-            begun = _Begun(self._durations, self._since)
+        if self._kind is not None:
+            begun = _Begun(self._durations_of(self._kind), self._since)
             self._later.setdefault(self._session, {})[self._correlation] = begun
-            self._durations = None
+            self._kind = None
 
     def answered(self, session: SessionId, correlation: int, body: Any) -> None:
-        """A request has its answer now."""
+        """A request has been sent its answer."""
         now = perf_counter()
         if isinstance(body, KvdError):
             self.errors[body.code] += 1
-        if (
-            self._durations is not None
-            and correlation == self._correlation
-            and session == self._session
-        ):
-            self._durations.observe(now - self._since)
-            self._durations = None
+        if self._kind is not None and correlation == self._correlation and session == self._session:
+            self._durations_of(self._kind).observe(now - self._since)
+            self._kind = None
             return
         waiting = self._later.get(session)
         begun = waiting.pop(correlation, None) if waiting else None
@@ -77,6 +74,9 @@ class RequestTimes:
             begun.durations.observe(now - begun.since)
             if not waiting:
                 del self._later[session]
+
+    def _durations_of(self, kind: type[Any]) -> Histogram:
+        return self._by_kind.get(kind) or self.durations[INVALID]
 
     def forget(self, session: SessionId) -> None:
         """It has ended: what it waited for is not answered any more."""

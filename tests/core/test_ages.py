@@ -14,8 +14,9 @@ def release(driver: Driver, handle: object) -> None:
 
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
-    """Every eviction is looked at."""
+    """Every eviction, and every reuse, is looked at."""
     monkeypatch.setattr("kvd.core.budget.SAMPLED", 1)
+    monkeypatch.setattr("kvd.core.ages.SAMPLED", 1)
     driver = Driver()
     driver.now = 5000.0
     driver.connect("s")

@@ -26,7 +26,7 @@ MOST_MOMENTS = 4096
 RESOLUTION = 128
 """The age of what is older is known to a 128th of it."""
 SAMPLED = 16
-"""One eviction in so many is looked at, the first among them."""
+"""One eviction, and one reuse, in so many is looked at, the first among them."""
 BOUNDS = (1, 5, 15, 30, 60, 300, 900, 3600, 4 * 3600, 12 * 3600, 24 * 3600, 72 * 3600, 168 * 3600)
 """Seconds, to a week."""
 
@@ -36,6 +36,7 @@ class Ages:
 
     def __init__(self) -> None:
         self.now = 0.0
+        """When the last moment began: right to a second, as all ages are."""
         self.due = float("-inf")
         """When the next moment begins, if anything happens then."""
         self._clocks = [0]
@@ -43,9 +44,11 @@ class Ages:
         self.idle = Histogram(BOUNDS)
         self.lifetime = Histogram(BOUNDS)
         self.reuse_gap = Histogram(BOUNDS)
+        self._reuses = 0
 
     def begin(self, clock: int, now: float) -> None:
         """From now on the clock stands above `clock`."""
+        self.now = now
         self.due = now + MOMENT_SECONDS
         if not clock:  # the start
             self._times = [now]
@@ -66,7 +69,9 @@ class Ages:
 
     def reused(self, last_use: int) -> None:
         """A cached prefix is used again."""
-        self.reuse_gap.observe(self.now - self.time_of(last_use))
+        if self._reuses % SAMPLED == 0:
+            self.reuse_gap.observe(self.now - self.time_of(last_use))
+        self._reuses += 1
 
     def _thin_out(self, now: float) -> None:
         """Keep a moment only if without it the age of the one before would be known less exactly

@@ -170,7 +170,8 @@ class Budget:
                 n_cached += 1
                 above = parent
             node = parent
-        arena.evictable.remove(block, above)
+        if n_cached:
+            arena.evictable.remove(block, above)
         arena.cached -= n_cached
         arena.pinned -= n_pinned
         arena.active += n_cached + n_pinned
@@ -280,7 +281,8 @@ class Budget:
                 n_cached += 1
                 above = parent
             node = parent
-        arena.evictable.add(block, above, self.clock)
+        if n_cached:
+            arena.evictable.add(block, above, self.clock)
         arena.active -= n_cached + n_pinned
         arena.pinned += n_pinned
         arena.cached += n_cached

@@ -241,7 +241,8 @@ class Cache:
     def lease(self, sequence: Sequence, block: Block, effects: list[Effect]) -> None:
         """Move the sequence's lease to `block`, which it holds from now on."""
         self.budget.hold(block)
-        self.budget.unhold(sequence.leased, effects)
+        if sequence.leased.parent is not None:  # there is nothing to undo of the root
+            self.budget.unhold(sequence.leased, effects)
         sequence.leased = block
 
     def sequences(self) -> list[Sequence]:

@@ -92,9 +92,7 @@ class Core:
         cache = self.cache
         cache.budget.allowance = WALK_BLOCKS
         cache.budget.journal.now = now
-        ages = cache.budget.ages
-        ages.now = now
-        if now >= ages.due:
+        if now >= cache.budget.ages.due:
             cache.budget.begin_moment(now)
         match event:
             case Requested():

@@ -7,7 +7,7 @@ is a fault of ours and does come out.
 import math
 from typing import Any
 
-from kvd.core import adopting, allocating, checking, models, pinning, storing
+from kvd.core import adopting, allocating, checking, models, pinning, resizing, storing
 from kvd.core.budget import WALK_BLOCKS, Budget
 from kvd.core.cache import (
     AllocBacking,
@@ -34,6 +34,7 @@ from kvd.core.events import (
     Event,
     OpenStaging,
     ReadersGone,
+    Reconfigured,
     RefuseSession,
     Reply,
     Requested,
@@ -85,6 +86,8 @@ class Core:
         match event:
             case Requested():
                 self._request(event, now, effects)
+                if cache.budget.is_over:
+                    resizing.settle(cache.budget)
                 return effects
             case Connected():
                 self._connect(event, now, effects)
@@ -112,6 +115,10 @@ class Core:
                 cache.budget.readers_gone(cache.budget.arenas[number], effects)
             case ArenaFailed(number):
                 models.forget_arena(cache, number)
+            case Reconfigured(limits):
+                resizing.reconfigure(cache, limits)
+                resizing.shrink_some(cache.budget, EVICT_BLOCKS, effects)
+                allocating.serve_waiters(cache, now, effects)
             case Ticked():
                 allocating.expire(cache, now, effects)
                 self._go_on(now, effects)
@@ -120,12 +127,16 @@ class Core:
             if session.commits:
                 storing.advance_completed(cache, session, effects)
         self._let_leave(effects)
+        if cache.budget.is_over:
+            resizing.settle(cache.budget)
         return effects
 
     def next_deadline(self) -> float | None:
         """When a `Ticked` is due; None while nothing has a deadline, -inf: at once."""
         cache = self.cache
         if cache.budget.letting_go or cache.openings or cache.evictions:
+            return -math.inf
+        if resizing.can_go_on(cache.budget):
             return -math.inf
         return cache.deadlines.next()
 
@@ -137,7 +148,10 @@ class Core:
             cache.budget.let_go_some(effects)
             return
         allocating.open_some(cache, now, effects)
-        self._evict_some(effects)
+        if cache.evictions:
+            self._evict_some(effects)
+        elif cache.budget.is_over:
+            resizing.shrink_some(cache.budget, EVICT_BLOCKS, effects)
 
     def _evict_some(self, effects: list[Effect]) -> None:
         """Go on with the first eviction, for EVICT_BLOCKS blocks."""

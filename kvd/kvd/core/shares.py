@@ -58,10 +58,18 @@ class ModelShare:
 
     def __init__(self, rule: ModelRule, budget: int) -> None:
         self.name = rule.name
-        self.cap = budget if rule.cap is None else min(rule.cap, budget)
+        self.limit = rule.cap
         self.share = Share(rule.minimum)
         self.held = 0
         self.arenas: list[Arena] = []
+        self.settle(budget)
+
+    def settle(self, budget: int) -> None:
+        """Set the cap in effect, of a budget that is so large: resizing.py."""
+        most = budget if self.limit is None else min(self.limit, budget)
+        self.cap = max(most, self.held)
+        self.excess = self.cap - most
+        """What it holds beyond what it is to."""
 
     @property
     def headroom(self) -> int:

@@ -316,6 +316,14 @@ class ListPins(NamedTuple):
     """Every pin."""
 
 
+class Config(NamedTuple):
+    """Every setting that is in effect, and where it comes from."""
+
+
+class Reload(NamedTuple):
+    """Read the configuration again, and let what can change be in effect."""
+
+
 class Events(NamedTuple):
     """What has happened, from event number `since` on; 2^64 - 1: from now on.
 
@@ -358,6 +366,8 @@ OPERATIONS: tuple[Operation, ...] = (
     Operation(16, Pin, Pinned),
     Operation(17, Unpin, Unpinned),
     Operation(18, ListPins, Reported),
+    Operation(19, Config, Reported),
+    Operation(20, Reload, Reported),
     Operation(23, Events, Reported),
 )
 

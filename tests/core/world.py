@@ -1091,6 +1091,11 @@ class World:
         is_superseded = len(path) % arena.block_tokens and arena.extension(path)
         if is_orphan or self._is_damaged(number, path):
             why = "lost"
+            # Of one that is both, either is true: it depends on what kept it until now.
+            evicted_as = self.core.cache.budget.tenants[arena.tenant].evicted
+            told = self.dropped[arena.tenant, "superseded"]
+            if is_superseded and evicted_as[Reason.SUPERSEDED] > told:
+                why = "superseded"
         else:
             why = "superseded" if is_superseded else "evicted"
         self.dropped[arena.tenant, why] += 1
@@ -1474,7 +1479,7 @@ class World:
     def _compare_reasons(self) -> None:
         """Each block that was dropped is counted once, by why that was."""
         together = {
-            **dict.fromkeys((Reason.ROOM, Reason.QUOTA, Reason.COMMAND), "evicted"),
+            **dict.fromkeys((Reason.ROOM, Reason.QUOTA, Reason.REDUCED, Reason.COMMAND), "evicted"),
             **dict.fromkeys((Reason.DAMAGED, Reason.ORPHANED), "lost"),
         }
         counted: Counter[tuple[str, str]] = Counter()
@@ -1482,8 +1487,9 @@ class World:
         for tenant in tenants:
             for reason, count in tenant.evicted.items():
                 counted[tenant.name, together.get(reason, reason)] += count
-            may_be_at_one = tenant.has_quota or self.model_rules
+            may_be_at_one = tenant.name in self.limited or self.model_rules
             assert may_be_at_one or not tenant.evicted[Reason.QUOTA]
+            assert self.is_reconfigured or not tenant.evicted[Reason.REDUCED]
         assert counted == self.dropped
         assert self.commanded == sum(tenant.evicted[Reason.COMMAND] for tenant in tenants)
 

@@ -76,6 +76,8 @@ REQUESTS: list[tuple[int, m.Message]] = [
     (29, m.ListPins()),
     (30, m.Events(0, 0, 1, [], "")),
     (31, m.Events(U64, m.MAX_FOLLOW_MS, m.MAX_EVENTS, ["alloc", "evict"], "SmolLM2-135M")),
+    (32, m.Config()),
+    (33, m.Reload()),
 ]
 
 REPLIES: list[tuple[int, type[Any], m.Message]] = [
@@ -104,6 +106,8 @@ REPLIES: list[tuple[int, type[Any], m.Message]] = [
     (27, m.Unpin, m.Unpinned(12)),
     (29, m.ListPins, m.Reported({"pins": [{"owner": "team-a", "expires_seconds": None}]})),
     (30, m.Events, m.Reported({"events": [], "next": 0, "lost": 0})),
+    (32, m.Config, m.Reported({"settings": [{"name": "max_pins", "value": 1000}], "beyond": []})),
+    (33, m.Reload, m.Reported({"ok": False, "errors": ["kvd.toml: max_pins = -1"]})),
 ]
 
 DETAILS: dict[str, Any] = {

@@ -88,7 +88,7 @@ def test_a_daemon_that_was_ended_by_hand_is_started_again(
 
 def test_a_wrong_setting_is_said_and_not_tried_again(container: Container) -> None:
     for name, settings, reason in (
-        ("wrong", "max_sequences = 0\n", "max_sequences = 0: it is from 1"),
+        ("wrong", "max_sequences = 0\n", "max_sequences = 0: it is a whole number from 1"),
         ("unknown", "max_memroy = 1\n", "there is no setting 'max_memroy'"),
     ):
         unit = instance(container, name, settings)
@@ -100,6 +100,43 @@ def test_a_wrong_setting_is_said_and_not_tried_again(container: Container) -> No
     # An instance without a configuration has no budget that anybody chose.
     assert container.run("systemctl", "start", "kvd@nobody.service").returncode != 0
     assert "/etc/kvd/nobody.toml" in container.journal("kvd@nobody.service")
+
+
+def test_systemctl_reload_changes_what_can_change(second: str, container: Container) -> None:
+    pid = container.pid(second)
+    with worker(container, "second") as client:
+        client.ask("use")
+        (container.etc / "second.toml").write_text('max_memory = "32MiB"\nmax_pins = 7\n')
+        container.do("systemctl", "reload", second)
+        # No waiting: it returns when it is done.
+        config = json.loads(container.do(KVCTL, "--instance=second", "--json", "config"))
+        told = {row["name"]: (row["text"], row["where"]) for row in config["settings"]}
+        assert told["max_memory"] == ("32MiB", "/etc/kvd/second.toml")
+        assert told["max_pins"] == ("7", "/etc/kvd/second.toml")
+        assert client.ask("use") == {"shared": True, "matched": len(TOKENS), "right": True}
+    assert (container.show(second, "ActiveState"), container.pid(second)) == ("active", pid)
+    assert "setting changed name=max_memory before=64MiB after=32MiB" in container.journal(second)
+
+
+def test_a_reload_of_a_wrong_file_fails_and_changes_nothing(
+    second: str, container: Container
+) -> None:
+    pid = container.pid(second)
+    (container.etc / "second.toml").write_text("max_memroy = 1\n")
+    assert container.run("systemctl", "reload", second).returncode != 0
+    assert (container.show(second, "ActiveState"), container.pid(second)) == ("active", pid)
+    assert "did you mean max_memory?" in container.journal(second)
+    status = json.loads(container.do(KVCTL, "--instance=second", "--json", "status"))
+    assert status["accounting"]["budget_bytes"] == 64 << 20
+
+
+def test_sighup_is_a_reload_too(second: str, container: Container) -> None:
+    pid = container.pid(second)
+    (container.etc / "second.toml").write_text('max_memory = "48MiB"\n')
+    container.do("kill", "-HUP", str(pid))
+    until(lambda: "after=48MiB" in container.journal(second))
+    until(lambda: container.show(second, "ActiveState") == "active")
+    assert container.pid(second) == pid
 
 
 # --- hanging and dying

@@ -4,7 +4,7 @@ Covers the requests `config` and `reload`, their permission, reading the sources
 own (a disk or a directory of groups may take its time), and what is reported of it. What can
 change: changes.py. How it is carried out: server.py, kvd.core.resizing.
 
-    reload ──► thread: load ──► plan ──► apply ──► log, systemd, replies
+    reload ──► thread: load, plan ──► apply ──► log, systemd, replies
        └─ who asks meanwhile is answered by another one, which begins then
 """
 
@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from kvd import log
-from kvd.changes import CHANGED, NEEDS_RESTART, plan
+from kvd.changes import CHANGED, NEEDS_RESTART, Plan, plan
 from kvd.configuration import BadSetting, Configuration, rows
 from kvd.core.budget import Budget
 from kvd.core.events import SessionId
@@ -58,7 +58,7 @@ class Reloading:
         self._served: list[Incoming | None] = []
         """Those for whom the sources are being read."""
         self._thread: threading.Thread | None = None
-        self._found: Configuration | Exception | None = None
+        self._found: Plan | Exception | None = None
         self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
 
     def answer(self, incoming: Incoming) -> None:
@@ -90,7 +90,7 @@ class Reloading:
         self._thread.join()
         found, served = self._found, self._served
         self._thread, self._found, self._served = None, None, []
-        report = self._take(found) if isinstance(found, Configuration) else _refused(found)
+        report = self._take(found) if isinstance(found, Plan) else _refused(found)
         self._notifier.ready()
         for asked in served:
             if asked is not None:
@@ -114,21 +114,23 @@ class Reloading:
         # Signals are the main thread's.
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         try:
-            self._found = self._load()
+            # The running one changes only when this has ended.
+            self._found = plan(self._running, self._load())
         except Exception as error:
             self._found = error
         os.eventfd_write(self.fd, 1)
 
-    def _take(self, found: Configuration) -> dict[str, Any]:
+    def _take(self, found: Plan) -> dict[str, Any]:
         started = time.monotonic()
-        self._running, changes = plan(self._running, found)
+        self._running, changes = found
         self._apply(self._running.settings)
         for name, outcome, before, after, reason in changes:
             if outcome == CHANGED:
                 log.info("setting changed", name=name, before=before, after=after)
             elif outcome == NEEDS_RESTART:
                 log.warning("setting needs a restart", name=name, wanted=after, reason=reason)
-        for warning in found.warnings:
+        warnings = self._running.warnings
+        for warning in warnings:
             log.warning("settings", reason=warning)
         n_changed = sum(each.outcome == CHANGED for each in changes)
         took_ms = round((time.monotonic() - started) * 1000, 2)
@@ -136,7 +138,7 @@ class Reloading:
         return {
             "ok": True,
             "errors": [],
-            "warnings": list(found.warnings),
+            "warnings": list(warnings),
             "settings": [each._asdict() for each in changes],
             "beyond": beyond(self._budget()),
         }

@@ -196,13 +196,13 @@ def test_what_needs_a_restart_says_why(running: Running, client: Raw) -> None:
 
 def test_session_limits_change_for_those_who_are_there(running: Running, client: Raw) -> None:
     (context,) = client.contexts
+    for number in range(3):
+        client.alloc(context, many_tokens(number, 4))
     running.write("max_memory = '16MiB'\nmax_sequences = 2\nn_seq_max = 2\n")
     assert outcomes(reload(client))["max_sequences"] == ("changed", "100", "2")
-    for number in range(2):
-        client.alloc(context, many_tokens(number, 4))
     refused = client.ask(make_alloc(context, many_tokens(9, 4)))
     assert type(refused) is SequenceLimit
-    assert client.status()["sequences"]["free"] == 0
+    assert client.status()["sequences"] == {"max": 2, "in_use": 3, "free": 0, "waiting": 0}
     running.write("max_memory = '16MiB'\n")
     reload(client)
     client.alloc(context, many_tokens(9, 4))

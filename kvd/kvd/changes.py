@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
-from kvd.configuration import Configuration, Row, rows
-from kvd.settings import ABOUT
+from kvd.configuration import BadSetting, Configuration, Row, rows
+from kvd.settings import ABOUT, disagreements
 from kvd.tenants import TenantTable
 
 CHANGED, UNCHANGED, NEEDS_RESTART = "changed", "unchanged", "needs_restart"
@@ -32,7 +32,8 @@ class Plan(NamedTuple):
 
 
 def plan(running: Configuration, found: Configuration) -> Plan:
-    """What becomes of the running configuration if `found` is to be in effect."""
+    """What becomes of the running configuration if `found` is to be in effect. Raises BadSetting if
+    what can change does not go together with what needs a restart."""
     kept = {name: getattr(running.settings, name) for name, about in ABOUT.items() if about.restart}
     tenants = running.settings.tenants
     kept["tenants"] = _with_quotas(tenants, found.settings.tenants)
@@ -42,6 +43,10 @@ def plan(running: Configuration, found: Configuration) -> Plan:
         if name in running.origins:
             origins[name] = running.origins[name]
     settings = replace(found.settings, **kept)
+    if wrong := disagreements(settings):
+        raise BadSetting(
+            [f"beside what only a restart changes: {each.text}: restart it" for each in wrong]
+        )
     before = {row.name: row for row in rows(running)}
     after = {row.name: row for row in rows(found)}
     changes = [_change(name, before, after) for name in {**before, **after}]

@@ -20,6 +20,9 @@ from kvd.changes import CHANGED, NEEDS_RESTART, Plan, plan
 from kvd.configuration import BadSetting, Configuration, rows
 from kvd.core.budget import Budget
 from kvd.core.events import SessionId
+from kvd.core.resizing import evictable
+from kvd.core.shares import ModelShare
+from kvd.core.tenants import Tenant
 from kvd.notify import Notifier
 from kvd.requests import Incoming
 from kvd.settings import Settings
@@ -151,15 +154,14 @@ class Reloading:
 
 
 def beyond(budget: Budget) -> list[dict[str, Any]]:
-    """The budget, and the tenants' quotas, that were made smaller than what is held, as long as
-    they are: how much is held, how much of that is too much, and how much can go."""
+    """The budget, quotas and caps that were made smaller than what is held, as long as they are:
+    how much is held, how much of that is too much, and how much can go."""
+    held = budget.n_bytes - budget.unassigned
+    tenants, models = budget.tenants.values(), budget.models.values()
     found = [
-        ("max_memory", budget.wanted, budget.n_bytes - budget.unassigned, budget.reclaimable())
-    ]
-    found += [
-        (f"tenants.{each.name}.quota", each.held - each.excess, each.held, each.reclaimable())
-        for each in budget.tenants.values()
-        if each.has_quota
+        ("max_memory", budget.wanted, held, evictable(budget, None)),
+        *((f"tenants.{each.name}.quota", *_limits(budget, each)) for each in tenants),
+        *((f"models.{each.name}.cap", *_limits(budget, each)) for each in models),
     ]
     return [
         {
@@ -167,11 +169,16 @@ def beyond(budget: Budget) -> list[dict[str, Any]]:
             "wanted_bytes": wanted,
             "held_bytes": held,
             "beyond_bytes": held - wanted,
-            "evictable_bytes": min(held - wanted, evictable),
+            "evictable_bytes": min(held - wanted, can_go),
         }
-        for name, wanted, held, evictable in found
+        for name, wanted, held, can_go in found
         if held > wanted
     ]
+
+
+def _limits(budget: Budget, whose: Tenant | ModelShare) -> tuple[int, int, int]:
+    """What it is to hold at most, what it holds, and what of that can go."""
+    return whose.held - whose.excess, whose.held, evictable(budget, whose)
 
 
 def _refused(error: Exception | None) -> dict[str, Any]:

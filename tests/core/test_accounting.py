@@ -68,7 +68,7 @@ def cache() -> Cache:
     arena = budget.arenas[1]
     for path in ((20, 21), (22, 23)):
         budget.drop(block_of(arena, path), Reason.ROOM, [])
-    budget.punch(arena, 1, [])
+    budget._punch(arena, 1, [])
     check(driver.cache)
     return driver.cache
 

@@ -3,8 +3,10 @@ is lost of either."""
 
 from pathlib import Path
 
+import pytest
+
 from kvd.changes import CHANGED, NEEDS_RESTART, UNCHANGED, Change, Plan, plan
-from kvd.configuration import Configuration, Origin, load, rows
+from kvd.configuration import BadSetting, Configuration, Origin, load, rows
 from kvd.settings import ABOUT
 
 A = "[tenants.a]\nuids = [1]\nquota = '64MiB'\nsalt = 'a salt that nobody can guess'\n"
@@ -94,6 +96,17 @@ def test_another_salt_needs_a_restart_and_is_not_told(tmp_path: Path) -> None:
     (change,) = changes_of(found).values()
     assert change[:4] == ("tenants.a.salt", NEEDS_RESTART, "(secret)", "(secret)")
     assert "a salt" not in repr(found)
+
+
+def test_a_budget_below_the_minima_that_stay_until_a_restart_is_refused(tmp_path: Path) -> None:
+    minimum = '[models."m"]\nminimum = "1GiB"\n'
+    running = configured(tmp_path, f"max_memory = '2GiB'\n{minimum}")
+    wanted = configured(tmp_path, "max_memory = '512MiB'\n")
+    with pytest.raises(BadSetting, match=r"restart changes: .*minim.*: restart it"):
+        plan(running, wanted)
+    found = plan(running, configured(tmp_path, "max_memory = '1GiB'\n"))
+    assert found.configuration.settings.max_memory == 1 << 30
+    assert changes_of(found)["models.m.minimum"].outcome == NEEDS_RESTART
 
 
 def test_tenants_come_and_go_with_a_restart(tmp_path: Path) -> None:

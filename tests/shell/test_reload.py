@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from kvd.kinds import parse_size
+from kvd.tenants import KINDS
 from kvd_proto.errors import OverQuota, SequenceLimit
 from kvd_proto.messages import Config, Evict, Reload
 from tests.proto.protocol_doc import report_keys
@@ -187,9 +188,7 @@ def test_what_needs_a_restart_says_why(running: Running, client: Raw) -> None:
     running.write("max_memory = '16MiB'\nsocket_group = 0\n[tenants.a]\nuids = [5]\n")
     report = reload(client)
     rows = {row["name"]: row for row in report["settings"] if row["outcome"] == "needs_restart"}
-    assert set(rows) == {"socket_group", "tenants"} | {
-        f"tenants.a.{each}" for each in ("uids", "gids", "quota", "salt")
-    }
+    assert set(rows) == {"socket_group", "tenants", *(f"tenants.a.{each}" for each in KINDS)}
     assert "sockets were opened to the group" in rows["socket_group"]["reason"]
     until(lambda: "setting needs a restart name=socket_group" in running.log)
 

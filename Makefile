@@ -10,7 +10,7 @@ RUN := .venv/bin/python
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test soak lint bench install-systemd uninstall-systemd python
+.PHONY: help demo test soak lint bench docs install-systemd uninstall-systemd python
 
 help: ## Say what there is
 	@echo "usage: make [PYTHON=python3.x] TARGET"
@@ -61,6 +61,11 @@ lint: python ## Style, format, types, and what may import what
 bench: python ## Measure, beside bare baselines in the same run; writes bench/report.json
 	@$(PYTHON) scripts/bootstrap.py bench
 	$(RUN) -m bench
+
+docs: python ## Write docs/commands.md and docs/schema from what they are of
+	@$(PYTHON) scripts/bootstrap.py test
+	$(RUN) scripts/commands.py
+	$(RUN) scripts/schemas.py
 
 install-systemd: ## As root: kvd as a service, in PREFIX=/opt/kvd (packagers: DESTDIR=...)
 	@PREFIX='$(PREFIX)' DESTDIR='$(DESTDIR)' PYTHON='$(PYTHON)' systemd/install.sh install

@@ -5,7 +5,7 @@ make bench          or: python -m bench [--quick]
 
 import argparse
 
-from bench import first_token, report, roundtrip, stall
+from bench import eviction, first_token, report, roundtrip, stall
 
 
 def main() -> None:
@@ -19,6 +19,8 @@ def main() -> None:
     rows += first_token.measure(n_hits)
     print("what one client's load costs another ...", flush=True)
     rows += stall.measure(0.125 if quick else 1.0)
+    print("evictions ...", flush=True)
+    rows += eviction.measure(100_000 if quick else 1_000_000)
     report.write(rows, n_requests, n_hits)
 
 

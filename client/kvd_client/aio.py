@@ -28,6 +28,7 @@ import numpy.typing as npt
 from kvd_client import appending
 from kvd_client import context as ops
 from kvd_client.appending import Payload
+from kvd_client.asking import explain_message, forget_message
 from kvd_client.errors import KvdError, copy_error
 from kvd_client.following import EventBatch, read_events
 from kvd_client.operations import (
@@ -48,6 +49,7 @@ from kvd_proto.messages import (
     Evict,
     Evicted,
     Flushed,
+    Forgotten,
     ListClients,
     ListPins,
     ListSequences,
@@ -191,11 +193,13 @@ class AsyncContext(ContextState):
         reserve_tokens: int = 0,
         wait: float = 0.0,
         idle_timeout: float = 0.0,
+        use: bool = True,
+        store: bool = True,
     ) -> Opening[AsyncSequence]:
         """A sequence id, and the longest cached prefix of `tokens`, leased; see
         `client.Context.alloc`."""
         operation = ops.alloc(
-            self, tokens, request, reserve_tokens, wait, idle_timeout, AsyncSequence
+            self, tokens, request, reserve_tokens, wait, idle_timeout, use, store, AsyncSequence
         )
         return Opening(cast(AsyncClient, self.client).run(operation))
 
@@ -277,10 +281,22 @@ class AsyncClient(ClientState):
         their checksum, too: a pass over all of the cache's memory."""
         return await self._report(Verify(int(checksums)))
 
-    async def evict(self, model: str = "", blocks: int = 0) -> Evicted:
+    async def evict(self, model: str = "", blocks: int = 0, tenant: str = "") -> Evicted:
         """Drop cached blocks, unless they are leased or pinned: of one model ("": all), so many
-        (0: all)."""
-        return cast(Evicted, await self.run(self.ask(Evict(model, blocks))))
+        (0: all), of one tenant ("": all that this client may evict)."""
+        return cast(Evicted, await self.run(self.ask(Evict(model, blocks, tenant))))
+
+    async def forget(self, model: Model | bytes, tokens: Tokens, *, tenant: str = "") -> Forgotten:
+        """Drop what is cached of a prompt, and all that goes on from it; see
+        `client.Client.forget`."""
+        return cast(Forgotten, await self.run(self.ask(forget_message(model, tokens, tenant))))
+
+    async def explain(
+        self, model: Model | bytes, tokens: Tokens, *, tenant: str = ""
+    ) -> dict[str, Any]:
+        """What of a prompt is cached, the first block that is not, and why; see
+        `client.Client.explain`."""
+        return await self._report(explain_message(model, tokens, tenant))
 
     async def pin(
         self, model: Model | bytes, tokens: Tokens, *, owner: str, ttl: float = 0.0

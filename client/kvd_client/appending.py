@@ -23,6 +23,7 @@ from kvd_client.errors import (
     BadStaging,
     DeadlineExceeded,
     KvdError,
+    NotStored,
     StagingFull,
     ViewsAlive,
     copy_error,
@@ -47,6 +48,7 @@ def stage(sequence: SequenceState, n_tokens: int, wait: float | None) -> Operati
     Waits up to `wait` seconds (None: the client's timeout) for commits on their way to be finished,
     then raises StagingFull.
     """
+    _check_stores(sequence)
     session = sequence.live_session()
     area = session.staging
     if area is None:
@@ -83,6 +85,7 @@ def post_append(sequence: SequenceState, tokens: Tokens, staged: Staged, start: 
     themselves. Raises BadPosition, and sends nothing, if `start`, where the blocks begin, is not
     where the sequence's full blocks end: an append before them has been refused meanwhile."""
     packed = pack_tokens(tokens)
+    _check_stores(sequence)
     session = sequence.live_session()
     session.receive()  # an earlier append may have failed: this one must not build on it
     context = sequence.context
@@ -194,6 +197,19 @@ def append(
     if commit.error is not None:
         raise copy_error(commit.error)
     return commit
+
+
+def not_stored(sequence: SequenceState) -> NotStored | None:
+    """Why nothing of the sequence is stored, if its owner asked for that."""
+    if sequence.stores:
+        return None
+    return NotStored("it was opened with store=False", seq_id=sequence.seq_id)
+
+
+def _check_stores(sequence: SequenceState) -> None:
+    error = not_stored(sequence)
+    if error is not None:
+        raise error
 
 
 def sizes_of(sequence: SequenceState, n_tokens: int) -> list[int]:

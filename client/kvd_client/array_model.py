@@ -11,11 +11,13 @@ import math
 import struct
 from collections.abc import Iterable
 from hashlib import blake2b
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from kvd_client.asking import traits_of
 from kvd_client.context import Model
 from kvd_client.errors import BadMessage
 from kvd_proto.keys import FINGERPRINT_BYTES
@@ -106,6 +108,7 @@ class ArrayModel:
                 for heads, k_dim, v_dim in self.layers
             ),
             block_tokens,
+            traits_of(_fields(identity, element, self.layers)),
         )
         self.block_bytes = self.model.format().max_bytes
         self.planes = self._lay_out()
@@ -148,6 +151,18 @@ def _element(dtype: npt.DTypeLike) -> tuple[np.dtype[Any], str]:
             known=", ".join(ELEMENTS),
         )
     return element, element.name
+
+
+def _fields(identity: str | bytes, element: str, layers: tuple[ArrayLayer, ...]) -> dict[str, str]:
+    """What the fingerprint covers, in words."""
+    runs = [(layer, len(list(same))) for layer, same in groupby(layers)]
+    return {
+        "identity": identity if isinstance(identity, str) else identity.hex(),
+        "dtype": element,
+        "layers": ", ".join(
+            f"{n} of {kv_heads} heads, k {k_dim}, v {v_dim}" for (kv_heads, k_dim, v_dim), n in runs
+        ),
+    }
 
 
 def _fingerprint(identity: str | bytes, element: str, layers: tuple[ArrayLayer, ...]) -> bytes:

@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Callable
 
 from kvd_client import context as ops
-from kvd_client.appending import post_append, wait_for_room
+from kvd_client.appending import not_stored, post_append, wait_for_room
 from kvd_client.array_block import Block
 from kvd_client.array_model import ArrayModel
 from kvd_client.array_posted import Posted, wait_for_a_seal
@@ -54,7 +54,7 @@ class Storage:
         self.blocks: list[Block] = []
         self.sealed = 0
         self.committed = 0
-        self.error: KvdError | None = None
+        self.error: KvdError | None = not_stored(sequence)
         # The daemon gives our leases back when the lifeline ends, and so it must not end before we
         # stop reading: a session that we give up because the daemon hangs closes only its own copy.
         self._let_go: Callable[[], object] = lambda: None

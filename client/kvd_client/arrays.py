@@ -56,15 +56,25 @@ class ArrayContext:
         self._sequences: list[ArraySequence] = []
         self._storages: list[Storage] = []
 
-    def alloc(self, tokens: Tokens, *, request: str = "", wait: float = 0.0) -> ArraySequence:
+    def alloc(
+        self,
+        tokens: Tokens,
+        *,
+        request: str = "",
+        wait: float = 0.0,
+        use: bool = True,
+        store: bool = True,
+    ) -> ArraySequence:
         """A sequence that begins with the longest cached prefix of `tokens`.
 
         Leave out the last token of a prompt if its logits are needed: it has to be computed even
         where its K/V is cached. Of a block that agrees only in part the rows that agree are copied.
-        `wait` seconds for an id if none is free. Raises what Context.alloc raises.
+        `wait` seconds for an id if none is free. `use` False: nothing is matched, whatever is
+        cached. `store` False: nothing of it is stored, and its `store_error` is NotStored. Raises
+        what Context.alloc raises.
         """
         packed = pack_tokens(tokens)
-        sequence = self.context.alloc(packed, request=request, wait=wait)
+        sequence = self.context.alloc(packed, request=request, wait=wait, use=use, store=store)
         matched = packed[: sequence.matched_tokens * TOKEN_BYTES]
         storage = Storage(self.model, sequence, self._storages, matched)
         try:

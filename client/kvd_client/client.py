@@ -30,6 +30,7 @@ import numpy.typing as npt
 from kvd_client import appending
 from kvd_client import context as ops
 from kvd_client.appending import Payload
+from kvd_client.asking import explain_message, forget_message
 from kvd_client.errors import KvdError, copy_error
 from kvd_client.following import EventBatch, read_events
 from kvd_client.operations import (
@@ -50,6 +51,7 @@ from kvd_proto.messages import (
     Evict,
     Evicted,
     Flushed,
+    Forgotten,
     ListClients,
     ListPins,
     ListSequences,
@@ -197,16 +199,21 @@ class Context(ContextState):
         reserve_tokens: int = 0,
         wait: float = 0.0,
         idle_timeout: float = 0.0,
+        use: bool = True,
+        store: bool = True,
     ) -> Sequence:
         """A sequence id, and the longest cached prefix of `tokens`, leased. One round trip.
 
         `wait` seconds for an id if none is free; `reserve_tokens` sets room aside after the last
         full matched block; a sequence that nobody touches for `idle_timeout` seconds (0: never)
-        takes no more appends; see `keep_alive`. With fail_open and no daemon: a sequence that
-        matches nothing, and whose `shared` is False. Raises NoSequenceFree, SequenceLimit,
-        AllLeased, BudgetTooSmall.
+        takes no more appends; see `keep_alive`. `use` False: nothing is matched, whatever is
+        cached. `store` False: nothing of it is stored; its `stores` is False, and its appends raise
+        NotStored. With fail_open and no daemon: a sequence that matches nothing, and whose `shared`
+        is False. Raises NoSequenceFree, SequenceLimit, AllLeased, BudgetTooSmall.
         """
-        operation = ops.alloc(self, tokens, request, reserve_tokens, wait, idle_timeout, Sequence)
+        operation = ops.alloc(
+            self, tokens, request, reserve_tokens, wait, idle_timeout, use, store, Sequence
+        )
         return cast(Client, self.client).run(operation)
 
     def keep_alive(self) -> list[SequenceState]:
@@ -325,10 +332,23 @@ class Client(ClientState):
         their checksum, too: a pass over all of the cache's memory."""
         return self._report(Verify(int(checksums)))
 
-    def evict(self, model: str = "", blocks: int = 0) -> Evicted:
+    def evict(self, model: str = "", blocks: int = 0, tenant: str = "") -> Evicted:
         """Drop cached blocks, unless they are leased or pinned: of one model ("": all), so many
-        (0: all)."""
-        return cast(Evicted, self.run(self.ask(Evict(model, blocks))))
+        (0: all), of one tenant ("": all that this client may evict). Raises Forbidden."""
+        return cast(Evicted, self.run(self.ask(Evict(model, blocks, tenant))))
+
+    def forget(self, model: Model | bytes, tokens: Tokens, *, tenant: str = "") -> Forgotten:
+        """Drop what is cached of a prompt, and all that goes on from it, unless it is leased or
+        pinned. What it shares with others that go on otherwise stays; so does all, if only a
+        beginning of it is cached that others share. Of `tenant` ("": the client's own; another is
+        the administrator's). Raises UnknownModel, Forbidden, TooMany."""
+        return cast(Forgotten, self.run(self.ask(forget_message(model, tokens, tenant))))
+
+    def explain(self, model: Model | bytes, tokens: Tokens, *, tenant: str = "") -> dict[str, Any]:
+        """What of a prompt is cached, the first block that is not, and why: the map of
+        `kvctl explain --json`. Leases nothing, and is no use of anything. `model` need not be
+        registered; `tenant` as in `forget`. Raises Forbidden, TooMany."""
+        return self._report(explain_message(model, tokens, tenant))
 
     def pin(self, model: Model | bytes, tokens: Tokens, *, owner: str, ttl: float = 0.0) -> int:
         """Pin the cached prefix of `tokens` in the name of `owner` (1 to 64 ASCII letters); returns

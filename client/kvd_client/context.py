@@ -120,6 +120,7 @@ def _open(context: ContextState, session: Session, deadline: float) -> Operation
             model.payload_format,
             model.block_tokens,
             [list(layer) for layer in model.layers],
+            [list(trait) for trait in model.traits],
         ),
         deadline,
     )
@@ -177,6 +178,8 @@ def alloc(
     reserve_tokens: int,
     wait: float,
     idle_timeout: float,
+    use: bool,
+    store: bool,
     make: Callable[[ContextState, int, int, Session | None], S],
 ) -> Operation[S]:
     """A sequence with the cached prefix of `tokens`; `make` builds the caller's class."""
@@ -188,7 +191,16 @@ def alloc(
         session = client.live_session()
         if session is None or context.session is not session:
             session = yield from open_context(context, client.deadline())
-        message = Alloc(context.number, request, packed, reserve_tokens, wait_ms, idle_ms)
+        message = Alloc(
+            context.number,
+            request,
+            packed,
+            reserve_tokens,
+            wait_ms,
+            idle_ms,
+            int(use),
+            int(store),
+        )
         timeout = client.timeout_for(context.bytes_of(reserve_tokens)) + wait
         undo = partial(_release_again, session, context.number)
         reply: Allocated = yield from call(session, message, timeout, late=undo)
@@ -198,9 +210,13 @@ def alloc(
     except KvdError as error:
         if not client.without_daemon(error):
             raise
-        return _alloc_without_daemon(context, make)
+        sequence = _alloc_without_daemon(context, make)
+        sequence.stores = store
+        return sequence
     try:
-        return _allocated(context, session, reply, make)
+        sequence = _allocated(context, session, reply, make)
+        sequence.stores = store
+        return sequence
     except BaseException:
         context.sequences.pop(reply.seq_id, None)
         undo(reply)

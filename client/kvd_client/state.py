@@ -27,7 +27,9 @@ class Model:
     """What a model's K/V looks like, and the fingerprint of everything that determines its values.
 
     `fingerprint` is 32 bytes: equal only where K/V of equal tokens is equal to the bit. `layers`
-    are [k_type, k_row_bytes, v_type, v_row_bytes] each, rows in bytes for one token.
+    are [k_type, k_row_bytes, v_type, v_row_bytes] each, rows in bytes for one token. `traits` say
+    in words what the fingerprint is made of, name and text, for people who ask `explain`: see
+    `asking.traits_of`.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Model:
     payload_format: str
     layers: tuple[tuple[str, int, str, int], ...]
     block_tokens: int = 32
+    traits: tuple[tuple[str, str], ...] = ()
 
     def format(self) -> PayloadFormat:
         """Sizes of blocks; raises BadMessage for an impossible model."""
@@ -106,6 +109,8 @@ class SequenceState:
     n_appends: int = 0
     """Appends that were sent, and how many of them have not been answered."""
     n_unanswered: int = 0
+    stores: bool = True
+    """Whether it may be stored, by the word of who opened it."""
     released: bool = False
     _views: Views | None = None
 

@@ -1,12 +1,10 @@
 """The command `kvd`: `kvd serve` runs the daemon in the foreground, `kvd purge` removes what one
 that is not running has left in shared memory, `kvd config` looks at settings (config_cli.py), and
 `kvd simulate` replays a trace (simulate.py).
-
-Exit codes: 0 stopped when asked to, 1 a fault, 2 bad usage or settings, 3 another daemon has the
-instance.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
@@ -16,6 +14,7 @@ from pathlib import Path
 import zmq
 
 from kvd import __version__, advice, config_cli, descriptors, log, pauses, simulate
+from kvd.arena import SHM_DIR
 from kvd.configuration import DEFAULT_FILE, BadSetting, Configuration, flag_of, load
 from kvd.instance import InstanceBusy, InstanceLock, UnsafePath, default_runtime_dir, purge
 from kvd.kinds import Switch
@@ -29,12 +28,18 @@ from kvd.simulate import BadCapacity
 from kvd.trace import BadTrace
 from kvd_proto.paths import DEFAULT_INSTANCE
 
+_EXIT_CODES = """exit codes:
+  0  done, or stopped when asked to
+  1  a fault
+  2  bad usage or settings
+  3  another daemon has the instance"""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    options = _parser().parse_args(arguments)
+    options = make_parser().parse_args(arguments)
     if options.run == "purge":
-        return _purge(options.instance)
+        return _purge(options.instance, options.yes)
     flags = {name: value for name, value in vars(options).items() if name in ABOUT}
     try:
         if options.run == "config":
@@ -94,18 +99,24 @@ def serve(
     return 0
 
 
-def _purge(instance: str) -> int:
+def _purge(instance: str, yes: bool) -> int:
     try:
-        removed = purge(instance)
+        names = purge(instance, only_look=not yes)
+        if names and not yes:
+            n_bytes = sum(512 * os.stat(f"{SHM_DIR}/{name}").st_blocks for name in names)
+            raise ValueError(
+                f"this would remove the cache of instance {instance}, {n_bytes >> 20} MiB in "
+                f"{len(names)} files of {SHM_DIR}: do it with --yes"
+            )
     except InstanceBusy as error:
         return _fail(3, error)
     except ValueError as error:
         return _fail(2, error)
     except (UnsafePath, OSError) as error:
         return _fail(1, error)
-    for name in removed:
-        print(f"removed /dev/shm/{name}")
-    if not removed:
+    for name in names:
+        print(f"removed {SHM_DIR}/{name}")
+    if not names:
         print(f"instance {instance} has left nothing in shared memory")
     return 0
 
@@ -117,9 +128,13 @@ def _fail(code: int, error: Exception) -> int:
     return code
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """All of the command line."""
     parser = argparse.ArgumentParser(
-        prog="kvd", description="One shared K/V cache for the LLM workers of a machine."
+        prog="kvd",
+        description="One shared K/V cache for the LLM workers of a machine.",
+        epilog=_EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"kvd {__version__}")
     commands = parser.add_subparsers(dest="run", required=True, metavar="COMMAND")
@@ -141,6 +156,7 @@ def _parser() -> argparse.ArgumentParser:
         "purge", help="remove the cache that a stopped daemon keeps in shared memory"
     )
     purging.add_argument("--instance", default=DEFAULT_INSTANCE, help='default: "default"')
+    purging.add_argument("--yes", action="store_true", help="do it, however much it is")
     return parser
 
 

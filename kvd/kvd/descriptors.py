@@ -18,7 +18,8 @@ from kvd_proto import errors
 RESERVED = 80
 """For connections that libzmq has yet to accept from clients with a session, and for files that are
 open for a moment. A client connects at once, so it is one for each handshake under way."""
-_OWN = 32
+_OWN = 72
+"""Half of it for those who ask for metrics."""
 _OF_A_SESSION = 5
 """Its lifeline, its pidfd, its staging (mmap has one of its own), and its connection."""
 _OF_A_MODEL = 4

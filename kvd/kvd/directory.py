@@ -12,7 +12,7 @@ directory is adopted is adoption.py's.
 
 from typing import NamedTuple
 
-from kvd.arena import Segment
+from kvd.arena import ByteRange, Segment
 from kvd.core.events import CreateArena, FoundPin, WritePin, WriteRecord
 from kvd_proto import layout
 
@@ -122,6 +122,14 @@ class Directory:
         if n_bytes > self.pins_backed:
             self.segment.back(self._pins_offset + self.pins_backed, n_bytes - self.pins_backed)
             self.pins_backed = n_bytes
+
+    def holes(self) -> list[ByteRange]:
+        """What has no memory: behind the records, and behind the pins."""
+        pins = self._pins_offset + self.pins_backed
+        return [
+            ByteRange(self.backed, self._pins_offset - self.backed),
+            ByteRange(pins, self.segment.size - pins),
+        ]
 
     def shrink(self, n_bytes: int, pins_bytes: int) -> None:
         """Give back all memory but that of the first `n_bytes`, and of the first `pins_bytes` of

@@ -154,13 +154,13 @@ class InstanceLock:
         self.release()
 
 
-def purge(instance: str) -> list[str]:
-    """Remove all segments of an instance that no daemon serves, and return their names. Raises
-    InstanceBusy if one does, and what InstanceLock raises."""
+def purge(instance: str, *, only_look: bool = False) -> list[str]:
+    """Remove all segments of an instance that no daemon serves, and return their names; or only
+    look which there are. Raises InstanceBusy if one does, and what InstanceLock raises."""
     prefix = segment_prefix(instance)
     lock = _take(f"{SHM_DIR}/{prefix}.{_LOCK_SUFFIX}")
     try:
-        return _sweep(prefix, ())
+        return _segments(prefix) if only_look else _sweep(prefix, ())
     finally:
         lock.release()
 

@@ -15,14 +15,14 @@ if its quota were the budget.
 """
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
 import psutil
 
 from kvd import __version__
-from kvd.arena import ByteRange, Segment, byte_ranges
+from kvd.arena import PAGE, ByteRange, Segment, byte_ranges
 from kvd.audit import Compared, recount_totals
 from kvd.core.accounting import Totals, arena_counts, contents, totals
 from kvd.core.arenas import Arena
@@ -31,6 +31,7 @@ from kvd.core.events import SessionId
 from kvd.core.reasons import Reason
 from kvd.core.sequences import Session
 from kvd.core.tenants import Tenant
+from kvd.directory import Directory
 from kvd.store import StagingRoom, Store, StoredArena
 
 SLOTS_SHOWN = 10
@@ -45,7 +46,7 @@ class ArenaPages:
     name: str
     tenant: str
     segment: Segment
-    directory: Segment
+    directory: Directory
     stride: int
     backed_bytes: int
     directory_bytes: int
@@ -147,16 +148,14 @@ def look(taken: Taken, *, undoing: bool) -> Seen:
     seen = Seen(0, 0, 0, [])
     for pages in taken.arenas:
         if undoing:
-            before = pages.segment.backed_bytes()
-            seen.differences += _undo_foreign_fills(pages)
-            seen.undone += before - pages.segment.backed_bytes()
+            _undo_foreign_fills(pages, seen)
         backed = pages.segment.backed_bytes()
         seen.arenas += backed
         seen.of_tenants[pages.tenant] += backed
         seen.differences += _compare(f"{pages.name}: slots", pages.backed_bytes, backed)
         if undoing and backed != pages.backed_bytes:
             seen.differences += _lost_slots(pages)
-        backed = pages.directory.backed_bytes()
+        backed = pages.directory.segment.backed_bytes()
         seen.directories += backed
         seen.of_tenants[pages.tenant] += backed
         seen.differences += _compare(f"{pages.name}: directory", pages.directory_bytes, backed)
@@ -352,7 +351,7 @@ def _pages(arena: Arena, stored: StoredArena, *, thoroughly: bool) -> ArenaPages
         arena.name,
         arena.tenant.name,
         stored.segment,
-        stored.directory.segment,
+        stored.directory,
         arena.stride,
         arena.backed * arena.stride,
         stored.directory_bytes,
@@ -361,25 +360,39 @@ def _pages(arena: Arena, stored: StoredArena, *, thoroughly: bool) -> ArenaPages
     )
 
 
-def _undo_foreign_fills(pages: ArenaPages) -> list[str]:
+def _undo_foreign_fills(pages: ArenaPages, seen: Seen) -> None:
     """Punch out what nobody gave memory, and name it. Reading a hole through a read-only mapping
     fills it. Only holes are looked at: one system call that walks over a GiB of memory keeps a core
     for 15 ms, and the loop with it if it was there."""
-    differences: list[str] = []
-    segment, stride = pages.segment, pages.stride
     for hole in pages.holes():
-        end = hole.offset + hole.length
-        found = segment.next_backed(hole.offset)
-        while found is not None and found < end:
-            slot = found // stride
-            before = segment.backed_bytes()
-            segment.punch(slot * stride, stride)
-            differences.append(
-                f"{pages.name}: {before - segment.backed_bytes()} bytes of slot {slot} had memory "
-                "that nobody gave them: a client read what it had no lease on. They are given back."
+        for filled in _punch_filled(pages.segment, hole, pages.stride):
+            seen.undone += filled.length
+            seen.differences.append(
+                f"{pages.name}: {filled.length} bytes of slot {filled.offset // pages.stride} had "
+                "memory that "
+                "nobody gave them: a client read what it had no lease on. They are given back."
             )
-            found = segment.next_backed((slot + 1) * stride)
-    return differences
+    for hole in pages.directory.holes():
+        for filled in _punch_filled(pages.directory.segment, hole, PAGE):
+            seen.undone += filled.length
+            seen.differences.append(
+                f"{pages.name}: {filled.length} bytes at {filled.offset} of its directory had "
+                "memory that nobody gave them: some process of this user, or of root's, was there. "
+                "They are given back."
+            )
+
+
+def _punch_filled(segment: Segment, hole: ByteRange, step: int) -> Iterator[ByteRange]:
+    """Punch out what has memory in a hole, which begins at a multiple of `step`, so many bytes at
+    once: where they begin, and how many of them had memory."""
+    end = hole.offset + hole.length
+    found = segment.next_backed(hole.offset)
+    while found is not None and found < end:
+        start = found // step * step
+        before = segment.backed_bytes()
+        segment.punch(start, step)
+        yield ByteRange(start, before - segment.backed_bytes())
+        found = segment.next_backed(start + step)
 
 
 def _lost_slots(pages: ArenaPages) -> list[str]:

@@ -15,6 +15,7 @@ KvdError
 │   ├── BadStaging            staged bytes outside of the session's staging
 │   ├── BadPayload            staged bytes that are not what the payload format demands
 │   ├── SequenceEnded         the sequence has timed out and takes no more
+│   ├── NotStored             alloc asked that nothing of this sequence is stored
 │   ├── NoTenant              the daemon serves tenants, and this user is of none of them
 │   └── Forbidden             for the administrator only
 ├── ResourceError         nothing is wrong, but there is no room now: later it may work
@@ -118,6 +119,10 @@ class BadPayload(RequestError):
 
 class SequenceEnded(RequestError):
     code = "sequence_ended"
+
+
+class NotStored(RequestError):
+    code = "not_stored"
 
 
 class NoTenant(RequestError):

@@ -6,7 +6,7 @@ ranges. What depends on state (is this handle mine?) is the core's to answer. `b
 hold integers are packed little-endian: tokens and slots u32, staged offsets u64.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, NamedTuple
 
 from kvd_proto.checks import Ascii, Blob, Evidence, Int, Items, Packed, Row, Table, Text
@@ -25,6 +25,10 @@ MAX_SEQ_IDS = 255
 MAX_WAIT_MS = 24 * 3600 * 1000
 MAX_TTL_MS = 366 * MAX_WAIT_MS
 """Of a pin that ends by itself."""
+MAX_TRAITS = 64
+MAX_TRAIT_NAME = 40
+MAX_TRAIT_TEXT = 200
+"""What a client may tell people of a model's fingerprint: fields, and letters of each."""
 MAX_FAILURES = 1000
 """A session that never flushes is told of so many failed commits, the latest ones."""
 MAX_EVENTS = 500
@@ -45,6 +49,7 @@ Name = Annotated[str, Text(1, 200)]
 OptionalName = Annotated[str, Text(0, 200)]
 Owner = Annotated[str, Ascii(1, MAX_OWNER)]
 Tokens = Annotated[bytes, Packed(TOKEN_BYTES, 0, MAX_TOKENS)]
+SomeTokens = Annotated[bytes, Packed(TOKEN_BYTES, 1, MAX_TOKENS)]
 Slots = Annotated[bytes, Packed(4, 0, MAX_TOKENS)]
 Offsets = Annotated[bytes, Packed(8, 0, MAX_APPEND_BLOCKS)]
 Fingerprint = Annotated[bytes, Blob(FINGERPRINT_BYTES)]
@@ -52,6 +57,10 @@ Digest16 = Annotated[bytes, Blob(16)]
 Layers = Annotated[list[Any], LAYERS]
 SeqIds = Annotated[list[int], Items(0, MAX_SEQ_IDS, Int(0, MAX_SEQ_IDS - 1))]
 Generations = Annotated[list[int], Items(0, MAX_SEQ_IDS, Int(0, (1 << 64) - 1))]
+Flag = Annotated[int, Int(0, 1)]
+Traits = Annotated[
+    Sequence[Any], Items(0, MAX_TRAITS, Row((Text(1, MAX_TRAIT_NAME), Text(0, MAX_TRAIT_TEXT))))
+]
 ErrorText = Annotated[str, Text(0, MAX_ERROR_TEXT)]
 Details = Annotated[dict[str, Detail], Evidence(MAX_DETAILS)]
 Failures = Annotated[
@@ -83,13 +92,18 @@ class Pong(NamedTuple):
 
 
 class RegisterModel(NamedTuple):
-    """Make the arena of (tenant, model) exist, or find it. Idempotent."""
+    """Make the arena of (tenant, model) exist, or find it. Idempotent.
+
+    `traits`: [name, text] rows that say in words what the fingerprint is made of. For people, who
+    ask why another model's blocks are not theirs; nothing rests on them.
+    """
 
     name: Name
     fingerprint: Fingerprint
     payload_format: Name
     block_tokens: Annotated[int, Int(1, MAX_BLOCK_TOKENS)]
     layers: Layers
+    traits: Traits = ()
 
 
 class ModelRegistered(NamedTuple):
@@ -131,6 +145,7 @@ class Alloc(NamedTuple):
     `reserve_tokens` > 0 sets aside room for so many tokens after the last full matched block.
     `wait_ms` is how long to wait for an id, first come first served; 0 asks for an answer at once.
     `idle_timeout_ms` > 0: after so long without a request for it, the sequence is TIMED_OUT.
+    `use` 0: nothing is matched, whatever is cached. `store` 0: the sequence takes no appends.
     """
 
     context: U64
@@ -139,6 +154,8 @@ class Alloc(NamedTuple):
     reserve_tokens: Annotated[int, Int(0, MAX_TOKENS)]
     wait_ms: Milliseconds
     idle_timeout_ms: Milliseconds
+    use: Flag = 1
+    store: Flag = 1
 
 
 class Allocated(NamedTuple):
@@ -269,11 +286,13 @@ class Reported(NamedTuple):
 class Evict(NamedTuple):
     """Drop cached blocks that nobody leases, oldest first.
 
-    `model` "" means every model; `blocks` 0 means as many as there are.
+    `model` "" means every model; `blocks` 0 means as many as there are. `tenant` "" means all that
+    the session may evict, and otherwise that one's.
     """
 
     model: OptionalName
     blocks: U32
+    tenant: OptionalName = ""
 
 
 class Evicted(NamedTuple):
@@ -324,6 +343,38 @@ class Reload(NamedTuple):
     """Read the configuration again, and let what can change be in effect."""
 
 
+class Explain(NamedTuple):
+    """What of `tokens` is cached, and why not the rest. `model` is the arena fingerprint.
+
+    `tenant` "" is the session's own; to ask for another is the administrator's. `traits` as in
+    RegisterModel, for a model that is not registered. Leases nothing and is no use of anything.
+    """
+
+    model: Fingerprint
+    tokens: Tokens
+    tenant: OptionalName
+    traits: Traits
+
+
+class Forget(NamedTuple):
+    """Drop what is cached of `tokens` and all that goes on from them; what is before them only as
+    far as nothing else goes on from it. `model` and `tenant` as in Explain."""
+
+    model: Fingerprint
+    tokens: SomeTokens
+    tenant: OptionalName
+
+
+class Forgotten(NamedTuple):
+    """`tokens` of them were cached; so many blocks are gone, and so many were kept, because they
+    are leased or pinned."""
+
+    tokens: U32
+    blocks: U32
+    kept: U32
+    freed_bytes: U64
+
+
 class Events(NamedTuple):
     """What has happened, from event number `since` on; 2^64 - 1: from now on.
 
@@ -368,6 +419,8 @@ OPERATIONS: tuple[Operation, ...] = (
     Operation(18, ListPins, Reported),
     Operation(19, Config, Reported),
     Operation(20, Reload, Reported),
+    Operation(21, Explain, Reported),
+    Operation(22, Forget, Forgotten),
     Operation(23, Events, Reported),
 )
 

@@ -236,7 +236,7 @@ def test_a_wide_terminal_shows_whole_names(daemon: Daemon) -> None:
 def test_evict(tmp_path: Path) -> None:
     own = start_daemon("--max-memory", "64MiB", runtime_dir=tmp_path / "run")
     try:
-        none = kvctl(own, "evict", "--model", "tiny", "--all")
+        none = kvctl(own, "evict", "--model", "tiny", "--all", "--yes")
         assert none.returncode == 1
         assert "no model is called 'tiny'; there is none" in none.stderr
         with (
@@ -246,12 +246,12 @@ def test_evict(tmp_path: Path) -> None:
             store(context, range(80))
             one = kvctl(own, "evict", "--blocks", "1")
             assert one.stdout == "1 block evicted, 4.0 KiB given back to the system\n"
-            wrong = kvctl(own, "evict", "--model", "large", "--all")
+            wrong = kvctl(own, "evict", "--model", "large", "--all", "--yes")
             assert wrong.returncode == 1
             assert "there are: tiny" in wrong.stderr
             few = kvctl(own, "evict", "--model", "tiny", "--blocks", "3", "--json")
             assert json.loads(few.stdout) == {"blocks": 3, "freed_bytes": 3 * STRIDE}
-            rest = kvctl(own, "evict", "--all")
+            rest = kvctl(own, "evict", "--all", "--yes")
             assert (rest.returncode, rest.stdout.split()[0]) == (0, "6")
             assert client.status()["models"][0]["blocks"]["total"] == 0
     finally:
@@ -284,13 +284,22 @@ def test_pins(tmp_path: Path) -> None:
             assert re.search(r"kvctl +default +tiny +16 +2 +-", listed)
             assert re.search(r"ops +default +tiny +8 +1 +59 min", listed)
             assert re.search(r"tiny .* 2 +1 +0 +0 +12\.0 KiB", kvctl(own, "models").stdout)
-            assert kvctl(own, "evict", "--all").stdout.startswith("1 block evicted")
+            assert kvctl(own, "evict", "--all", "--yes").stdout.startswith("1 block evicted")
             wrong = kvctl(own, "unpin", "--model", "large")
             assert (wrong.returncode, "there are: tiny" in wrong.stderr) == (1, True)
             ended = kvctl(own, "unpin", "--owner", "ops", "--json")
             assert json.loads(ended.stdout) == {"pins": 1}
             assert kvctl(own, "unpin").stdout == "1 pin of 'kvctl' ended\n"
             assert kvctl(own, "pins").stdout == "nothing is pinned\n"
+            for owner in ("a", "b"):
+                kvctl(own, "pin", "--model", "tiny", "--owner", owner, input="[0, 1]", check=True)
+            asked = kvctl(own, "unpin", "--all")
+            assert (asked.returncode, asked.stdout) == (2, "")
+            assert "this would end 2 pins of 'a', 'b': do it with --yes" in asked.stderr
+            assert len(json.loads(kvctl(own, "pins", "--json").stdout)["pins"]) == 2
+            done = kvctl(own, "unpin", "--all", "--yes")
+            assert done.stdout == "2 pins of 2 owners ended\n"
+            assert kvctl(own, "unpin", "--all").stdout == "0 pins of 0 owners ended\n"
     finally:
         own.stop()
 

@@ -24,9 +24,11 @@ COMMAND = [sys.executable, "-m", "kvd_client.kvctl"]
 WITH: dict[str, list[str]] = {
     "evict": ["--all"],
     "pin": ["--model", "m", "/dev/null"],
+    "top": ["--once"],
     "warm": ["--model", "/dev/null", "/dev/null"],
 }
 """What a command cannot do without."""
+TRIES = 3
 WITHOUT = {"model-size"}
 """Asks a daemon for its budget, and goes on if there is none."""
 NAMES = [
@@ -56,14 +58,17 @@ def tell(runtime_dir: Path, *arguments: str) -> Told:
 def check(runtime_dir: Path, name: str, *advice: str) -> None:
     """The command says that there is no daemon, and this, within a second; how long Python takes to
     start on this machine at this moment is not counted."""
-    to_start = tell(runtime_dir, "--version").seconds
-    told = tell(runtime_dir, name, *WITH.get(name, []))
-    assert (told.code, told.out) == (3, ""), told
-    assert "Traceback" not in told.error
-    assert str(runtime_dir) in told.error
-    for text in advice:
-        assert text in told.error
-    assert told.seconds < to_start + 1.0, told
+    for _ in range(TRIES):  # the machine may have had something else to do
+        to_start = tell(runtime_dir, "--version").seconds
+        told = tell(runtime_dir, name, *WITH.get(name, []))
+        assert (told.code, told.out) == (3, ""), told
+        assert "Traceback" not in told.error
+        assert str(runtime_dir) in told.error
+        for text in advice:
+            assert text in told.error
+        if told.seconds < to_start + 1.0:
+            return
+    raise AssertionError(f"it took {told.seconds} s, of which {to_start} to start")
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -10,7 +10,17 @@ from typing import Any
 
 import pytest
 
-from kvd.core import accounting, allocating, budget, machine, recount
+from kvd.core import (
+    accounting,
+    allocating,
+    budget,
+    explaining,
+    forgetting,
+    machine,
+    recount,
+    siblings,
+    tree,
+)
 from kvd.core.arenas import Arena
 from kvd.core.cache import Counters, Limits, sum_of
 from kvd.core.events import (
@@ -74,9 +84,15 @@ def sealed_blocks(arena: Arena) -> list[Block]:
 
 
 def walk_in_steps_of(n_blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let a match, and the end of a lease, go on for so many blocks at once."""
-    for module in (allocating, machine, budget):
+    """Let a walk over blocks, as a match, or the end of a lease, go on for so many at once."""
+    for module in (allocating, machine, budget, explaining, forgetting):
         monkeypatch.setattr(module, "WALK_BLOCKS", n_blocks)
+
+
+def siblings_in_runs_of(n_blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let so many children of one block be few already."""
+    for module in (siblings, tree):
+        monkeypatch.setattr(module, "RUN", n_blocks)
 
 
 class Handle:
@@ -341,9 +357,15 @@ def model(name: str = "m", pages: int = 1, **other: Any) -> RegisterModel:
 
 
 def alloc(
-    context: int, *tokens: int, reserve: int = 0, wait_ms: int = 0, idle_ms: int = 0
+    context: int,
+    *tokens: int,
+    reserve: int = 0,
+    wait_ms: int = 0,
+    idle_ms: int = 0,
+    use: int = 1,
+    store: int = 1,
 ) -> Alloc:
-    return Alloc(context, "request", packed(*tokens), reserve, wait_ms, idle_ms)
+    return Alloc(context, "request", packed(*tokens), reserve, wait_ms, idle_ms, use, store)
 
 
 def append(handle: Handle, start: int, *tokens: int, staged: list[int] | None = None) -> Append:

@@ -106,6 +106,7 @@ class Sequence:
     length: int
     touched: float
     idle: float
+    stores: bool = True
     limit: int | None = None
     answered: bool = True
     """Whether the client knows of it already."""
@@ -195,6 +196,23 @@ class Arena:
         before = [path for path in last if packed(path) < packed(tokens[:end])]
         return max(before, key=packed) if before else min(last, key=packed)
 
+    def known(self) -> set[Path]:
+        """All that is there, served or not."""
+        return self.sealed.keys() | self.filling.keys()
+
+    def not_served(self, path: Path) -> str | None:
+        """If the tokens of `path`, of which a block has the last ones and which do not match, are
+        there all the same: why they are not served. Of several blocks the first one says."""
+        start = len(self.parent(path))
+        found = [
+            each
+            for each in self.known()
+            if each[: len(path)] == path and len(self.parent(each)) == start
+        ]
+        if not found:
+            return None
+        return "filling" if min(found, key=packed) in self.filling else "unchecked"
+
     def extension(self, path: Path) -> Path | None:
         """The first sealed sibling of an open tail that begins with it and goes on."""
         found = [
@@ -221,6 +239,26 @@ class Arena:
                 planned.stored.append(path)
             planned.paths.append(path)
         return planned
+
+    def belongs_to(self, tokens: Path) -> set[Path]:
+        """What goes on from a prompt, and open tails that are a part of its end."""
+        start = self.common_blocks(tokens)
+        end = tokens[: start + self.block_tokens]
+        goes_on = {path for path in self.known() if path[: len(tokens)] == tokens}
+        if len(end) == start + self.block_tokens:
+            goes_on = set()  # its next block is not there, so nothing is there that has its end
+        tails = {path for path in self.known() if self.parent(path) == tokens[:start]}
+        return goes_on | {path for path in tails if path == end[: len(path)] and len(path) > start}
+
+    def common_blocks(self, tokens: Path) -> int:
+        """How many tokens of a prompt are in full blocks that are there, served or not."""
+        end = 0
+        while (
+            end + self.block_tokens <= len(tokens)
+            and tokens[: end + self.block_tokens] in self.known()
+        ):
+            end += self.block_tokens
+        return end
 
     def remove(self, path: Path, sequences: list[Sequence]) -> None:
         """No source can fill this block: it goes with everything below, which is forgotten here

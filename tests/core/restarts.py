@@ -286,7 +286,8 @@ class RestartingWorld(World):
             self.sessions, self.contexts, self.arenas, self.answers, self.askers, self.allocs,
             self.reserving, self.backing, self.copying, self.seals, self.staged, self.unheld,
             self.checks, self.deferred, self.deferred_pins, self.retrying, self.condemned,
-            self.from_before, self.dropped, self.counts_for,
+            self.from_before, self.dropped, self.counts_for, self.ghosts, self.gave_way,
+            self.not_stored,
         ):  # fmt: skip
             each.clear()
         self.evicting = False
@@ -347,7 +348,7 @@ class RestartingWorld(World):
             )
             for each in records
         }  # fmt: skip
-        kind = _kind_of(made)
+        kind = self.kinds[number] = _kind_of(made)
         arena = Arena(number, made.tenant, kind.block_tokens, kind.stride)
         paths = {recorded.path for recorded in disk.recorded.values()}
         for slot, (path, _) in disk.recorded.items():
@@ -503,12 +504,21 @@ class RestartingWorld(World):
         reserve_tokens: int = 0,
         wait_ms: int = 0,
         idle_timeout_ms: int = 0,
+        use: bool = True,
+        store: bool = True,
     ) -> None:
-        if not self._must_check(context.arena, tokens):
-            super().alloc(context, tokens, reserve_tokens, wait_ms, idle_timeout_ms)
+        is_wrong = reserve_tokens and not store
+        if is_wrong or not use or not self._must_check(context.arena, tokens):
+            super().alloc(context, tokens, reserve_tokens, wait_ms, idle_timeout_ms, use, store)
             return
         message = Alloc(
-            context.number, "", packed(tokens), reserve_tokens, wait_ms, idle_timeout_ms
+            context.number,
+            "",
+            packed(tokens),
+            reserve_tokens,
+            wait_ms,
+            idle_timeout_ms,
+            store=int(store),
         )
         correlation = self.n_asked + 1
         self.deferred[correlation] = Waiting(context, message, 0.0)
@@ -650,6 +660,7 @@ class RestartingWorld(World):
             for each in self.arenas.values()
         ):
             return
+        self.registering = f"tenant {session.tenant}"
         effects = self._send(session, kind.message, lambda body: None)
         made = [each for each in effects if isinstance(each, CreateArena)]
         if made:
@@ -660,6 +671,7 @@ class RestartingWorld(World):
             self.returned = made[0].directory_bytes
         self._settle(effects)
         self.returned = 0
+        self.registering = ""
 
     # --- what world.py does, and more
 

@@ -283,6 +283,10 @@ def reserved(cache: Cache) -> Any:
     return of_session(cache).reserved
 
 
+def of_share(cache: Cache) -> Any:
+    return of_tenant(cache).share
+
+
 def filled(cache: Cache) -> Any:
     return of_session(cache).filling
 
@@ -300,6 +304,8 @@ def forget_a_waiter(cache: Cache) -> None:
         (add("staging_bytes", of_dead_session, PAGE), "staging of t: running total"),
         (add("held", of_tenant, 1), "held by t: running total"),
         (lose_an_arena, "arenas of t"),
+        (add("held", of_share, PAGE), "of the minimum of t: running total"),
+        (add("promised", of_budget, PAGE), "promised: running total 4096, recounted 0"),
         (exceed_the_quota, "quota of t: running total"),
         (add("excess", of_tenant, 1), "excess of t: running total 1, recounted 0"),
         (add("wanted", attrgetter("budget"), -PAGE), "budget: running total"),

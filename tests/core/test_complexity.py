@@ -13,12 +13,10 @@ from typing import Any
 import pytest
 
 import kvd.core
-from kvd.core import siblings as siblings_module
-from kvd.core import tree
 from kvd.core.budget import Budget
 from kvd.core.siblings import Siblings
 from kvd_proto.messages import COMPLETED, CloseContext, Evict, Get, Release
-from tests.core.driver import PAGE, Driver, Handle, alloc, append
+from tests.core.driver import PAGE, Driver, Handle, alloc, append, siblings_in_runs_of
 
 CORE = str(Path(kvd.core.__file__).parent)
 FEW, MANY = 100, 5_000
@@ -27,8 +25,7 @@ FEW, MANY = 100, 5_000
 @pytest.fixture(autouse=True)
 def few_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let siblings be in several runs with few of them already, as they are with many."""
-    for module in (siblings_module, tree):
-        monkeypatch.setattr(module, "RUN", 8)
+    siblings_in_runs_of(8, monkeypatch)
 
 
 class Counter:
@@ -65,11 +62,11 @@ class Counter:
         for arena in budget.arenas.values():
             arena.free = self._watched(list, arena.free)
             arena.punched = self._watched(list, arena.punched)
-            children = arena.root._children
+            children = arena.root.family
             if isinstance(children, Siblings):
                 children.runs = [self._watched(list, run) for run in children.runs]
             elif isinstance(children, list):
-                arena.root._children = self._watched(list, children)
+                arena.root.family = self._watched(list, children)
 
     def _watched(self, kind: Any, items: Any) -> Any:
         counter = self

@@ -124,7 +124,7 @@ def test_a_count_in_steps_is_of_its_first_moment(
     """Each event is followed by a recount, of what sessions fill and have reserved, too."""
     random = Random(seed)
     walk_in_steps_of(random.choice((1, 2, 1024)), monkeypatch)
-    monkeypatch.setattr(holdings, "WALK_BLOCKS", 1)
+    monkeypatch.setattr(holdings, "STEP_BLOCKS", 1)
     steps = Steps(random)
     in_between = 0
     for _ in range(80):

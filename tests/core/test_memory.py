@@ -13,7 +13,7 @@ from kvd_proto.layout import record_bytes
 from tests.core.driver import packed
 
 BLOCK_TOKENS = 32
-N_BLOCKS = 20_000
+N_BLOCKS = 10_000
 MOST_BYTES = 450
 """Of the core and the directory. The promise is 500 of the daemon, where each object takes up to 15
 bytes more than it asked for."""
@@ -61,7 +61,7 @@ def test_a_block_of_prompts_that_share_nothing() -> None:
 
 
 def test_a_block_among_siblings() -> None:
-    n_blocks = 5_000
+    n_blocks = 3_000
     replay = Replay(n_blocks)
     gc.collect()
     tracemalloc.start()

@@ -31,6 +31,7 @@ which = st.integers(0, 11)
 prompts = st.lists(st.sampled_from(VOCABULARY), max_size=7).map(tuple)
 appendices = st.lists(st.sampled_from(VOCABULARY), min_size=1, max_size=6).map(tuple)
 kinds = st.sampled_from(KINDS)
+tenants = st.sampled_from(("", "", "", "t", "u", "nobody"))
 
 
 class CoreMachine(RuleBasedStateMachine):
@@ -107,11 +108,19 @@ class CoreMachine(RuleBasedStateMachine):
         reserve=st.sampled_from((0, 0, 0, 1, 3, 5, 60)),
         wait_ms=st.sampled_from((0, 250, 500)),
         idle_ms=st.sampled_from((0, 0, 250, 1000)),
+        wish=st.sampled_from(("", "", "", "not used", "not stored")),
     )
     def alloc(
-        self, which: int, tokens: tuple[int, ...], reserve: int, wait_ms: int, idle_ms: int
+        self,
+        which: int,
+        tokens: tuple[int, ...],
+        reserve: int,
+        wait_ms: int,
+        idle_ms: int,
+        wish: str,
     ) -> None:
-        self.world.alloc(self._context(which), tokens, reserve, wait_ms, idle_ms)
+        use, store = wish != "not used", wish != "not stored"
+        self.world.alloc(self._context(which), tokens, reserve, wait_ms, idle_ms, use, store)
 
     # The more rules do it, the more often it is done.
     @precondition(lambda self: self.world.known_sequences())
@@ -162,9 +171,24 @@ class CoreMachine(RuleBasedStateMachine):
         self.world.flush(session, max(0, session.last_commit - before_last))
 
     @precondition(lambda self: self.world.sessions)
-    @rule(which=which, name=st.sampled_from(("", "a", "b", "c")), n_blocks=st.integers(0, 2))
-    def evict(self, which: int, name: str, n_blocks: int) -> None:
-        self.world.evict(self._session(which), name, n_blocks)
+    @rule(
+        which=which,
+        name=st.sampled_from(("", "a", "b", "c")),
+        n_blocks=st.integers(0, 2),
+        tenant=tenants,
+    )
+    def evict(self, which: int, name: str, n_blocks: int, tenant: str) -> None:
+        self.world.evict(self._session(which), name, n_blocks, tenant)
+
+    @precondition(lambda self: self.world.sessions)
+    @rule(which=which, kind=kinds, tokens=appendices, tenant=tenants)
+    def forget(self, which: int, kind: Any, tokens: tuple[int, ...], tenant: str) -> None:
+        self.world.forget(self._session(which), kind, tokens, tenant)
+
+    @precondition(lambda self: self.world.sessions)
+    @rule(which=which, kind=kinds, tokens=prompts, tenant=tenants)
+    def explain(self, which: int, kind: Any, tokens: tuple[int, ...], tenant: str) -> None:
+        self.world.explain(self._session(which), kind, tokens, tenant)
 
     @precondition(lambda self: self.world.sessions)
     @rule(

@@ -93,7 +93,7 @@ def test_formats_and_types_that_are_not_known(driver: Driver) -> None:
         {"payload_format": "pickle"},
         {"payload_format": "llama-state", "layers": [["q9_9", 34, "f16", 2]]},
         {"payload_format": "llama-state", "layers": [["q8_0", 33, "f16", 2]]},
-        {"layers": [["f16", 0, "f16", 1]]},
+        {"layers": [["f16", 0, "f16", 0]]},
     ):
         assert driver.refusal(b"s", model(**other)) is BadMessage
     assert not driver.cache.budget.arenas

@@ -21,6 +21,7 @@ from tests.core.driver import (
     model,
     packed,
     sealed_blocks,
+    siblings_in_runs_of,
 )
 from tests.core.test_complexity import Counter
 
@@ -191,8 +192,9 @@ def test_a_quota_beyond_the_budget_is_none() -> None:
     assert (tenant.quota, tenant.has_quota) == (1 << 20, False)
 
 
-def test_an_eviction_costs_the_same_however_much_there_is() -> None:
+def test_an_eviction_costs_the_same_however_much_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """At the quota, and at the budget, of several tenants."""
+    siblings_in_runs_of(8, monkeypatch)
 
     def cost(n_blocks: int, quota: int | None, whose: str) -> int:
         driver = Tenants(quota, None, pages=n_blocks)

@@ -5,6 +5,7 @@ Models have a stride of one page. Beside its blocks a tenant's model takes BESID
 
 import pytest
 
+from kvd.core import budget
 from kvd.core.shares import ModelRule, Share, may_lose
 from kvd.core.tenants import TenantRule
 from kvd_proto.errors import AllLeased, BudgetTooSmall, ModelTooLarge, OverQuota
@@ -195,3 +196,22 @@ def test_who_may_lose_what(held: int, loses: int, may: bool) -> None:
     assert may_lose(loser, None, loses), "by command"
     assert may_lose(Share(0, held), taker, loses), "without a minimum"
     assert loser.promised == max(0, 5 - held)
+
+
+def test_an_eviction_looks_at_no_more_than_the_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However much is kept within a minimum, and is older."""
+    driver = Sharing(TenantRule("a", minimum=30 * PAGE), ModelRule("kept", minimum=10 * PAGE))
+    driver.fill("a", 20)
+    driver.fill("c", 4, "kept")
+    driver.fill("b", 4)
+    looked_at = []
+
+    def counting(loser: Share, taker: Share | None, n_bytes: int) -> bool:
+        looked_at.append(loser)
+        return may_lose(loser, taker, n_bytes)
+
+    monkeypatch.setattr(budget, "may_lose", counting)
+    taker = driver.cache.budget.tenants["b"].share
+    block = driver.cache.budget.pop_oldest([], driver.cache.budget, taker)
+    assert block.arena.tenant.name == "b", "the others' are older, and stay"
+    assert len(looked_at) == 3

@@ -4,10 +4,9 @@ from random import Random
 
 import pytest
 
-from kvd.core import siblings, tree
 from kvd.core.siblings import Siblings
 from kvd.core.tree import FILLING, SEALED, Block
-from tests.core.driver import packed, path_of
+from tests.core.driver import packed, path_of, siblings_in_runs_of
 
 TOKENS = (0, 1, 256, 1 << 24)
 """256 sorts before 1 as bytes do."""
@@ -34,8 +33,7 @@ class Families:
         """Of both; returns what they answer."""
         answers = []
         for run, root in zip((2, 1 << 20), self.roots, strict=True):
-            for module in (siblings, tree):
-                self.monkeypatch.setattr(module, "RUN", run)
+            siblings_in_runs_of(run, self.monkeypatch)
             answers.append(action(root))
         return answers
 
@@ -76,9 +74,9 @@ def test_many_children_answer_as_few_do(seed: int, monkeypatch: pytest.MonkeyPat
         ):
             many, few = families.do(question)
             assert many == few
-        assert not isinstance(families.roots[1]._children, Siblings)
-        if isinstance(families.roots[0]._children, Siblings):
-            runs = families.roots[0]._children.runs
+        assert not isinstance(families.roots[1].family, Siblings)
+        if isinstance(families.roots[0].family, Siblings):
+            runs = families.roots[0].family.runs
             assert all(0 < len(run) < 2 * 2 for run in runs), "what is moved for one more or less"
             most = max(most, len(runs))
     assert most > 10

@@ -8,7 +8,18 @@ from random import Random
 import pytest
 
 from tests.core.driver import walk_in_steps_of
-from tests.core.world import KINDS, OWNERS, SHARES, STAGING, TENANTS, VOCABULARY, Shares, World
+from tests.core.reference import Session
+from tests.core.world import (
+    KINDS,
+    OWNERS,
+    SHARES,
+    STAGING,
+    TENANTS,
+    VOCABULARY,
+    Kind,
+    Shares,
+    World,
+)
 
 STEPS = int(os.environ.get("KVD_SIMULATION_STEPS", 100_000))
 SEEDS = range(10)
@@ -62,6 +73,8 @@ class Life:
             self.release: random.choice((20, 50)),
             self.flush: 10,
             self.evict: random.choice((0, 5)),
+            self.forget: random.choice((0, 3)),
+            self.explain: 10,
             self.pin: random.choice((0, 5, 20)),
             self.unpin: random.choice((1, 5)),
             self.reconfigure: random.choice((0, 2, 10)),
@@ -140,6 +153,8 @@ class Life:
                 self.random.choice((0, 0, 0, 0, 0, 1, 3, 5, 60)),
                 self.random.choice((0, 250, 500)),
                 self.random.choice((0, 0, 250, 1000)),
+                use=self.random.random() < 0.95,
+                store=self.random.random() < 0.95,
             )
 
     def append(self) -> None:
@@ -172,7 +187,29 @@ class Life:
     def evict(self) -> None:
         if session := self._session():
             name = self.random.choice(("", "a", "b", "c"))
-            self.world.evict(session, name, self.random.choice((0, 1, 2)))
+            self.world.evict(session, name, self.random.choice((0, 1, 2)), self._tenant())
+
+    def _tenant(self) -> str:
+        return self.random.choice(("", "", "", *self.world.tenants, "nobody"))
+
+    def _prompt(self, session: Session, kind: Kind) -> tuple[int, ...]:
+        """Mostly of what is there."""
+        arena = self.world.arena_of(session, kind)
+        if arena is None or not arena.known() or self.random.random() < 0.3:
+            return self._tokens(1, 7)
+        path = self.random.choice(sorted(arena.known()))
+        path = path[: self.random.randint(1, len(path))]
+        return path + self._tokens(0, self.random.choice((0, 3)))
+
+    def forget(self) -> None:
+        if session := self._session():
+            kind = self.random.choice(KINDS)
+            self.world.forget(session, kind, self._prompt(session, kind), self._tenant())
+
+    def explain(self) -> None:
+        if session := self._session():
+            kind = self.random.choice(KINDS)
+            self.world.explain(session, kind, self._prompt(session, kind), self._tenant())
 
     def pin(self) -> None:
         if session := self._session():

@@ -63,8 +63,11 @@ from kvd_proto.messages import (
     Done,
     Evict,
     Evicted,
+    Explain,
     Flush,
     Flushed,
+    Forget,
+    Forgotten,
     Get,
     KeepAlive,
     KeptAlive,
@@ -74,6 +77,7 @@ from kvd_proto.messages import (
     Pinned,
     RegisterModel,
     Release,
+    Reported,
     Unpin,
     Unpinned,
 )
@@ -90,6 +94,7 @@ from tests.core.reference import (
     Session,
     Source,
     Wanted,
+    common,
     packed,
 )
 
@@ -170,6 +175,13 @@ SHARES = (
 )
 """Some of a world; the first one changes nothing. All fit the smallest budget there is."""
 OWNERS = ("o", "p")
+TOGETHER: dict[str, str] = {
+    **dict.fromkeys((Reason.ROOM, Reason.QUOTA, Reason.REDUCED, Reason.COMMAND), "evicted"),
+    **dict.fromkeys((Reason.DAMAGED, Reason.ORPHANED), "lost"),
+}
+"""Reasons that are not told apart here: elsewhere."""
+EITHER = "lost or superseded"
+"""A tail that goes since what is above it is lost; but perhaps its lease ended a moment before."""
 LARGEST_PAYLOAD = max(kind.payload_bytes for kind in KINDS)
 LARGEST_STRIDE = max(kind.stride for kind in KINDS)
 
@@ -233,6 +245,8 @@ class World:
         self.sessions: dict[bytes, Session] = {}
         self.contexts: dict[int, Context] = {}
         self.arenas: dict[int, Arena] = {}
+        self.kinds: dict[int, Kind] = {}
+        """By arena, also of those that have gone."""
         self.n_connected = 0
         self.n_asked = 0
         self.answers: dict[int, Answered] = {}
@@ -263,6 +277,14 @@ class World:
         """Whose minimum counts what makes room for another model, while one is registered."""
         self.counts_for: dict[int, str] = {}
         """By arena: for whose minimum it counts, those that have just gone included."""
+        self.forgetting: set[tuple[int, Path]] = set()
+        """What goes in this step since it is to be forgotten."""
+        self.ghosts: dict[tuple[str, Kind, Path], tuple[float, str]] = {}
+        """Of each tenant's and model's blocks that were dropped: when it was last, and why."""
+        self.gave_way: dict[tuple[str, Kind], float] = {}
+        """When all blocks of a model went with it."""
+        self.not_stored: Counter[str] = Counter()
+        """By tenant: sequences that are not stored."""
         self.given_up = 0
         """Bytes of arenas that nobody used, and that went in this step."""
         self.returned = 0
@@ -440,10 +462,22 @@ class World:
         reserve_tokens: int = 0,
         wait_ms: int = 0,
         idle_timeout_ms: int = 0,
+        use: bool = True,
+        store: bool = True,
     ) -> None:
         message = Alloc(
-            context.number, "", packed(tokens), reserve_tokens, wait_ms, idle_timeout_ms
+            context.number,
+            "",
+            packed(tokens),
+            reserve_tokens,
+            wait_ms,
+            idle_timeout_ms,
+            int(use),
+            int(store),
         )
+        if reserve_tokens and not store:
+            self._request(context.session, message, _fails(errors.BadMessage))
+            return
         correlation = self.n_asked + 1
         full = len(self.sequences()) >= self.max_sequences
         before = any(alloc.context is context for alloc in self.allocs.values())
@@ -480,7 +514,9 @@ class World:
         )
         sequence.touched = self.now
         wrong: type[KvdError] | None = None
-        if sequence.timed_out:
+        if not sequence.stores:
+            wrong = errors.NotStored
+        elif sequence.timed_out:
             wrong = errors.SequenceEnded
         elif start != right_start:
             wrong = errors.BadPosition
@@ -652,12 +688,17 @@ class World:
         self._request(session, Flush(commit), answered)
         assert (correlation in self.answers) == waits
 
-    def evict(self, session: Session, name: str, n_blocks: int) -> None:
+    def evict(self, session: Session, name: str, n_blocks: int, tenant: str = "") -> None:
+        message = Evict(name, n_blocks, tenant)
+        if (wrong := self._wrong_tenant(session, tenant)) is not None:
+            self._request(session, message, _fails(wrong))
+            return
+        everybodys = session.administrator and not tenant
         chosen = [
             arena
             for arena in self.arenas.values()
             if name in ("", self._kind(arena.number).name)
-            and (session.administrator or arena.tenant == session.tenant)
+            and (everybodys or arena.tenant == (tenant or session.tenant))
         ]
         cached = sum(len(arena.sealed.keys() - self._in_use(arena)) for arena in chosen)
 
@@ -669,8 +710,120 @@ class World:
                 assert not self.core.cache.budget.arenas[arena.number].free
 
         self.evicting = True
-        self._settle(self._send(session, Evict(name, n_blocks), answered), chosen)
+        self._settle(self._send(session, message, answered), chosen)
         self.evicting = False
+
+    def _wrong_tenant(self, session: Session, name: str) -> type[KvdError] | None:
+        """What is answered to who names this tenant, if he may not."""
+        if name in ("", session.tenant):
+            return None
+        if not session.administrator:
+            return errors.Forbidden
+        return None if name in self.tenants else errors.BadMessage
+
+    def forget(self, session: Session, kind: Kind, tokens: Path, tenant: str = "") -> None:
+        """What belongs to the prompt goes, and from its end up what nothing else goes on from."""
+        message = Forget(kind.fingerprint, packed(tokens), tenant)
+        arena = self._arena(tenant or session.tenant, kind)
+        wrong = self._wrong_tenant(session, tenant)
+        if wrong is None and arena is None:
+            wrong = errors.UnknownModel
+        if wrong is not None:
+            self._request(session, message, _fails(wrong))
+            return
+        assert arena is not None
+        held = self._in_use(arena)
+        doomed = arena.belongs_to(tokens)
+        start = arena.common_blocks(tokens)
+        there = [
+            common(path, tokens) for path in arena.sealed if arena.parent(path) == tokens[:start]
+        ]
+        n_tokens = max([start, *there])
+        going, kept = doomed - held, doomed & held
+        node = tokens[:start]
+        while node and not [
+            path for path in arena.known() - going if arena.parent(path) == node and path != node
+        ]:
+            if node in held:
+                kept.add(node)
+                break
+            going.add(node)
+            node = arena.parent(node)
+        self.forgetting = {(arena.number, path) for path in going}
+        self.commanded += len(going)
+        reply = Forgotten(n_tokens, len(going), len(kept), len(going) * arena.stride)
+        self._settle(self._send(session, message, _is(reply)), [arena])
+        assert not going & arena.sealed.keys()
+        self.forgetting = set()
+
+    def explain(self, session: Session, kind: Kind, tokens: Path, tenant: str = "") -> None:
+        message = Explain(kind.fingerprint, packed(tokens), tenant, [])
+        if (wrong := self._wrong_tenant(session, tenant)) is not None:
+            self._request(session, message, _fails(wrong))
+            return
+        whose = tenant or session.tenant
+        arena = self._arena(whose, kind)
+        matched = arena.matched(tokens) if arena else 0
+
+        def answered(body: Any) -> None:
+            assert isinstance(body, Reported)
+            report = body.report
+            missing = report.pop("missing")
+            assert missing == self._explained(arena, whose, kind, tokens, missing)
+            others = {row["model"]: row["tokens"] for row in report.pop("others")}
+            assert others == {
+                self._kind(other.number).name: other.matched(tokens)
+                for other in self.arenas.values()
+                if other.tenant == whose and other is not arena and other.matched(tokens) > matched
+            }
+            elsewhere = [self._arena(name, kind) for name in self.tenants if name != whose]
+            has_more = any(each.matched(tokens) > matched for each in elsewhere if each)
+            dropped = self.gave_way.get((whose, kind))
+            assert report == {
+                "model": kind.name if arena else None,
+                "fingerprint": kind.fingerprint.hex(),
+                "tenant": whose,
+                "block_tokens": kind.block_tokens if arena else None,
+                "asked_tokens": len(tokens),
+                "matched_tokens": matched,
+                "matched_blocks": len(arena.chain(arena.best(tokens))) if arena else 0,
+                "memory_seconds": None,
+                "model_dropped_seconds": None if dropped is None else self.now - dropped,
+                "sequences_not_stored": self.not_stored[whose],
+                "another_tenant": has_more if session.administrator else None,
+            }
+
+        self._request(session, message, answered)
+
+    def _explained(
+        self, arena: Arena | None, tenant: str, kind: Kind, tokens: Path, told: Any
+    ) -> dict[str, Any] | None:
+        """What must be told of the first block that does not match. Of the reasons in TOGETHER the
+        one that is `told` is right."""
+        matched = arena.matched(tokens) if arena else 0
+        if arena is None or matched == len(tokens):
+            return None
+        start = matched // kind.block_tokens * kind.block_tokens
+        path = tokens[: start + kind.block_tokens]
+        why = arena.not_served(path)
+        reason, seconds, n_tokens = None, None, 0
+        if why is None:
+            why = "not_known" if len(path) == start + kind.block_tokens else "too_short"
+            for end in range(matched + 1, len(path) + 1):  # the longest one is told
+                if (tenant, kind, path[:end]) in self.ghosts:
+                    when, reason = self.ghosts[tenant, kind, path[:end]]
+                    why, seconds, n_tokens = "evicted", self.now - when, end - start
+        if told and TOGETHER.get(told["reason"], told["reason"]) in (reason or "").split(" or "):
+            reason = told["reason"]
+        return {
+            "block": start // kind.block_tokens,
+            "start": start,
+            "end": len(path),
+            "why": why,
+            "tokens": n_tokens,
+            "reason": reason,
+            "seconds_ago": seconds,
+        }
 
     # --- pins
 
@@ -729,11 +882,14 @@ class World:
         self._request(session, Unpin(owner, name), _is(Unpinned(len(ended))))
 
     def arena_of(self, session: Session, kind: Kind) -> Arena | None:
+        return self._arena(session.tenant, kind)
+
+    def _arena(self, tenant: str, kind: Kind) -> Arena | None:
         return next(
             (
                 each
                 for each in self.arenas.values()
-                if self._kind(each.number) is kind and each.tenant == session.tenant
+                if self._kind(each.number) is kind and each.tenant == tenant
             ),
             None,
         )
@@ -883,8 +1039,7 @@ class World:
     # --- what the steps share
 
     def _kind(self, model: int) -> Kind:
-        name = self.core.cache.budget.arenas[model].name
-        return next(each for each in KINDS if each.name == name)
+        return self.kinds[model]
 
     def _real(self, sequence: Sequence) -> Any:
         return self.core.cache.contexts[sequence.context.number].open[sequence.seq_id]
@@ -969,7 +1124,8 @@ class World:
                 self.sessions[session].advance()
                 shell.complete(session, commit)
                 self._free_staging(self.sessions[session])
-            case CreateArena():
+            case CreateArena(number, _, name):
+                self.kinds[number] = next(each for each in KINDS if each.name == name)
                 shell.create_arena(effect)
             case RemoveArena(number):
                 self._give_up(self.arenas.pop(number))
@@ -1022,6 +1178,8 @@ class World:
         size = PAGE + (FIRST_DIRECTORY if not arena.births else DIRECTORY)
         self.given_up += size + len(self.shell.arenas[arena.number].memory) * arena.stride
         self.dropped[arena.tenant, "arena"] += len(arena.sealed)
+        if arena.sealed:
+            self.gave_way[arena.tenant, self.kinds[arena.number]] = self.now
         for path in arena.sealed:
             self.unheld.pop((arena.number, path), None)
         arena.sealed.clear()
@@ -1089,17 +1247,15 @@ class World:
             for each in arena.chain(path)[:-1]
         )
         is_superseded = len(path) % arena.block_tokens and arena.extension(path)
-        if is_orphan or self._is_damaged(number, path):
+        if is_orphan and is_superseded:
+            why = EITHER
+        elif is_orphan or self._is_damaged(number, path):
             why = "lost"
-            # Of one that is both, either is true: it depends on what kept it until now.
-            evicted_as = self.core.cache.budget.tenants[arena.tenant].evicted
-            told = self.dropped[arena.tenant, "superseded"]
-            if is_superseded and evicted_as[Reason.SUPERSEDED] > told:
-                why = "superseded"
         else:
             why = "superseded" if is_superseded else "evicted"
         self.dropped[arena.tenant, why] += 1
-        if not is_orphan and not is_superseded:
+        self.ghosts[arena.tenant, self.kinds[number], path] = (self.now, why)
+        if not is_orphan and not is_superseded and (number, path) not in self.forgetting:
             evicted.append((number, path))
 
     def _is_damaged(self, number: int, path: Path) -> bool:
@@ -1116,7 +1272,8 @@ class World:
         context.generation += 1
         context.free_ids.rotate(-1)
         n_slots = -(-message.reserve_tokens // arena.block_tokens)
-        self._check_refusal(body, arena, n_slots, arena.best(_tokens(message.tokens)))
+        named = arena.best(_tokens(message.tokens)) if message.use else ()
+        self._check_refusal(body, arena, n_slots, named)
 
     def _take_turn(self, correlation: int) -> Waiting:
         """Nobody who came before could have been served."""
@@ -1135,9 +1292,9 @@ class World:
         arena, tokens = context.arena, _tokens(message.tokens)
         context.generation += 1
         assert (body.seq_id, body.generation) == (context.free_ids.popleft(), context.generation)
-        matched = arena.matched(tokens)
+        matched = arena.matched(tokens) if message.use else 0
         assert body.matched_tokens == matched
-        leased = arena.best(tokens)
+        leased = arena.best(tokens) if message.use else ()
         slots = _slots(body.slots)
         assert slots == [arena.sealed[path] for path in arena.chain(leased)]
         assert body.last_block_tokens == len(leased) - len(arena.parent(leased))
@@ -1152,7 +1309,9 @@ class World:
             matched,
             self.now,
             message.idle_timeout_ms / 1000,
+            bool(message.store),
         )
+        self.not_stored[arena.tenant] += not message.store
         if message.reserve_tokens:
             sequence.limit = len(full) + message.reserve_tokens
         context.open[body.seq_id] = sequence
@@ -1349,7 +1508,7 @@ class World:
         budget = self.core.cache.budget
         promised = sum(max(0, minima[each] - held[each]) for each in minima)
         assert promised <= budget.unassigned or self.is_reconfigured  # then: _check_resized
-        assert all(each.held <= each.cap for each in budget.models.values())
+        assert all(each.headroom >= 0 for each in budget.models.values())
         takers = {self.registering}  # another model of its own may have gone for it
         takers |= {f"tenant {name}" for name in self.limited}  # or for a smaller quota
         for effect in effects:
@@ -1478,19 +1637,23 @@ class World:
 
     def _compare_reasons(self) -> None:
         """Each block that was dropped is counted once, by why that was."""
-        together = {
-            **dict.fromkeys((Reason.ROOM, Reason.QUOTA, Reason.REDUCED, Reason.COMMAND), "evicted"),
-            **dict.fromkeys((Reason.DAMAGED, Reason.ORPHANED), "lost"),
-        }
         counted: Counter[tuple[str, str]] = Counter()
         tenants = self.core.cache.budget.tenants.values()
         for tenant in tenants:
             for reason, count in tenant.evicted.items():
-                counted[tenant.name, together.get(reason, reason)] += count
+                counted[tenant.name, TOGETHER.get(reason, reason)] += count
             may_be_at_one = tenant.name in self.limited or self.model_rules
             assert may_be_at_one or not tenant.evicted[Reason.QUOTA]
             assert self.is_reconfigured or not tenant.evicted[Reason.REDUCED]
-        assert counted == self.dropped
+        for tenant in tenants:
+            both = self.dropped[tenant.name, EITHER]
+            lost, superseded = (
+                counted[tenant.name, why] - self.dropped[tenant.name, why]
+                for why in ("lost", Reason.SUPERSEDED)
+            )
+            assert min(lost, superseded) >= 0 <= both == lost + superseded
+            for why in ("evicted", Reason.ARENA):
+                assert counted[tenant.name, why] == self.dropped[tenant.name, why]
         assert self.commanded == sum(tenant.evicted[Reason.COMMAND] for tenant in tenants)
 
     def _compare_tokens(

@@ -31,6 +31,7 @@ CONTEXT = 0x0123456789ABCD81
 U32, U64 = (1 << 32) - 1, (1 << 64) - 1
 SMOLLM2 = [["f16", 384, "f16", 384]] * 30
 TINY = [["f16", 2, "f16", 2]]
+TRAITS = [["type_k", "q8_0"], ["rope.scaling", "model"]]
 
 
 def tokens(*ids: int) -> bytes:
@@ -46,13 +47,13 @@ def offsets(*values: int) -> bytes:
 REQUESTS: list[tuple[int, m.Message]] = [
     (1, m.Ping()),
     (U64, m.Ping()),
-    (2, m.RegisterModel("SmolLM2-135M", MODEL_FINGERPRINT, "llama-state", 32, SMOLLM2)),
-    (3, m.RegisterModel("tiny ü", MODEL_FINGERPRINT, "array", 1, [["float32", 12, "bf16", 6]])),
+    (2, m.RegisterModel("SmolLM2-135M", MODEL_FINGERPRINT, "llama-state", 32, SMOLLM2, TRAITS)),
+    (3, m.RegisterModel("tiny ü", MODEL_FINGERPRINT, "array", 1, [["float32", 12, "bf16", 6]], [])),
     (4, m.OpenContext(1, 8, [])),
     (5, m.OpenContext(1, 255, [0, 7, 254])),
     (6, m.CloseContext(CONTEXT)),
-    (7, m.Alloc(CONTEXT, "request-17", tokens(1, 2, 3, 49151, U32), 0, 0, 0)),
-    (8, m.Alloc(CONTEXT, "", b"", 64, 1500, 60_000)),
+    (7, m.Alloc(CONTEXT, "request-17", tokens(1, 2, 3, 49151, U32), 0, 0, 0, 1, 1)),
+    (8, m.Alloc(CONTEXT, "", b"", 64, 1500, 60_000, 0, 1)),
     (9, m.Append(CONTEXT, 0, 1, 0, tokens(*range(40)), offsets(4096, 745_472))),
     (10, m.Append(CONTEXT, 254, U64, 32, tokens(7), offsets(8192))),
     (11, m.Get(CONTEXT, 0, 1, 0)),
@@ -65,8 +66,8 @@ REQUESTS: list[tuple[int, m.Message]] = [
     (18, m.ListSequences()),
     (19, m.ListClients()),
     (20, m.Verify(1)),
-    (21, m.Evict("", 0)),
-    (22, m.Evict("SmolLM2-135M", 10)),
+    (21, m.Evict("", 0, "")),
+    (22, m.Evict("SmolLM2-135M", 10, "team-a")),
     (23, m.KeepAlive(CONTEXT, [], [])),
     (24, m.KeepAlive(CONTEXT, [0, 254], [1, U64])),
     (25, m.Pin(MODEL_FINGERPRINT, tokens(1, 2, 3, 49151), "team-a", 0)),
@@ -74,10 +75,13 @@ REQUESTS: list[tuple[int, m.Message]] = [
     (27, m.Unpin("team-a", "")),
     (28, m.Unpin("team-a", "SmolLM2-135M")),
     (29, m.ListPins()),
-    (30, m.Events(0, 0, 1, [], "")),
-    (31, m.Events(U64, m.MAX_FOLLOW_MS, m.MAX_EVENTS, ["alloc", "evict"], "SmolLM2-135M")),
-    (32, m.Config()),
-    (33, m.Reload()),
+    (30, m.Explain(MODEL_FINGERPRINT, tokens(1, 2, 3, 49151), "", [])),
+    (31, m.Explain(MODEL_FINGERPRINT, b"", "team-a", TRAITS)),
+    (32, m.Forget(MODEL_FINGERPRINT, tokens(1, 2, 3, 49151), "team-a")),
+    (33, m.Events(0, 0, 1, [], "")),
+    (34, m.Events(U64, m.MAX_FOLLOW_MS, m.MAX_EVENTS, ["alloc", "evict"], "SmolLM2-135M")),
+    (35, m.Config()),
+    (36, m.Reload()),
 ]
 
 REPLIES: list[tuple[int, type[Any], m.Message]] = [
@@ -105,9 +109,11 @@ REPLIES: list[tuple[int, type[Any], m.Message]] = [
     (26, m.Pin, m.Pinned(0)),
     (27, m.Unpin, m.Unpinned(12)),
     (29, m.ListPins, m.Reported({"pins": [{"owner": "team-a", "expires_seconds": None}]})),
-    (30, m.Events, m.Reported({"events": [], "next": 0, "lost": 0})),
-    (32, m.Config, m.Reported({"settings": [{"name": "max_pins", "value": 1000}], "beyond": []})),
-    (33, m.Reload, m.Reported({"ok": False, "errors": ["kvd.toml: max_pins = -1"]})),
+    (30, m.Explain, m.Reported({"matched_tokens": 4, "missing": None})),
+    (32, m.Forget, m.Forgotten(4, 12, 1, 12 * 741_376)),
+    (33, m.Events, m.Reported({"events": [], "next": 0, "lost": 0})),
+    (35, m.Config, m.Reported({"settings": [{"name": "max_pins", "value": 1000}], "beyond": []})),
+    (36, m.Reload, m.Reported({"ok": False, "errors": ["kvd.toml: max_pins = -1"]})),
 ]
 
 DETAILS: dict[str, Any] = {
@@ -140,8 +146,8 @@ REFUSED: list[tuple[str, str, int]] = [
     ("true is not an integer", "930409c3", 9),
     ("a float is not an integer", "930409cb3ff0000000000000", 9),
     ("negative", "930409ff", 9),
-    ("half a token", "98050901a0c402010100" + "0000", 9),
-    ("text where bytes belong", "98050901a0a0000000", 9),
+    ("half a token", "9a050901a0c4020101" + "000000" + "0101", 9),
+    ("text where bytes belong", "9a050901a0a00000000101", 9),
     ("a map", "93040980", 9),
     ("a timestamp", "930409d6ff00000000", 9),
     ("something behind the message", "92010900", 9),

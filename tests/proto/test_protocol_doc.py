@@ -28,6 +28,9 @@ from kvd_proto.messages import (
     MAX_FAILURES,
     MAX_SEQ_IDS,
     MAX_TOKENS,
+    MAX_TRAIT_NAME,
+    MAX_TRAIT_TEXT,
+    MAX_TRAITS,
     MAX_TTL_MS,
     MAX_WAIT_MS,
     OPERATIONS,
@@ -56,6 +59,9 @@ LIMITS = {
     "longest `wait_ms` and `idle_timeout_ms`": MAX_WAIT_MS,
     "longest `ttl_ms`": MAX_TTL_MS,
     "characters of an owner of pins": MAX_OWNER,
+    "traits of a model": MAX_TRAITS,
+    "characters of a trait's name": MAX_TRAIT_NAME,
+    "characters of a trait's text": MAX_TRAIT_TEXT,
     "commits that one `flush` tells have failed": MAX_FAILURES,
     "characters of an error's message": MAX_ERROR_TEXT,
     "entries of an error's details": MAX_DETAILS,
@@ -228,6 +234,7 @@ def test_the_reports_have_the_public_keys() -> None:
     assert "sequences[].generation" in report_keys("list_sequences")
     assert "clients[].session" in report_keys("list_clients")
     assert "pins[].owner" in report_keys("list_pins")
+    assert "missing.why" in report_keys("explain")
 
 
 # --- the worked example
@@ -235,7 +242,7 @@ def test_the_reports_have_the_public_keys() -> None:
 
 def test_the_worked_example() -> None:
     request, reply, error = (bytes.fromhex(block) for block in SECTIONS["A worked example"].code())
-    asked = Alloc(CONTEXT, "request-17", tokens(1, 2, 3, 49151), 0, 1500, 0)
+    asked = Alloc(CONTEXT, "request-17", tokens(1, 2, 3, 49151), 0, 1500, 0, use=1, store=1)
     assert codec.encode_request(7, asked) == request
     assert codec.encode_reply(7, Allocated(0, 1, 3, 32, tokens(12))) == reply
     refusal = NoSequenceFree("every sequence id of the context is in use", in_use=8)

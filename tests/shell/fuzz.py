@@ -32,7 +32,9 @@ from kvd_proto.messages import (
     Config,
     Events,
     Evict,
+    Explain,
     Flush,
+    Forget,
     Get,
     Hello,
     KeepAlive,
@@ -159,7 +161,10 @@ class Evil:
             case "RegisterModel":
                 number = rng.choice((0, 0, 0, 1, 2))
                 fingerprint = bytes([number] * 32) if number else FINGERPRINT
-                return RegisterModel("model", fingerprint, "llama-state", BLOCK_TOKENS, LAYERS)
+                traits = rng.choice(((), [["a", "b"]], [["a", "x" * 200]] * 64))
+                return RegisterModel(
+                    "model", fingerprint, "llama-state", BLOCK_TOKENS, LAYERS, traits
+                )
             case "OpenContext":
                 return OpenContext(rng.choice((1, 1, 1, 2, 77)), rng.randrange(1, 9), [])
             case "CloseContext":
@@ -168,7 +173,8 @@ class Evil:
             case "Alloc":
                 reserve = rng.choice((0, 0, 0, 8, 100, 1 << 20))
                 wait, idle = rng.choice((0, 0, 3)), rng.choice((0, 0, 5))
-                return Alloc(context, "evil", self.prompt[:cut], reserve, wait, idle)
+                use, store = rng.choice((1, 1, 1, 0)), rng.choice((1, 1, 1, 0))
+                return Alloc(context, "evil", self.prompt[:cut], reserve, wait, idle, use, store)
             case "Append":
                 count = -(-cut // (4 * BLOCK_TOKENS))
                 staged = self.staged[: 8 * count]
@@ -196,7 +202,13 @@ class Evil:
                 since, kinds = rng.choice((0, 0, 5, 1 << 40)), rng.choice(([], ["hit"], ["none"]))
                 return Events(since, rng.choice((0, 0, 3)), rng.randrange(1, 500), kinds, "")
             case "Evict":
-                return Evict(rng.choice(("", "model", "none")), rng.randrange(3))
+                tenant = rng.choice(("", "", "default", "none"))
+                return Evict(rng.choice(("", "model", "none")), rng.randrange(3), tenant)
+            case "Explain":
+                model, tenant = rng.choice((PINNABLE, FINGERPRINT)), rng.choice(("", "none"))
+                return Explain(model, self.prompt[:cut], tenant, rng.choice(([], [["a", "c"]])))
+            case "Forget":
+                return Forget(PINNABLE, self.prompt[: cut or 4], rng.choice(("", "", "none")))
             case _:
                 return kind()
 

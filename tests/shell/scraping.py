@@ -38,6 +38,13 @@ def connect(path: Path) -> socket.socket:
     return sock
 
 
+def free_port() -> int:
+    """One that nobody listens at."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
 def metrics_socket(daemon: Daemon) -> Path:
     return daemon.runtime_dir / "metrics.sock"
 

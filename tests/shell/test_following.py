@@ -205,6 +205,7 @@ def test_followers_that_die_leave_nothing(daemon: Daemon, follower: Raw) -> None
 
 
 def test_the_events_are_in_the_log_when_its_level_is_debug(tmp_path: Path) -> None:
+    """And every line of it has one form."""
     flags = ("--max-memory", "64MiB", "--log-level", "debug")
     with (
         running_daemon(*flags, runtime_dir=tmp_path / "rt") as daemon,
@@ -222,6 +223,9 @@ def test_the_events_are_in_the_log_when_its_level_is_debug(tmp_path: Path) -> No
         r"seq_id=0 generation=1 tokens=8 outcome=completed$",
         release,
     )
+    value = r'(?:[^\s"=\\]+|"(?:[^"\\]|\\.)*")'
+    form = rf"[\d-]+T[\d:.]+Z (?:debug|info|warning|error) [a-z][a-z -]*(?: [a-z_]+={value})*"
+    assert [line for line in log.splitlines() if not re.fullmatch(form, line)] == []
     for kind in ("session-opened", "model", "alloc", "seal"):
         assert re.search(rf"debug {kind} tenant=default ", log)
 

@@ -34,7 +34,9 @@ from kvd_proto.messages import (
     CloseContext,
     Evict,
     Evicted,
+    Explain,
     Flush,
+    Forget,
     Get,
     Hello,
     KeepAlive,
@@ -568,15 +570,17 @@ def test_message_of_many_frames(client: Raw, frames: list[bytes]):
 
 
 SAMPLES = {
-    "RegisterModel": ["model", FINGERPRINT, "llama-state", BLOCK_TOKENS, LAYERS],
+    "RegisterModel": ["model", FINGERPRINT, "llama-state", BLOCK_TOKENS, LAYERS, [["a", "b"]]],
     "OpenContext": [1, 4, []],
     "CloseContext": [1],
-    "Alloc": [1, "", PROMPT, 0, 0, 0],
+    "Alloc": [1, "", PROMPT, 0, 0, 0, 1, 1],
     "Append": [1, 0, 1, 0, PROMPT, offsets(4096)],
     "Get": [1, 0, 1, 0],
     "Release": [1, 0, 1, 0],
     "Flush": [0],
-    "Evict": ["", 1],
+    "Evict": ["", 1, ""],
+    "Explain": [FINGERPRINT, PROMPT, "", [["a", "b"]]],
+    "Forget": [FINGERPRINT, PROMPT, ""],
     "KeepAlive": [1, [0], [1]],
     "Pin": [FINGERPRINT, PROMPT, "owner", 0],
     "Unpin": ["owner", ""],
@@ -650,6 +654,8 @@ def test_routing_id_that_is_no_session(client: Raw):
             KeepAlive(1, [], []),
             Pin(FINGERPRINT, PROMPT, "owner", 0),
             Unpin("owner", ""),
+            Explain(FINGERPRINT, PROMPT, "", []),
+            Forget(FINGERPRINT, PROMPT, ""),
         ):
             assert type(client.ask(message)) is errors.UnknownSession
 

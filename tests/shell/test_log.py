@@ -49,6 +49,25 @@ def test_a_value_is_one_field_of_one_line(name: str) -> None:
     assert name == (json.loads(shown) if shown.startswith('"') else shown)
 
 
+def test_the_level_can_be_changed_while_it_runs() -> None:
+    program = (
+        "from kvd import log\n"
+        "log.set_up('warning')\n"
+        "log.info('before')\n"
+        "log.set_level('debug')\n"
+        "log.debug('after', everything=log.everything)\n"
+        "log.set_level('error')\n"
+        "log.warning('at last', everything=log.everything)\n"
+        "log.error('end', everything=log.everything)\n"
+        "log.close()\n"
+    )
+    env = {**os.environ, "JOURNAL_STREAM": "1:2"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, env=env
+    )
+    assert done.stderr.splitlines() == ["debug after everything=True", "error end everything=False"]
+
+
 def test_levels_and_traces() -> None:
     assert [line.split()[0] for line in lines("debug", JOURNAL_STREAM="1:2")] == [
         "debug",

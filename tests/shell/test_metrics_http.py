@@ -3,6 +3,7 @@
 import contextlib
 import os
 import random
+import select
 import socket
 import stat
 import sys
@@ -13,11 +14,15 @@ from pathlib import Path
 
 import pytest
 
+from kvd.core.histogram import Histogram
 from kvd.metrics.http import ACCEPTED_A_SECOND, MAX_CONNECTIONS, MAX_HEAD_BYTES, READ_SECONDS
 from kvd.metrics.listening import Address, CannotServe, listen, parse
+from kvd.metrics.service import Metrics
+from kvd.metrics.snapshot import Snapshot
+from kvd.timing import BOUNDS
 from kvd_proto.messages import Ping
 from tests.shell.raw import Raw, raw_client, until
-from tests.shell.scraping import connect, get, metrics_socket, scrape, value
+from tests.shell.scraping import connect, free_port, get, metrics_socket, scrape, value
 from tests.support import Daemon, running_daemon
 
 REQUEST = b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n"
@@ -57,12 +62,6 @@ def rest_of(sock: socket.socket) -> bytes:
         while part := sock.recv(1 << 16):
             answer += part
     return answer
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
 
 
 # --- HTTP
@@ -358,3 +357,33 @@ def test_descriptors_of_somebody_else_are_left_alone(tmp_path: Path) -> None:
     assert listen("", tmp_path, None, environ) == []
     with pytest.raises(CannotServe, match="LISTEN_FDS is not a number"):
         listen("", tmp_path, None, {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "x"})
+
+
+# --- a fault of ours
+
+
+def test_a_fault_in_making_an_answer_is_an_answer_and_the_next_one_is_right(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loop is this test; the thread and the socket are the real ones."""
+    metrics = Metrics(listen("unix", tmp_path, None, {}))
+    opened = tmp_path / "metrics.sock"
+    logged: list[str] = []
+    monkeypatch.setattr("kvd.log.error", lambda what, *_: logged.append(what))
+    empty = Histogram(BOUNDS)
+    broken = Snapshot({}, {}, {}, {}, {}, {}, empty, empty, empty, empty)
+    metrics.start()
+    try:
+        with connect(opened) as sock:
+            sock.sendall(REQUEST)
+            assert select.select([metrics.questions.fd], [], [], 20)[0]
+            (question,) = metrics.questions.take()
+            question.give(broken)
+            assert rest_of(sock).startswith(b"HTTP/1.1 500 ")
+        assert "metrics failed" in logged
+        with connect(opened) as sock:
+            sock.sendall(b"GET / HTTP/1.1\r\n\r\n")
+            assert rest_of(sock).startswith(b"HTTP/1.1 200 ")
+    finally:
+        metrics.close()
+    assert not opened.exists()

@@ -14,8 +14,7 @@ from kvd_proto.keys import arena_fingerprint
 from kvd_proto.messages import Evict, Pin
 from tests.shell.browser import PROGRAM, Browser, running_browser
 from tests.shell.raw import BLOCK_TOKENS, STRIDE, Raw, many_tokens, raw_client, until
-from tests.shell.scraping import get, history
-from tests.shell.test_metrics_http import free_port
+from tests.shell.scraping import free_port, get, history
 from tests.support import running_daemon
 
 pytestmark = [
@@ -147,7 +146,7 @@ def test_everything_is_drawn_and_can_be_seen(
 def test_what_it_says_is_what_the_daemon_says(browser: Browser, port: int, work: Work) -> None:
     see(browser, port, 1280, 900, "light")
     text = browser.evaluate("document.body.innerText")
-    for word in ("Tokens found", "of 2.0 MiB", "all accounted for", "2", "SmolLM2-135M-Instruct"):
+    for word in ("Tokens found", "of 2.0 MiB", "all accounted for", "of 100; 0 timed out", MODEL):
         assert word in text
     assert browser.evaluate("document.title").startswith("kvd: test-")
     status = history(("127.0.0.1", port))["status"]

@@ -274,6 +274,32 @@ def test_checksums_are_compared_beside_whatever_happens(daemon: Daemon, client: 
             assert client.status()["accounting"]["drift_bytes"] == 0
 
 
+def test_verify_names_and_undoes_what_was_filled_in_a_directory(
+    daemon: Daemon, client: Raw
+) -> None:
+    pins = layout.pins_offset(BUDGET // STRIDE, BLOCK_TOKENS)
+    for at in (64 << 10, pins + 3 * 4096):
+        overwrite(directory_of(daemon), at + 100, b"x")
+        assert client.status()["accounting"]["drift_bytes"] == 4096
+        report = client.verify()
+        (difference,) = report["differences"]
+        assert difference.startswith(f"{NAME}: 4096 bytes at {at} of its directory had memory")
+        assert report["terms"]["undone_bytes"] == 4096
+        assert client.verify()["ok"]
+        assert client.status()["accounting"]["drift_bytes"] == 0
+
+
+def test_verify_names_memory_that_was_taken_from_a_directory(daemon: Daemon, client: Raw) -> None:
+    """It cannot be given back: what was there is lost, and is named, too."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with directory_of(daemon).open("r+b") as file:
+        offset, length = ctypes.c_int64(4 * 4096), ctypes.c_int64(4096)
+        assert libc.fallocate(file.fileno(), 3, offset, length) == 0
+    assert client.status()["accounting"]["drift_bytes"] == -4096
+    differences = client.verify()["differences"]
+    assert f"{NAME}: slot 0 is sealed and has no record" in differences
+
+
 def test_verify_names_a_staging_with_holes(client: Raw) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     offset, length = ctypes.c_int64(8192), ctypes.c_int64(4096)

@@ -655,14 +655,18 @@ def test_the_name_of_the_model_is_registered_already(killed: Daemon) -> None:
 # --- purge
 
 
-def purge(instance: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "kvd", "purge", "--instance", instance]
+def purge(instance: str, *flags: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "kvd", "purge", "--instance", instance, *flags]
     return subprocess.run(command, capture_output=True, text=True, timeout=30)
 
 
 def test_purge_removes_what_a_dead_daemon_left_and_says_so(killed: Daemon) -> None:
     left = [name for name in killed.segments() if not name.endswith(".lock")]
-    done = purge(killed.instance)
+    asked = purge(killed.instance)
+    assert (asked.returncode, asked.stdout) == (2, "")
+    assert f"in {len(left)} files of /dev/shm: do it with --yes" in asked.stderr
+    assert [name for name in killed.segments() if not name.endswith(".lock")] == left
+    done = purge(killed.instance, "--yes")
     assert done.returncode == 0
     assert done.stdout.splitlines() == [f"removed /dev/shm/{name}" for name in left]
     assert killed.segments() == []
@@ -673,7 +677,7 @@ def test_purge_removes_what_a_dead_daemon_left_and_says_so(killed: Daemon) -> No
 def test_purge_never_touches_a_living_daemon(killed: Daemon) -> None:
     with next_daemon(killed) as daemon, raw_client(daemon) as client:
         before = daemon.segments()
-        done = purge(daemon.instance)
+        done = purge(daemon.instance, "--yes")
         assert done.returncode == 3
         assert str(daemon.process.pid) in done.stderr
         assert daemon.segments() == before

@@ -1,6 +1,8 @@
 """Memory moves between models block by block, as the system sees it; and not below a minimum, nor
 beyond a cap, of a real daemon's configuration."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -114,3 +116,9 @@ def test_what_is_promised_is_there_whatever_others_lease(models: list[Model]) ->
     assert kept.client.status()["accounting"]["promised_bytes"] == 0
     beyond = make_alloc(kept.context, b"", reserve=200 * BLOCK_TOKENS)
     assert isinstance(kept.client.ask(beyond), OverQuota)
+
+
+def test_people_see_what_is_promised(daemon: Daemon) -> None:
+    command = [sys.executable, "-m", "kvd_client.kvctl", "--runtime-dir", str(daemon.runtime_dir)]
+    shown = subprocess.run([*command, "status"], capture_output=True, text=True, check=True).stdout
+    assert "of that, 512.0 KiB is promised" in shown

@@ -19,10 +19,13 @@ import kvd_client
 from kvd.lifeline import Listener
 from kvd.tenants import Membership, Tenants, TenantTables
 from kvd_proto import codec, errors
+from kvd_proto.keys import arena_fingerprint
 from kvd_proto.messages import (
     Config,
     Events,
     Evict,
+    Explain,
+    Forget,
     ListClients,
     ListPins,
     ListSequences,
@@ -33,7 +36,7 @@ from kvd_proto.messages import (
     Unpin,
     Verify,
 )
-from tests.shell.raw import BLOCK_TOKENS, STRIDE, many_tokens, raw_client, until
+from tests.shell.raw import BLOCK_TOKENS, FINGERPRINT, STRIDE, many_tokens, raw_client, until
 from tests.support import Daemon, running_daemon, start_daemon
 
 needs_root = pytest.mark.skipif(
@@ -185,7 +188,17 @@ CLIENT = """
             message = {"verify": Verify, "config": Config, "reload": Reload}[name]()
             return type(client.ask(message)).__name__
         if name == "evict":
-            return client.call(Evict("", 0)).blocks
+            reply = client.ask(Evict("", 0, *values))
+            return reply.blocks if isinstance(reply, Evicted) else type(reply).__name__
+        if name in ("explain", "forget"):
+            first, n_blocks, *tenant = values
+            model = arena_fingerprint(FINGERPRINT, "llama-state", BLOCK_TOKENS)
+            prompt, tenant = many_tokens(first, n_blocks * BLOCK_TOKENS), "".join(tenant)
+            if name == "forget":
+                reply = client.ask(Forget(model, prompt, tenant))
+                return reply.blocks if isinstance(reply, Forgotten) else type(reply).__name__
+            reply = client.ask(Explain(model, prompt, tenant, []))
+            return reply.report if isinstance(reply, Reported) else type(reply).__name__
         if name == "pin":
             first, n_blocks = values
             model = arena_fingerprint(FINGERPRINT, "llama-state", BLOCK_TOKENS)
@@ -455,6 +468,60 @@ def test_evict_is_for_ones_own_unless_one_administers(daemon: Daemon, become: An
     assert a("evict") == 3
     with raw_client(daemon) as root:
         assert root.call(Evict("", 0)).blocks == 5
+
+
+@needs_root
+def test_nobody_is_told_of_another_tenant_or_drops_anything_of_it(
+    daemon: Daemon, become: Any
+) -> None:
+    """Whether it is cached, or was."""
+    a, b = become(A), become(B)
+    b("store", 90_000, 1, 2)
+    nothing = b("explain", 0, 3)
+    assert (nothing["matched_tokens"], nothing["missing"]["why"]) == (0, "not_known")
+    a("store", 0, 3, 1)
+    assert b("explain", 0, 3) == nothing, "it is cached"
+    assert b("forget", 0, 3) == 0
+    assert a("explain", 0, 3)["missing"] is None
+    assert a("forget", 0, 3) == 3
+    assert a("explain", 0, 3)["missing"]["reason"] == "command"
+    assert b("explain", 0, 3) == nothing, "it was evicted"
+    for order in ("explain", "forget"):
+        assert b(order, 0, 3, "a") == b(order, 0, 3, "no such tenant") == "Forbidden"
+    assert b("evict", "a") == b("evict", "no such tenant") == "Forbidden"
+
+
+@needs_root
+def test_an_administrator_explains_and_drops_what_is_another_tenants(
+    daemon: Daemon, become: Any
+) -> None:
+    a, b = become(A), become(B)
+    a("store", 0, 3, 1)
+    b("store", 0, 5, 2)
+    model = arena_fingerprint(FINGERPRINT, "llama-state", BLOCK_TOKENS)
+    prompt = many_tokens(0, 5 * BLOCK_TOKENS)
+    with raw_client(daemon) as root:
+        report = root.call(Explain(model, prompt, "a", [])).report
+        assert (report["tenant"], report["matched_tokens"]) == ("a", 3 * BLOCK_TOKENS)
+        assert report["another_tenant"]
+        assert not root.call(Explain(model, prompt, "b", [])).report["another_tenant"]
+        assert root.call(Forget(model, prompt[: 4 * BLOCK_TOKENS], "a")).blocks == 3
+        assert root.call(Evict("", 0, "b")).blocks == 5
+    command = [sys.executable, "-m", "kvd_client.kvctl", "--runtime-dir", str(daemon.runtime_dir)]
+    both = subprocess.run(
+        [*command, "explain", "--model", "model"], input="[1]", capture_output=True, text=True
+    )
+    assert (both.returncode, "say with --tenant which is meant, of a, b" in both.stderr) == (
+        1,
+        True,
+    )
+    asked = subprocess.run(
+        [*command, "explain", "--model", "model", "--tenant", "b", "--json"],
+        input=json.dumps([7]),
+        capture_output=True,
+        text=True,
+    )
+    assert json.loads(asked.stdout)["tenant"] == "b"
 
 
 @needs_root

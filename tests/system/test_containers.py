@@ -40,7 +40,7 @@ def inside(*preparations: str, namespaces: tuple[str, ...] = NAMESPACES) -> tupl
 def service(container: Container) -> Iterator[Container]:
     """The container with the service running, an empty cache, and no clients left afterwards."""
     container.do("systemctl", "start", KVD)
-    container.do(KVCTL, "evict", "--all")
+    container.do(KVCTL, "evict", "--all", "--yes")
     yield container
     until(lambda: len(clients(container)) == 1)
     assert json.loads(container.do(KVCTL, "--json", "verify"))["ok"]

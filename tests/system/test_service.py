@@ -5,12 +5,13 @@ running. Workers in containers of their own: test_containers.py.
 """
 
 import json
+import re
 import subprocess
 from collections.abc import Iterator
 
 import pytest
 
-from tests.system.container import MEMBER, STRANGER, Container, Worker, until, worker
+from tests.system.container import MEMBER, ROOT, STRANGER, Container, Worker, until, worker
 from tests.system.worker import TOKENS
 
 KVD = "kvd.service"
@@ -316,6 +317,10 @@ def test_what_can_be_done_from_behind_it(container: Container) -> None:
 
 # --- metrics
 
+COMMANDS = re.findall(
+    r"^    ((?:systemctl|curl) .*)$", (ROOT / "docs/monitoring.md").read_text(), re.MULTILINE
+)
+"""What the docs tell an administrator to do."""
 SCRAPE = """
 import sys, urllib.request
 print(urllib.request.urlopen("http://127.0.0.1:9187" + sys.argv[1], timeout=20).read().decode())
@@ -329,12 +334,16 @@ def test_metrics_come_through_a_socket_of_systemds_and_the_service_has_no_networ
     def scrape(path: str) -> "subprocess.CompletedProcess[str]":
         return container.run("/opt/kvd/bin/python", "-c", SCRAPE, path, user=STRANGER)
 
-    container.do("systemctl", "stop", KVD)
-    container.do("systemctl", "enable", "--now", SOCKET)
+    *commands, ask = COMMANDS
+    assert ask.split()[:2] == ["curl", "http://127.0.0.1:9187/healthz"]
     container.do("systemctl", "start", KVD)
+    for command in commands:
+        container.do(*command.split())
     try:
         assert scrape("/healthz").stdout == "ok\n\n"
-        assert "kvd_accounting_drift_bytes 0.0" in scrape("/metrics").stdout
+        text = scrape("/metrics").stdout
+        assert "kvd_accounting_drift_bytes 0.0" in text
+        assert "process_open_fds" in text
         pid = container.pid(KVD)
         networks = {container.do("readlink", f"/proc/{each}/ns/net") for each in (1, pid)}
         assert len(networks) == 2

@@ -1,13 +1,14 @@
 """Look after the daemon of the shared K/V cache.
 
 exit codes:
-  0  done
-  1  verify found a difference, or the daemon refused what was asked
-  2  bad usage
-  3  no daemon answers
+    0  done
+    1  verify found a difference, or the daemon refused what was asked
+    2  bad usage
+    3  no daemon answers: it is down, or hangs
+  130  interrupted
 
-If another program called kvctl comes first on PATH (the package kvcached installs one),
-`python -m kvd_client.kvctl` is always this one.
+If another program called kvctl comes first on PATH (the package kvcached
+installs one), `python -m kvd_client.kvctl` is always this one.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from kvd_client.kvctl import (
     config,
     events,
     evicting,
+    explaining,
     model_size,
     output,
     pins,
@@ -38,7 +40,7 @@ from kvd_client.kvctl.trouble import what_to_do
 from kvd_client.operations import DEFAULT_TIMEOUT
 from kvd_proto.paths import DEFAULT_INSTANCE
 
-MODULES = (reading, top, events, evicting, pins, warm, model_size, config, completion)
+MODULES = (reading, top, events, explaining, evicting, pins, warm, model_size, config, completion)
 """In the order in which --help shows their commands."""
 _INTERRUPTED = 130
 """128 + SIGINT, as shells have it."""

@@ -323,4 +323,6 @@ def _memory(accounting: Report, look: Look) -> list[str]:
     ]
     width = min(look.width, 100) - 4
     painted = bar([use.part for use in used], width, look)
+    if promised := accounting["promised_bytes"]:
+        legend.append(f"    of that, {size(promised)} is promised: what is missing of minima")
     return [f"memory     {size(budget)}", f"  [{painted}]", *legend]

@@ -21,7 +21,7 @@ from kvd.core.sequences import (
     find_context,
     find_sequence,
 )
-from kvd.core.tree import SEALED, Match, match
+from kvd.core.tree import NOTHING, SEALED, Match, match
 from kvd_proto import messages
 from kvd_proto.errors import (
     BadMessage,
@@ -58,7 +58,12 @@ def alloc(
     """Answer now, or return None: the reply comes when an id is free, the reserve is backed, what
     an earlier daemon left has been checked, or a long prompt has matched to its end."""
     context = find_context(session, cache.contexts, message.context)
-    if defer(cache, session, correlation, context.arena, message, effects):
+    if message.reserve_tokens and not message.store:
+        raise BadMessage(
+            "no room can be reserved for a sequence that is not stored",
+            reserve_tokens=message.reserve_tokens,
+        )
+    if message.use and defer(cache, session, correlation, context.arena, message, effects):
         return None
     limits = cache.limits
     if (
@@ -256,8 +261,11 @@ def _open(
     """Take an id, match, lease and reserve. An id is free. None: the prompt is so long that it goes
     on in `open_some`, or the reserve is being backed."""
     arena = context.arena
-    found = match(arena.root, message.tokens, arena.block_tokens * TOKEN_BYTES, WALK_BLOCKS)
+    found = NOTHING
+    if message.use:
+        found = match(arena.root, message.tokens, arena.block_tokens * TOKEN_BYTES, WALK_BLOCKS)
     sequence = context.take_id(message.request, message.idle_timeout_ms / 1000, now)
+    sequence.stores = bool(message.store)
     cache.open_sequences += 1
     context.session.open_sequences += 1
     slots = _lease(cache, sequence, found, effects)
@@ -336,8 +344,12 @@ def _opened(
         cache.deadlines.add(sequence)
     counters = sequence.context.session.counters
     counters.sequences_opened += 1
-    counters.queried_tokens += len(message.tokens) // TOKEN_BYTES
-    counters.hit_tokens += reply.matched_tokens
+    counters.sequences_not_stored += not message.store
+    if message.use:
+        counters.queried_tokens += len(message.tokens) // TOKEN_BYTES
+        counters.hit_tokens += reply.matched_tokens
+    else:
+        counters.sequences_not_matched += 1
     if cache.budget.journal.is_followed:
         note_alloc(cache, sequence, len(message.tokens) // TOKEN_BYTES, len(slots) // 4)
     return None if pending else reply

@@ -78,6 +78,8 @@ class Arena:
         long as a job has its slot."""
         self.unchecked = 0
         """Blocks that an earlier daemon left, and that are not served before they are checked."""
+        self.traits: dict[str, str] = {}
+        """What somebody has told of its fingerprint, for people."""
         self.pins = PinTable()
         self.filling = 0
         self.filling_blocks = 0

@@ -3,7 +3,7 @@ allocating.py, storing.py, pinning.py; the dispatch: machine.py.
 """
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ from kvd.core.deadlines import Deadlines
 from kvd.core.events import Effect, Reply, SessionId
 from kvd.core.sequences import Context, Opening, Sequence, Session, Waiter
 from kvd.core.shares import ModelRule
-from kvd.core.tenants import TenantRule
+from kvd.core.tenants import Tenant, TenantRule
 from kvd.core.tree import Block
 from kvd_proto.errors import KvdError
 from kvd_proto.happenings import Kind
@@ -76,6 +76,10 @@ class Counters:
     sequences_failed: int = 0
     """By their owner's word, when it released them."""
     sequences_timed_out: int = 0
+    sequences_not_matched: int = 0
+    """Whose alloc asked that nothing is matched."""
+    sequences_not_stored: int = 0
+    """Whose alloc asked that nothing is stored."""
     sessions_opened: int = 0
     adopted_blocks: int = 0
     """That an earlier daemon had left."""
@@ -168,9 +172,19 @@ class Eviction:
     session: Session
     correlation: int
     name: str
+    tenant: Tenant | None
+    """Whose blocks; None: everybody's."""
     left: int | None
     blocks: int = 0
     freed_bytes: int = 0
+
+
+class Task(NamedTuple):
+    """What takes long, and whom to answer: see tasks.py."""
+
+    session: Session
+    correlation: int
+    steps: Generator[None, list[Effect], Any]
 
 
 Job = AllocBacking | AppendBacking | PinsGrowing | Copying | Checking
@@ -196,6 +210,8 @@ class Cache:
     """First come, first served."""
     openings: deque[Opening] = field(default_factory=deque)
     """Long allocs take turns."""
+    tasks: deque[Task] = field(default_factory=deque)
+    """As these do."""
     counters: Counters = field(default_factory=Counters)
     """Of requests without a session. What sessions do is counted for their tenants."""
     counters_of: dict[str, Counters] = field(default_factory=dict)

@@ -14,7 +14,9 @@ It is told of chains: a block and its ancestors, below one that stays as it is. 
 after its children, so whatever the policy, it must answer children before their parents.
 """
 
+import math
 from collections.abc import Iterator
+from operator import attrgetter
 from typing import TYPE_CHECKING, Protocol, cast
 
 if TYPE_CHECKING:
@@ -100,10 +102,14 @@ class LRU:
 def arrange_by_records(policy: Policy) -> None:
     """List all blocks anew, in the order of their last use by the records of each and all below it.
     A walk of all."""
-    used: dict[Block, int] = {}
-    for block in sorted(policy, key=lambda block: -block.start):
-        used[block] = max([block.last_use, *(used[child] for child in block.children)])
-    for block in sorted(used, key=lambda block: (used[block], -block.start)):
+    tails_first = sorted(policy, key=attrgetter("start"), reverse=True)
+    used = {block: block.last_use for block in tails_first}
+    for block in tails_first:
+        above = block.parent
+        assert above is not None
+        if used.get(above, math.inf) < used[block]:
+            used[above] = used[block]
+    for block in sorted(tails_first, key=used.__getitem__):  # stable: tails first
         assert block.parent is not None
         policy.remove(block, block.parent)
         policy.add(block, block.parent, used[block])

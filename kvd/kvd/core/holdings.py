@@ -18,10 +18,12 @@ from collections.abc import Generator
 from dataclasses import dataclass, field
 
 from kvd.core.amounts import Amount
-from kvd.core.budget import WALK_BLOCKS
 from kvd.core.cache import Cache
 from kvd.core.sequences import Session
 from kvd.core.tree import Block
+
+STEP_BLOCKS = 512
+"""Counted at once, for 0.6 us each."""
 
 
 @dataclass(slots=True)
@@ -43,7 +45,7 @@ class Holdings:
 
 
 def count(cache: Cache) -> Generator[None, None, Holdings]:
-    """Count in steps of WALK_BLOCKS, as of the moment of the first one."""
+    """Count in steps of STEP_BLOCKS, as of the moment of the first one."""
     held = {session: Holding() for session in cache.sessions.values()}
     together = {name: Amount() for name in cache.budget.tenants}
     now = cache.budget.clock
@@ -69,7 +71,7 @@ def count(cache: Cache) -> Generator[None, None, Holdings]:
                 _count(node, session, held, together, lessee)
             node = node.parent
             n_walked += 1
-            if n_walked == WALK_BLOCKS:
+            if n_walked == STEP_BLOCKS:
                 n_walked = 0
                 yield
     return Holdings(held, together)

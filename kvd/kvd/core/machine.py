@@ -7,7 +7,18 @@ is a fault of ours and does come out.
 import math
 from typing import Any
 
-from kvd.core import adopting, allocating, checking, models, pinning, resizing, storing
+from kvd.core import (
+    adopting,
+    allocating,
+    checking,
+    explaining,
+    forgetting,
+    models,
+    pinning,
+    resizing,
+    storing,
+    tasks,
+)
 from kvd.core.budget import WALK_BLOCKS, Budget
 from kvd.core.cache import (
     AllocBacking,
@@ -41,6 +52,7 @@ from kvd.core.events import (
     Ticked,
 )
 from kvd.core.sequences import Session, State
+from kvd.core.tenants import Tenant
 from kvd_proto.errors import KvdError, TooManySessions, UnknownSession
 from kvd_proto.happenings import Kind
 from kvd_proto.messages import (
@@ -49,7 +61,9 @@ from kvd_proto.messages import (
     CloseContext,
     Evict,
     Evicted,
+    Explain,
     Flush,
+    Forget,
     Get,
     KeepAlive,
     OpenContext,
@@ -134,7 +148,7 @@ class Core:
     def next_deadline(self) -> float | None:
         """When a `Ticked` is due; None while nothing has a deadline, -inf: at once."""
         cache = self.cache
-        if cache.budget.letting_go or cache.openings or cache.evictions:
+        if cache.budget.letting_go or cache.openings or cache.evictions or cache.tasks:
             return -math.inf
         if resizing.can_go_on(cache.budget):
             return -math.inf
@@ -152,6 +166,19 @@ class Core:
             self._evict_some(effects)
         elif cache.budget.is_over:
             resizing.shrink_some(cache.budget, EVICT_BLOCKS, effects)
+        tasks.work(cache, effects)
+
+    def _evict(
+        self, session: Session, correlation: int, message: Evict, effects: list[Effect]
+    ) -> None:
+        """Of the tenant that is named; of none: of everybody if an administrator asks."""
+        cache = self.cache
+        whose: Tenant | None = tasks.find_tenant(cache.budget, session, message.tenant)
+        if session.administrator and not message.tenant:
+            whose = None
+        eviction = Eviction(session, correlation, message.model, whose, message.blocks or None)
+        cache.evictions.append(eviction)
+        self._evict_some(effects)
 
     def _evict_some(self, effects: list[Effect]) -> None:
         """Go on with the first eviction, for EVICT_BLOCKS blocks."""
@@ -160,11 +187,11 @@ class Core:
             return
         eviction = cache.evictions[0]
         if eviction.left is None:
-            eviction.left = cache.budget.n_cached
+            arenas = eviction.tenant.arenas if eviction.tenant else cache.budget.arenas.values()
+            eviction.left = sum(arena.cached for arena in arenas)
         some = min(eviction.left, EVICT_BLOCKS)
         before = cache.budget.unassigned
-        whose = None if eviction.session.administrator else eviction.session.tenant
-        dropped = cache.budget.evict(eviction.name, some, effects, whose)
+        dropped = cache.budget.evict(eviction.name, some, effects, eviction.tenant)
         eviction.left -= dropped
         eviction.blocks += dropped
         eviction.freed_bytes += cache.budget.unassigned - before
@@ -224,9 +251,16 @@ class Core:
                 return pinning.pin(cache, session, correlation, message, now, effects)
             case Unpin():
                 return pinning.unpin(cache, session, message, effects)
-            case Evict(name, n_blocks):
-                cache.evictions.append(Eviction(session, correlation, name, n_blocks or None))
-                self._evict_some(effects)
+            case Evict():
+                self._evict(session, correlation, message, effects)
+                return None
+            case Explain():
+                steps = explaining.explain(cache, session, message)
+                tasks.begin(cache, session, correlation, steps, effects)
+                return None
+            case Forget():
+                steps = forgetting.forget(cache, session, message)
+                tasks.begin(cache, session, correlation, steps, effects)
                 return None
         raise AssertionError(f"the shell answers {type(message).__name__}, not the core")
 

@@ -56,6 +56,8 @@ def register_model(
             registered_layers=len(arena.geometry.layers),
             asked_layers=len(geometry.layers),
         )
+    if message.traits:
+        arena.traits = dict(message.traits)
     if not known:
         session.shared.add(arena.number)
         arena.sessions += 1
@@ -166,7 +168,8 @@ def make_arena(
         root_key=root_key(fingerprint, tenant.salt),
         model=cache.budget.models.get(name),
     )
-    most = tenant.quota if arena.model is None else min(tenant.quota, arena.model.cap)
+    cap = None if arena.model is None else arena.model.cap
+    most = tenant.quota if cap is None else min(tenant.quota, cap)
     if not arena.slots or arena.stride + arena.directory_for(1) > most:
         raise ModelTooLarge(
             "not even one block of this model fits the budget, the tenant's quota or its own cap",

@@ -104,6 +104,8 @@ def check_totals(cache: Cache) -> None:
                 reserved[session].add(len(job.slots), 0, _stride(job.sequence))
     for session in sessions:
         _equal(f"copies from the staging of {session.client}", session.in_flight, copies[session])
+        n_tasks = sum(task.session is session for task in cache.tasks)
+        _equal(f"tasks of {session.client}", session.tasks, n_tasks)
         _equal(f"reserved by {session.client}", session.reserved, reserved[session])
         _check_session(cache, session)
 
@@ -126,14 +128,18 @@ def _check_tenants(cache: Cache, sessions: list[Session]) -> None:
         _equal(f"excess of {tenant.name}", tenant.excess, tenant.quota - limit)
         own = sum(_bytes_of(arena) for arena in arenas if arena.share is tenant.share)
         _equal(f"of the minimum of {tenant.name}", tenant.share.held, staging + own)
+    by_name: dict[str, list[Arena]] = {}
+    for arena in budget.arenas.values():
+        by_name.setdefault(arena.name, []).append(arena)
     for model in budget.models.values():
-        arenas = [arena for arena in budget.arenas.values() if arena.name == model.name]
+        arenas = by_name.get(model.name, [])
         if arenas != model.arenas or any(arena.model is not model for arena in arenas):
             raise AccountingError(f"arenas of {model.name}: {model.arenas}, recounted {arenas}")
         _equal(f"held by {model.name}", model.held, sum(map(_bytes_of, arenas)))
-        limit = min(model.limit or budget.n_bytes, budget.n_bytes)
-        _equal(f"cap of {model.name}", model.cap, max(limit, model.held))
-        _equal(f"excess of {model.name}", model.excess, model.cap - limit)
+        limit = model.held if model.limit is None else model.limit
+        _equal(f"excess of {model.name}", model.excess, max(0, model.held - limit))
+        if model.limit is not None:
+            _equal(f"cap of {model.name}", model.cap, max(limit, model.held))
         own = sum(_bytes_of(arena) for arena in arenas if arena.share is model.share)
         _equal(f"of the minimum of {model.name}", model.share.held, own)
     promised = sum(max(0, share.minimum - share.held) for share in budget.shares)

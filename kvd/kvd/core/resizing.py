@@ -42,9 +42,11 @@ def settle(budget: Budget) -> None:
     budget.n_bytes = max(budget.wanted, held)
     budget.unassigned = budget.n_bytes - held
     budget.is_over = _excess(budget) > 0
-    for each in _limited(budget):
-        each.settle(budget.n_bytes)
-        budget.is_over = budget.is_over or each.excess > 0
+    for tenant in budget.tenants.values():
+        tenant.settle(budget.n_bytes)
+    for model in budget.models.values():
+        model.settle()
+    budget.is_over = budget.is_over or any(each.excess > 0 for each in _limited(budget))
 
 
 def evictable(budget: Budget, whose: Tenant | ModelShare | None) -> int:

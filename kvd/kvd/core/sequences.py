@@ -58,6 +58,8 @@ class Sequence:
     touched: float
     length: int = 0
     state: State = State.PROCESSING
+    stores: bool = True
+    """Whether it takes appends, by the word of its alloc."""
     limit: int | None = None
     """The position before which appends must end, if alloc reserved room."""
     reserved: list[int] = field(default_factory=list)
@@ -190,6 +192,8 @@ class Session:
     """Set aside for its appends to come."""
     filling: Amount = field(default_factory=Amount)
     """Blocks that are filled from its staging, or will be: it is their first source."""
+    tasks: int = 0
+    """Of its requests that take long, those under way."""
     alive: bool = True
     in_flight: int = 0
     """Copies that may still read its staging."""

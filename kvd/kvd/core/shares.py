@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from kvd.core.eviction import Policy
 
 
+_NO_LIMIT = 1 << 62
+
+
 @dataclass(frozen=True, slots=True)
 class ModelRule:
     """What the configuration says of a model, by the name that clients give it. Bytes, over all
@@ -56,25 +59,24 @@ class Share:
 class ModelShare:
     """A model that has a rule: `held` by all its arenas together."""
 
-    def __init__(self, rule: ModelRule, budget: int) -> None:
+    def __init__(self, rule: ModelRule) -> None:
         self.name = rule.name
         self.limit = rule.cap
         self.share = Share(rule.minimum)
         self.held = 0
         self.arenas: list[Arena] = []
-        self.settle(budget)
+        self.settle()
 
-    def settle(self, budget: int) -> None:
-        """Set the cap in effect, of a budget that is so large: resizing.py."""
-        most = budget if self.limit is None else min(self.limit, budget)
-        self.cap = max(most, self.held)
-        self.excess = self.cap - most
+    def settle(self) -> None:
+        """Set the cap in effect: resizing.py."""
+        self.cap = None if self.limit is None else max(self.limit, self.held)
+        self.excess = 0 if self.limit is None else max(0, self.held - self.limit)
         """What it holds beyond what it is to."""
 
     @property
     def headroom(self) -> int:
         """Bytes that it may still take without giving any back."""
-        return self.cap - self.held
+        return _NO_LIMIT if self.cap is None else self.cap - self.held
 
     @property
     def policies(self) -> "list[Policy]":
@@ -84,6 +86,8 @@ class ModelShare:
     def check_cap(self, n_bytes: int, taker: Share, but: "Arena | None" = None) -> None:
         """Raise OverQuota unless it may take `n_bytes` more, if all that may go of it does for
         `taker`, that of the arena `but` left out. Mutates nothing."""
+        if self.cap is None:
+            return
         could = self.headroom + reclaimable(self.arenas, taker, but)
         if n_bytes > could:
             raise OverQuota(

@@ -30,6 +30,7 @@ from kvd_proto.errors import (
     BadPosition,
     BadStaging,
     KvdError,
+    NotStored,
     ReservationExceeded,
     SequenceEnded,
     TooMany,
@@ -61,6 +62,10 @@ def append(
     context = find_context(session, cache.contexts, message.context)
     sequence = find_sequence(context, message.seq_id, message.generation)
     sequence.touched = now
+    if not sequence.stores:
+        raise NotStored(
+            "its alloc asked that nothing of this sequence is stored", seq_id=sequence.seq_id
+        )
     if len(session.commits) >= cache.limits.session_commits:
         raise TooMany(
             "this session has as many commits in flight as it may",

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from kvd.core.eviction import LRU, Policy
+from kvd.core.ghosts import Ghosts
 from kvd.core.reasons import Reason
 from kvd.core.shares import Share, reclaimable
 from kvd_proto.errors import OverQuota
@@ -49,6 +50,7 @@ class Tenant:
         self.arenas: list[Arena] = []
         self.evictable: Policy = LRU()
         self.evicted = dict.fromkeys(Reason, 0)
+        self.ghosts = Ghosts()
         self.settle(budget)
 
     def settle(self, budget: int) -> None:

@@ -46,9 +46,9 @@ class Block(Place):
     """
 
     __slots__ = (
-        "_children",
         "_key_and_checksum",
         "arena",
+        "family",
         "generation",
         "holds",
         "in_flight",
@@ -76,7 +76,7 @@ class Block(Place):
         start = parent.end if parent else 0
         self.start = _STARTS.setdefault(start, start)
         self.state = FILLING
-        self._children: Block | list[Block] | Siblings | None = None
+        self.family: Block | list[Block] | Siblings | None = None
         """A list if there are several, `Siblings` if there are many: most have one, or none."""
         self.holds = 0
         self.pins = 0
@@ -106,7 +106,7 @@ class Block(Place):
     @property
     def children(self) -> "Sequence[Block]":
         """Sorted by their tokens. To look at, until one comes or goes."""
-        children = self._children
+        children = self.family
         if children is None:
             return ()
         return (children,) if isinstance(children, Block) else children
@@ -139,7 +139,7 @@ class Block(Place):
 
     def child(self, tokens: bytes) -> "Block | None":
         """The child with exactly these tokens, filling or sealed."""
-        children = self._children
+        children = self.family
         if children is None:
             return None
         if isinstance(children, Block):
@@ -154,42 +154,42 @@ class Block(Place):
 
     def add(self, block: "Block") -> None:
         """Insert a child; there is none with the same tokens."""
-        children = self._children
+        children = self.family
         if children is None:
-            self._children = block
+            self.family = block
             return
         if isinstance(children, Siblings):
             children.add(block)
             return
         if isinstance(children, Block):
-            self._children = children = [children]
+            self.family = children = [children]
         children.insert(bisect_left(children, block.tokens, key=by_tokens), block)
         if len(children) == 2 * RUN:
-            self._children = Siblings(children)
+            self.family = Siblings(children)
 
     def remove(self, block: "Block") -> None:
         """Take a child out."""
-        children = self._children
+        children = self.family
         if children is block:
-            self._children = None
+            self.family = None
             return
         if isinstance(children, Siblings):
             children.remove(block)
             if len(children.runs) == 1:
-                self._children = children.runs[0]
+                self.family = children.runs[0]
             return
         assert isinstance(children, list), "the tree lost a child"
         index = bisect_left(children, block.tokens, key=by_tokens)
         assert children[index] is block, "the tree lost a child"
         del children[index]
         if len(children) == 1:
-            self._children = children[0]
+            self.family = children[0]
 
     def longest_agreeing(self, tokens: bytes, *, adopted: bool = False) -> "Agreement | None":
         """The sealed child (with `adopted` also one that is not checked yet) that agrees with
         `tokens` longest, and for how many tokens (> 0)."""
         best: Agreement | None = None
-        for nearest in (self._before(tokens), self._since(tokens)):
+        for nearest in (self.before(tokens), self.since(tokens)):
             for candidate in nearest:
                 agreed = common_tokens(candidate.tokens, tokens)
                 if agreed <= (best.n_tokens if best else 0):
@@ -205,7 +205,7 @@ class Block(Place):
         found: list[Block] = []
         below = tokens
         while below:
-            candidate = next(self._before(below), None)
+            candidate = next(self.before(below), None)
             if candidate is None:
                 break
             agreed = common_tokens(candidate.tokens, tokens) * TOKEN_BYTES
@@ -223,21 +223,21 @@ class Block(Place):
 
     def extension(self, tokens: bytes) -> "Block | None":
         """A sealed child that begins with `tokens` and goes on."""
-        for candidate in self._since(tokens):
+        for candidate in self.since(tokens):
             if not candidate.tokens.startswith(tokens):
                 return None
             if candidate.state is SEALED and len(candidate.tokens) > len(tokens):
                 return candidate
         return None
 
-    def _before(self, tokens: bytes) -> "Iterator[Block]":
+    def before(self, tokens: bytes) -> "Iterator[Block]":
         """The children that sort before these tokens, the nearest first."""
         children = self.children
         if isinstance(children, Siblings):
             return children.before(tokens)
         return reversed(children[: bisect_left(children, tokens, key=by_tokens)])
 
-    def _since(self, tokens: bytes) -> "Iterator[Block]":
+    def since(self, tokens: bytes) -> "Iterator[Block]":
         """The children that do not sort before these tokens, the nearest first."""
         children = self.children
         if isinstance(children, Siblings):
@@ -272,6 +272,9 @@ class Match(NamedTuple):
     is_cut: bool = False
 
 
+NOTHING = Match([], None, 0)
+
+
 def match(node: Block, tokens: bytes, block_bytes: int, most: int) -> Match:
     """Match as many tokens as sealed blocks hold, exact to the token, from `node` on, whose end is
     where the match has come to: a full block, or the root. Mutates nothing.
@@ -291,7 +294,7 @@ def match(node: Block, tokens: bytes, block_bytes: int, most: int) -> Match:
         node = child
     else:
         return Match(full, None, node.end, end < len(tokens))
-    agreement = node.longest_agreeing(chunk) if node._children else None
+    agreement = node.longest_agreeing(chunk) if node.family else None
     if agreement is None:
         return Match(full, None, position // TOKEN_BYTES)
     return Match(full, agreement.block, position // TOKEN_BYTES + agreement.n_tokens)

@@ -13,6 +13,7 @@ from functools import partial
 from http import HTTPStatus
 from typing import NamedTuple
 
+from kvd import log
 from kvd.metrics import history, page
 from kvd.metrics.exposition import CONTENT_TYPE, write
 from kvd.metrics.history import History
@@ -77,7 +78,7 @@ class Metrics:
 
     def _with_snapshot(self, respond: Respond, then: Callable[[], Response]) -> None:
         if self._latest is not None and time.monotonic() < self._latest_at + FRESH_SECONDS:
-            respond(then())
+            respond(_made(then))
         else:
             self._wait(Kind.HOW_ARE_THINGS, SNAPSHOT_SECONDS, respond, then)
 
@@ -103,7 +104,7 @@ class Metrics:
         if isinstance(answer, Snapshot):
             self._latest, self._latest_at, self._text = answer, time.monotonic(), None
         for each in waiting:
-            each.respond(_fault(answer) if isinstance(answer, Exception) else each.then())
+            each.respond(_fault(answer) if isinstance(answer, Exception) else _made(each.then))
 
     def _tick(self, now: float) -> float:
         """Give up what was not answered in time, and take a sample if one is due."""
@@ -130,7 +131,11 @@ class Metrics:
 
     def _history_json(self) -> Response:
         assert self._latest is not None
-        found = {**self._history.columns(), "status": self._latest.report}
+        found = {
+            **self._history.columns(),
+            "status": self._latest.report,
+            "sequences": self._latest.sequences,
+        }
         return Response(HTTPStatus.OK, json.dumps(found, separators=(",", ":")).encode(), JSON)
 
     def _sample(self) -> Response:
@@ -147,6 +152,15 @@ def _healthy() -> Response:
     return Response(HTTPStatus.OK, b"ok\n")
 
 
+def _made(then: Callable[[], Response]) -> Response:
+    """An answer, also if there is a fault of ours in making it."""
+    try:
+        return then()
+    except Exception as error:
+        log.error("metrics failed", error)
+        return _fault(error)
+
+
 def _too_late(kind: Kind) -> Response:
     seconds = HEALTH_SECONDS if kind is Kind.ARE_YOU_THERE else SNAPSHOT_SECONDS
     text = f"the serving loop has not answered within {seconds:g} s\n"
@@ -154,4 +168,5 @@ def _too_late(kind: Kind) -> Response:
 
 
 def _fault(error: Exception) -> Response:
-    return Response(HTTPStatus.INTERNAL_SERVER_ERROR, f"{error}\n".encode())
+    text = f"{type(error).__name__}: {error}\n"
+    return Response(HTTPStatus.INTERNAL_SERVER_ERROR, text.encode())

@@ -1,6 +1,6 @@
 """What K/V a model keeps, layer by layer, from its file's metadata: the shape, without bytes.
 
-The rules are those by which llama.cpp 0.3.36's loader reads each architecture. Most keep K and V
+The rules are those of the llama.cpp in llama-cpp-python 0.3.36. Most architectures keep K and V
 rows in each layer, of as many elements as heads times length of a head, and need no rule of their
 own. `_WINDOWS` has those with a sliding window, `_layers_of` and `_layers_with_kv` name the few
 others. An architecture that is in no list is refused: a size that may be wrong is worse than none.
@@ -110,7 +110,7 @@ def _names(text: str) -> frozenset[str]:
 
 _PLAIN = _names(
     """
-    apertus arcee arctic baichuan bailingmoe bailingmoe2 bitnet bloom  chatglm codeshell
+    apertus arcee arctic baichuan bailingmoe bailingmoe2 bitnet bloom chatglm codeshell
     cogvlm command-r dbrx deci deepseek deepseek2 deepseek2-ocr dots1 ernie4_5 ernie4_5-moe exaone
     falcon gemma glm4 glm4moe gpt2 gptneox granite granitemoe graniteswitch grok grovemoe hrm_text
     hunyuan-dense hunyuan-moe hunyuan_vl hy_v3 internlm2 jais jais2 llama llama-embed maincoder

@@ -20,6 +20,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
+from kvd_client.asking import traits_of
 from kvd_client.client import DEFAULT_STAGING, Client, Context, Sequence
 from kvd_client.context import Commit, Model
 from kvd_client.errors import KvdError, StagingFull
@@ -44,9 +45,35 @@ def model_of(engine: LlamaEngine, block_tokens: int = 32) -> Model:
         (kv_type_name(row.k_type), row.k_row_bytes, kv_type_name(row.v_type), row.v_row_bytes)
         for row in engine.layout.layers
     )
+    found = fingerprint(engine)
     return Model(
-        engine.model.path.name, fingerprint(engine).digest, "llama-state", layers, block_tokens
+        engine.model.path.name,
+        found.digest,
+        "llama-state",
+        layers,
+        block_tokens,
+        traits_of(found.fields),
     )
+
+
+def explain_engine(
+    engine: LlamaEngine, client: Client, tokens: npt.ArrayLike, block_tokens: int = 32
+) -> dict[str, Any]:
+    """Like LlamaWorker.explain, for an engine without a worker. Of one that cannot be shared (see
+    `require_shareable` of LlamaEngine) no block is ever stored or found: `not_exportable` says why,
+    and there is nothing else to tell."""
+    prompt = _checked_prompt(tokens)
+    if engine.not_shareable is not None:
+        return {"asked_tokens": prompt.size - 1, "not_exportable": str(engine.not_shareable)}
+    found = client.explain(model_of(engine, block_tokens), prompt[:-1])
+    return {**found, "not_exportable": None}
+
+
+def _checked_prompt(tokens: npt.ArrayLike) -> Tokens:
+    prompt = np.ascontiguousarray(tokens, dtype=np.int32)
+    if prompt.ndim != 1 or prompt.size == 0:
+        raise ValueError("a prompt is a flat array of at least one token")
+    return prompt
 
 
 class LlamaWorker:
@@ -79,6 +106,8 @@ class LlamaWorker:
             self._own_engine = False
         self.engine = engine
         self._own_client = client is None
+        self.not_exportable: str | None = None
+        """Why the engine did not give a block out, of the last sequence of which it did not."""
         try:
             model = model_of(engine, block_tokens)
             self.client = client or Client(
@@ -101,17 +130,23 @@ class LlamaWorker:
         return max(1, min(self.client.staging_room // 2 // payload, MAX_APPEND_BLOCKS))
 
     def open(
-        self, tokens: npt.ArrayLike, *, request: str = "", wait: float = 0.0
+        self,
+        tokens: npt.ArrayLike,
+        *,
+        request: str = "",
+        wait: float = 0.0,
+        use: bool = True,
+        store: bool = True,
     ) -> "LlamaSequence":
         """A sequence for a prompt (int [n], n >= 1), with as much of it as is cached.
 
         At least the last token is left to decode, since logits are not cached. `wait` seconds for
-        a free sequence id. Raises NoSequenceFree, SequenceLimit.
+        a free sequence id. `use` False: all of it is computed, whatever is cached. `store` False:
+        nothing of it is stored, neither by `store` nor at its end. Raises NoSequenceFree,
+        SequenceLimit.
         """
-        prompt = np.ascontiguousarray(tokens, dtype=np.int32)
-        if prompt.ndim != 1 or prompt.size == 0:
-            raise ValueError("a prompt is a flat array of at least one token")
-        leased = self.context.alloc(prompt[:-1], request=request, wait=wait)
+        prompt = _checked_prompt(tokens)
+        leased = self.context.alloc(prompt[:-1], request=request, wait=wait, use=use, store=store)
         sequence = LlamaSequence(self, leased, prompt)
         try:
             sequence.import_prefix()
@@ -119,6 +154,13 @@ class LlamaWorker:
             sequence.close(store=False, failed=True)
             raise
         return sequence
+
+    def explain(self, tokens: npt.ArrayLike) -> dict[str, Any]:
+        """What `open` would find of this prompt, and why not the rest: the map of `kvctl explain
+        --json`, and `not_exportable`: why this worker could not export a sequence last, or None.
+        See also `explain_engine`."""
+        found = self.client.explain(self.context.model, _checked_prompt(tokens)[:-1])
+        return {**found, "not_exportable": self.not_exportable}
 
     def decode_each(self, sequences: "SequenceOf[LlamaSequence]", tokens: SequenceOf[int]) -> None:
         """Append one token to each of several sequences in one batch; `logits` of each are new."""
@@ -258,13 +300,14 @@ class LlamaSequence:
         """Export the full blocks that are new, and with `tail` the open one.
 
         Waits up to `wait` seconds (None: the client's timeout) if the staging is full of earlier
-        blocks, and leaves the rest for the next call then. Does nothing without a daemon. After a
+        blocks, and leaves the rest for the next call then. Does nothing without a daemon, or if
+        the sequence was opened with `store` False. After a
         commit that failed the sequence goes on and is stored no further.
         """
         leased = self.leased
         if self._commit is not None and self._commit.error is not None:
             self._give_up_storing(self._commit.error)
-        if self.problem or not leased.shared:
+        if self.problem or not leased.shared or not leased.stores:
             return
         block_tokens = self.worker.context.model.block_tokens
         try:
@@ -283,6 +326,8 @@ class LlamaSequence:
                 self._give_up_storing(error)
             logger.debug("stored later, if at all: %s", error)
         except (KvdError, NotExportable) as error:
+            if isinstance(error, NotExportable):
+                self.worker.not_exportable = str(error)
             self._give_up_storing(error)
 
     def close(self, *, store: bool = True, failed: bool = False) -> None:

@@ -1,0 +1,77 @@
+"""Ghosts: what is remembered of dropped blocks, for how long, and at which price."""
+
+import pytest
+
+from kvd.core import ghosts
+from kvd.core.ghosts import Ghost, Ghosts
+from kvd.core.reasons import Reason
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> Ghosts:
+    """Three generations of two."""
+    monkeypatch.setattr(ghosts, "GENERATION", 2)
+    monkeypatch.setattr(ghosts, "GENERATIONS", 3)
+    return Ghosts()
+
+
+def key(number: int) -> bytes:
+    return number.to_bytes(16, "little")
+
+
+def noted(found: Ghosts, first: int, end: int) -> None:
+    """One block is dropped each second."""
+    for number in range(first, end):
+        found.note(key(number), float(number), Reason.ROOM)
+
+
+def test_a_ghost_says_when_and_why() -> None:
+    found = Ghosts()
+    found.note(key(1), 5.0, Reason.ROOM)
+    found.note(key(2), 5.0, Reason.COMMAND)
+    found.note(key(3), 6.0, Reason.COMMAND)
+    assert found.find(key(1)) == Ghost(5.0, Reason.ROOM)
+    assert found.find(key(2)) == Ghost(5.0, Reason.COMMAND)
+    assert found.find(key(3)) == Ghost(6.0, Reason.COMMAND)
+    assert found.find(key(4)) is None
+    assert found.complete_since is None
+
+
+def test_the_oldest_are_forgotten_and_it_is_known_since_when(small: Ghosts) -> None:
+    noted(small, 0, 5)
+    assert [small.find(key(number)) is not None for number in range(5)] == [True] * 5
+    assert small.complete_since is None
+    noted(small, 5, 6)
+    assert [small.find(key(number)) is not None for number in range(6)] == [False] * 2 + [True] * 4
+    assert small.complete_since == 2.0
+    noted(small, 6, 100)
+    assert len(small) == 4
+    assert small.complete_since == 96.0
+
+
+def test_what_was_dropped_again_is_told_as_it_was_last(small: Ghosts) -> None:
+    small.note(key(1), 1.0, Reason.ROOM)
+    noted(small, 2, 4)
+    small.note(key(1), 9.0, Reason.QUOTA)
+    assert small.find(key(1)) == Ghost(9.0, Reason.QUOTA)
+
+
+def test_so_many_blocks_are_remembered_and_no_more() -> None:
+    """PROTOCOL.md promises the least."""
+    least = (ghosts.GENERATIONS - 1) * ghosts.GENERATION
+    found = Ghosts()
+    noted(found, 0, least)
+    assert found.complete_since is None
+    noted(found, least, 3 * least)
+    assert least <= len(found) < least + ghosts.GENERATION
+    assert found.find(key(2 * least)) is not None
+    assert f"{least:,}" == "57,344"
+
+
+def test_models_that_gave_way_are_remembered_a_bounded_number_of_them() -> None:
+    found = Ghosts()
+    for number in range(200):
+        found.note_arena(key(number), float(number))
+    assert len(found.arenas) == ghosts.MAX_ARENAS
+    assert found.arenas[key(199)] == 199.0
+    assert key(0) not in found.arenas

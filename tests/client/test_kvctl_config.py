@@ -6,10 +6,12 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import jsonschema
 import pytest
 
 import kvd_client
 import kvd_client.aio
+from tests.client.test_kvctl_json import schema, strict
 from tests.support import Daemon, running_daemon
 
 COMMAND = [sys.executable, "-m", "kvd_client.kvctl"]
@@ -85,6 +87,10 @@ def test_what_is_held_beyond_a_smaller_budget_is_told(daemon: Daemon, file: Path
         told = done.stdout.splitlines()[-1]
         assert told.startswith("max_memory is 1.0 MiB, and 2.0 MiB are held: 0 B are being evicted")
         assert kvctl(daemon, "config").stdout.splitlines()[-1] == told
+        for command in ("config", "reload"):
+            report = json.loads(kvctl(daemon, command, "--json").stdout)
+            assert report["beyond"], "it is to be compared with the schema, too"
+            jsonschema.validate(report, strict(schema(command)))
     with kvd_client.connect(daemon.runtime_dir, staging_bytes=0) as client:
         assert client.reload()["beyond"] == []
 

@@ -26,7 +26,7 @@ SCHEMAS = ROOT / "docs" / "schema"
 NAMES = [command.name for module in MODULES for command in module.COMMANDS]
 DAEMONS = [
     ["status"], ["seqs"], ["clients"], ["models"], ["pins"], ["verify"], ["verify", "--checksums"],
-    ["ping"], ["config"], ["reload"], ["events"], ["top", "--once", "--interval", "0.5"], ["unpin"],
+    ["ping"], ["events"], ["top", "--once", "--interval", "0.5"], ["unpin"],
     ["pin", "--model", "tiny"], ["explain", "--model", "tiny"], ["evict", "--blocks", "1"],
     ["evict", "--model", "tiny", "--prompt", "-"], ["completion", "bash"],
 ]  # fmt: skip

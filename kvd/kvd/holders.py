@@ -13,7 +13,8 @@ from kvd.core.accounting import Totals
 from kvd.core.amounts import Amount
 from kvd.core.cache import Cache
 from kvd.core.sequences import Session
-from kvd.reports import Stopped, settled
+from kvd.reports import settled
+from kvd.stopped import Stopped
 from kvd.store import Store
 
 

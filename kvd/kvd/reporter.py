@@ -202,13 +202,11 @@ class Reporter:
         tenants = {asked.tenant for asked in self._asked}
         uptime = time.monotonic() - self._started
         try:
-            stopped = self._stopped.look(self._cache.sessions.values())
             taken = reports.take(
                 self._cache,
                 self._store,
                 self._instance,
                 uptime,
-                stopped,
                 tenants,
                 self._differences if thorough else None,
             )
@@ -228,6 +226,7 @@ class Reporter:
             self._asked = []
             self._take()
         else:
+            self._stopped.note(self._cache.sessions.values(), seen.stopped)
             self._give(partial(_report, taken, seen))
 
     def _fail(self, error: Exception) -> None:

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from kvd import descriptors, log
-from kvd.core.events import Connected, Disconnected, Event, SessionId
+from kvd.core.events import Connected, Disconnected, Event, SessionId, TurnedAway
 from kvd.lifeline import DatagramTooLong, Listener, Peer, PeerGone, SendQueueFull
 from kvd.staging import HEADER_BYTES
 from kvd.stopped import is_ending
@@ -168,10 +168,12 @@ class Sessions:
                 self._hello(connection, datagram)
 
     def _hello(self, connection: Connection, datagram: bytes) -> None:
+        name = ""
         try:
             hello = codec.decode_datagram(datagram)
             if connection.session or not isinstance(hello, Hello):
                 raise BadMessage("a client says hello, once, and nothing else")
+            name = hello.client
             if hello.version != PROTOCOL_VERSION:
                 raise UnsupportedVersion(
                     "the daemon speaks another protocol version",
@@ -183,10 +185,11 @@ class Sessions:
             peer = connection.peer
             member = self.tenants.find(peer.uid, peer.groups)
         except KvdError as error:
-            self._refuse(connection, error)
+            self._turn_away(connection, name, error)
             return
         except OSError as error:
-            self._refuse(connection, InternalError(f"your groups cannot be looked up: {error}"))
+            fault = InternalError(f"your groups cannot be looked up: {error}")
+            self._turn_away(connection, name, fault)
             return
         del self._greeting[connection]
         # ZeroMQ's own routing ids begin with a zero byte; ours never do.
@@ -205,6 +208,10 @@ class Sessions:
                 member.administrator,
             )
         )
+
+    def _turn_away(self, connection: Connection, client: str, error: KvdError) -> None:
+        self._handle(TurnedAway(client, connection.peer.pid, connection.peer.uid, error))
+        self._refuse(connection, error)
 
     def _opened(self, session: SessionId, n_bytes: int, error: KvdError | None) -> None:
         """The staging is there, or could not be made; the client may have gone meanwhile."""

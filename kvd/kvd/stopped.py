@@ -8,11 +8,14 @@ not.
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 from kvd import log
 from kvd.core.events import SessionId
 from kvd.core.sequences import Session
+
+Stopped = Mapping[SessionId, bool | None]
+"""Whether each session's process is stopped; None: /proc does not say."""
 
 _FLAGS = 6
 _PF_EXITING = 0x4
@@ -20,21 +23,25 @@ _PF_EXITING = 0x4
 
 
 class StoppedClients:
-    """Looks when a report is taken, and remembers what the log has been told."""
+    """Remembers what the log has been told."""
 
     def __init__(self) -> None:
         self._told: set[SessionId] = set()
 
-    def look(self, sessions: Iterable[Session]) -> dict[SessionId, bool | None]:
+    def look(self, sessions: Collection[Session]) -> dict[SessionId, bool | None]:
         """For each session whether its process is stopped; None: /proc does not say. Costs some
         10 us each."""
-        found = {}
-        for session in sessions:
-            stopped = found[session.id] = is_stopped(session.pid)
-            if bool(stopped) != (session.id in self._told):
-                self._tell(session, bool(stopped))
-        self._told &= found.keys()
+        found = {session.id: is_stopped(session.pid) for session in sessions}
+        self.note(sessions, found)
         return found
+
+    def note(self, sessions: Iterable[Session], found: Stopped) -> None:
+        """Tell the log what has been found, of those that it has not been told of."""
+        for session in sessions:
+            stopped = bool(found.get(session.id))
+            if stopped != (session.id in self._told):
+                self._tell(session, stopped)
+        self._told &= found.keys()
 
     def _tell(self, session: Session, stopped: bool) -> None:
         name = session.id.hex()[:8]

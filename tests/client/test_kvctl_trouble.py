@@ -23,6 +23,7 @@ from tests.users import STRANGER, daemon_of_service, needs_root, run_as
 COMMAND = [sys.executable, "-m", "kvd_client.kvctl"]
 WITH: dict[str, list[str]] = {
     "evict": ["--all"],
+    "explain": ["--model", "m", "/dev/null"],
     "pin": ["--model", "m", "/dev/null"],
     "top": ["--once"],
     "warm": ["--model", "/dev/null", "/dev/null"],

@@ -18,12 +18,20 @@ from kvd.core.journal import KEPT
 from kvd.core.machine import Core
 from kvd.following import FOLLOWED_SECONDS, Followers
 from kvd.requests import Incoming
-from kvd_proto import codec
+from kvd_proto import PROTOCOL_VERSION, codec
 from kvd_proto.errors import BadMessage, UnknownSession
 from kvd_proto.happenings import FIELDS
-from kvd_proto.messages import MAX_EVENTS, Events, Reported
+from kvd_proto.messages import MAX_EVENTS, Events, Hello, Reported
 from tests.proto.protocol_doc import Section, report_keys, sections
-from tests.shell.raw import BLOCK_TOKENS, Raw, many_tokens, raw_client, until
+from tests.shell.raw import (
+    BLOCK_TOKENS,
+    Raw,
+    has_ended,
+    lifeline,
+    many_tokens,
+    raw_client,
+    until,
+)
 from tests.support import Daemon, running_daemon
 
 FROM_NOW_ON = (1 << 64) - 1
@@ -194,6 +202,22 @@ def test_why_a_session_has_gone(daemon: Daemon, follower: Raw) -> None:
     polite, killed = until(gone)
     assert (polite["client"], polite["reason"]) == ("polite", "closed")
     assert (killed["client"], killed["reason"]) == ("victim", "died")
+
+
+def test_who_got_no_session_and_why(daemon: Daemon, follower: Raw) -> None:
+    """Also those who never were a client: of no tenant, or with a hello that makes no sense."""
+    since = follower.call(follow()).report["next"]
+    with lifeline(daemon) as sock:
+        sock.send(codec.encode_datagram(Hello(PROTOCOL_VERSION + 1, "of tomorrow", 0)))
+        assert has_ended(sock)
+    with lifeline(daemon) as sock:
+        sock.send(b"hello?")
+        assert has_ended(sock)
+    refused = follower.call(follow(since, 20_000, "session-refused")).report["events"]
+    assert [(event["client"], event["code"], event["tenant"]) for event in refused] == [
+        ("of tomorrow", "unsupported_version", ""), ("", "bad_message", ""),
+    ]  # fmt: skip
+    assert {(event["pid"], event["uid"]) for event in refused} == {(os.getpid(), os.geteuid())}
 
 
 def test_followers_that_die_leave_nothing(daemon: Daemon, follower: Raw) -> None:

@@ -280,12 +280,14 @@ def test_limits_of_a_session_follow_from_those_of_the_daemon() -> None:
 README = (Path(__file__).parents[2] / "README.md").read_text()
 
 
-def test_the_tenants_of_the_readme_are_right(tmp_path: Path) -> None:
-    (text,) = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
-    path = file(tmp_path, text)
+def test_the_tables_of_the_readme_are_right_and_go_together(tmp_path: Path) -> None:
+    path = file(tmp_path, "\n".join(re.findall(r"```toml\n(.*?)```", README, re.DOTALL)))
     path.chmod(0o600)
-    a, b = load(path, {}, {}).settings.tenants
+    settings = load(path, {}, {}).settings
+    a, b = settings.tenants
     assert (a.rule.name, a.rule.quota, b.rule.name) == ("team-a", 2 << 30, "team-b")
+    assert a.rule.minimum == 512 << 20
+    assert settings.models == (ModelRule("my-model", 1 << 30, 3 << 30),)
 
 
 def test_the_limits_of_the_readme_are_settings_with_these_defaults() -> None:

@@ -115,7 +115,7 @@ def line(event: Event, look: Look) -> str:
     known = _WORDS.get(kind)
     words = known(event) if known else " ".join(f"{name}={event[name]}" for name in event)
     of = [event["model"]] if event["model"] else []
-    if event["tenant"] != "default":
+    if event["tenant"] not in ("", "default"):
         of.append(f"({event['tenant']})")
     painted = look.paint(f"{kind:<{_KIND_WIDTH}}", _COLOURS.get(kind, ""))
     return f"{clock}  {painted}  {clean(' '.join([*of, words]))}"

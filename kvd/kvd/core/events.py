@@ -42,6 +42,16 @@ class Disconnected(NamedTuple):
     reason: str = "closed"
 
 
+class TurnedAway(NamedTuple):
+    """Somebody who is of no tenant, or spoke no hello that makes sense, and so never was a session.
+    `client` is what it calls itself, as far as it said."""
+
+    client: str
+    pid: int
+    uid: int
+    error: KvdError
+
+
 class Requested(NamedTuple):
     """A decoded request. `staging` is the session's staging, read for append only."""
 
@@ -147,6 +157,7 @@ class Ticked(NamedTuple):
 Event = (
     Connected
     | Disconnected
+    | TurnedAway
     | Requested
     | Backed
     | Copied

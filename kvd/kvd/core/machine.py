@@ -50,6 +50,7 @@ from kvd.core.events import (
     Reply,
     Requested,
     Ticked,
+    TurnedAway,
 )
 from kvd.core.sequences import Session, State
 from kvd.core.tenants import Tenant
@@ -107,6 +108,9 @@ class Core:
                 self._connect(event, now, effects)
             case Disconnected():
                 self._disconnect(event, now, effects)
+            case TurnedAway(client, pid, uid, error):
+                values = (client, pid, uid, error.code, error.message)
+                cache.budget.journal.note(Kind.SESSION_REFUSED, "", "", *values)
             case Backed(number):
                 job = cache.jobs.pop(number)
                 if isinstance(job, AllocBacking):

@@ -40,6 +40,8 @@ _COUNTED = {
     "sequences_opened": "Sequences that were opened.",
     "sequences_failed": "Sequences that failed, by their owner's word.",
     "sequences_timed_out": "Sequences that nobody asked for in time.",
+    "sequences_not_matched": "Sequences for which nothing was to be matched.",
+    "sequences_not_stored": "Sequences of which nothing was to be stored.",
     "sessions_opened": "Sessions of clients that were opened.",
     "adopted_blocks": "Blocks that an earlier daemon had left.",
     "damaged_blocks": "Adopted blocks that were thrown away, since they had changed.",

@@ -103,20 +103,23 @@ def test_a_wrong_setting_is_said_and_not_tried_again(container: Container) -> No
     assert "/etc/kvd/nobody.toml" in container.journal("kvd@nobody.service")
 
 
-def test_systemctl_reload_changes_what_can_change(second: str, container: Container) -> None:
-    pid = container.pid(second)
-    with worker(container, "second") as client:
+def test_systemctl_reload_changes_what_can_change(container: Container) -> None:
+    unit = instance(container, "reloaded")
+    container.do("systemctl", "start", unit)
+    pid = container.pid(unit)
+    with worker(container, "reloaded") as client:
         client.ask("use")
-        (container.etc / "second.toml").write_text('max_memory = "32MiB"\nmax_pins = 7\n')
-        container.do("systemctl", "reload", second)
+        (container.etc / "reloaded.toml").write_text('max_memory = "32MiB"\nmax_pins = 7\n')
+        container.do("systemctl", "reload", unit)
         # No waiting: it returns when it is done.
-        config = json.loads(container.do(KVCTL, "--instance=second", "--json", "config"))
+        config = json.loads(container.do(KVCTL, "--instance=reloaded", "--json", "config"))
         told = {row["name"]: (row["text"], row["where"]) for row in config["settings"]}
-        assert told["max_memory"] == ("32MiB", "/etc/kvd/second.toml")
-        assert told["max_pins"] == ("7", "/etc/kvd/second.toml")
+        assert told["max_memory"] == ("32MiB", "/etc/kvd/reloaded.toml")
+        assert told["max_pins"] == ("7", "/etc/kvd/reloaded.toml")
         assert client.ask("use") == {"shared": True, "matched": len(TOKENS), "right": True}
-    assert (container.show(second, "ActiveState"), container.pid(second)) == ("active", pid)
-    assert "setting changed name=max_memory before=64MiB after=32MiB" in container.journal(second)
+    assert (container.show(unit, "ActiveState"), container.pid(unit)) == ("active", pid)
+    assert "setting changed name=max_memory before=64MiB after=32MiB" in container.journal(unit)
+    container.do("systemctl", "stop", unit)
 
 
 def test_a_reload_of_a_wrong_file_fails_and_changes_nothing(

@@ -10,10 +10,11 @@ import pytest
 from kvd.core import machine
 from kvd.core.events import DropRecord, Punch, Reconfigured, RemoveArena
 from kvd.core.reasons import Reason
+from kvd.core.shares import ModelRule
 from kvd.core.tenants import TenantRule
 from kvd_proto import errors
 from kvd_proto.messages import COMPLETED, Allocated, OpenContext, Release, Unpin
-from tests.core.driver import BUDGET, PAGE, STAGING, Driver, Handle, alloc
+from tests.core.driver import BUDGET, FULL_DIRECTORY, PAGE, STAGING, Driver, Handle, alloc
 
 N_BLOCKS = 40
 
@@ -208,6 +209,38 @@ def test_fewer_sequences_take_none_away() -> None:
     for handle in handles[:2]:
         release(driver, handle)
     driver.alloc(b"s", context)
+
+
+# --- minima and caps of models
+
+
+def test_a_smaller_budget_leaves_each_its_minimum() -> None:
+    """Though what is in it is the oldest."""
+    driver = Driver(models=(ModelRule("kept", minimum=FULL_DIRECTORY + 5 * PAGE),))
+    driver.connect("s")
+    kept = driver.context(b"s", driver.register(b"s", "kept"))
+    other = driver.context(b"s", driver.register(b"s", "other"))
+    for context in (kept, other):
+        for number in range(8):
+            release(driver, store(driver, context, number))
+    limit(driver, max_memory=held_by(driver) - 10 * PAGE)
+    driver.settle()
+    assert (len(driver.blocks(1)), len(driver.blocks(2))) == (5, 1)
+    assert driver.cache.budget.n_bytes == driver.limits.max_memory
+    limit(driver, max_memory=held_by(driver) - PAGE)
+    driver.settle()
+    assert (len(driver.blocks(1)), len(driver.blocks(2))) == (5, 0)
+
+
+def test_what_is_found_beyond_a_cap_is_evicted(driver: Driver) -> None:
+    cap = FULL_DIRECTORY + 4 * PAGE
+    driver.limits = replace(driver.limits, models=(ModelRule("m", cap=cap),))
+    driver.restart()
+    model = driver.cache.budget.models["m"]
+    assert (model.cap, model.excess) == (model.held, (N_BLOCKS - 4) * PAGE)
+    driver.settle()
+    assert first_tokens(driver) == list(range(N_BLOCKS - 4, N_BLOCKS))
+    assert (model.cap, model.excess, model.held) == (cap, 0, cap)
 
 
 # --- an arena that is shorter than the budget is now

@@ -275,6 +275,8 @@ class World:
         """Blocks that are gone by command."""
         self.registering = ""
         """Whose minimum counts what makes room for another model, while one is registered."""
+        self.in_vain = ""
+        """Whose minimum counts an arena that could not be made."""
         self.counts_for: dict[int, str] = {}
         """By arena: for whose minimum it counts, those that have just gone included."""
         self.forgetting: set[tuple[int, Path]] = set()
@@ -1247,9 +1249,10 @@ class World:
             for each in arena.chain(path)[:-1]
         )
         is_superseded = len(path) % arena.block_tokens and arena.extension(path)
-        if is_orphan and is_superseded:
+        is_lost = is_orphan or self._is_damaged(number, path)
+        if is_lost and is_superseded:
             why = EITHER
-        elif is_orphan or self._is_damaged(number, path):
+        elif is_lost:
             why = "lost"
         else:
             why = "superseded" if is_superseded else "evicted"
@@ -1509,7 +1512,8 @@ class World:
         promised = sum(max(0, minima[each] - held[each]) for each in minima)
         assert promised <= budget.unassigned or self.is_reconfigured  # then: _check_resized
         assert all(each.headroom >= 0 for each in budget.models.values())
-        takers = {self.registering}  # another model of its own may have gone for it
+        # Another model of its own may have gone for it, or what counts for the same minimum.
+        takers = {self.registering, self.in_vain}
         takers |= {f"tenant {name}" for name in self.limited}  # or for a smaller quota
         for effect in effects:
             match effect:

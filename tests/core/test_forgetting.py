@@ -203,6 +203,24 @@ def test_it_goes_in_steps(bench: Bench, together: int, monkeypatch: pytest.Monke
     assert bench.paths == {SYSTEM, ELSEWHERE}
 
 
+@pytest.mark.parametrize("together", [1, 2, 5])
+def test_those_that_go_on_from_within_a_block_are_looked_for_in_steps_too(
+    together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forgetting, "WALK_BLOCKS", together)
+    going = [(*SYSTEM, 3, token) for token in range(7)]
+    bench = Bench(*going, (*SYSTEM, 2), (*SYSTEM, 4, 0))
+    bench.ask(b"s", request(*SYSTEM, 3))
+    asked = bench.asked
+    n_steps = 0
+    while asked not in bench.replies:
+        bench.pass_time(0)
+        n_steps += 1
+    assert n_steps >= 7 // together
+    assert bench.replies[asked].blocks == 7
+    assert bench.paths == {SYSTEM, (*SYSTEM, 2), (*SYSTEM, 4, 0)}
+
+
 @pytest.mark.parametrize("n_steps", range(8))
 @pytest.mark.parametrize("n_evicted", [1, 3, 6])
 def test_whatever_is_evicted_meanwhile(

@@ -18,7 +18,7 @@ What would go is collected first, parents before children, and then dropped from
 """
 
 from collections.abc import Generator
-from itertools import takewhile
+from itertools import islice, takewhile
 from typing import NamedTuple
 
 from kvd.core.arenas import Arena
@@ -38,11 +38,10 @@ DROP_BLOCKS = 128
 
 class End(NamedTuple):
     """Where a prompt ends in a tree: at its deepest full block, whatever state that is in, and with
-    the tokens that follow it, of at most one block; if it `is_whole`, these are the last."""
+    the tokens that follow it, of at most one block. If they are as many, no block has them all."""
 
     node: Block
     rest: bytes
-    is_whole: bool
 
 
 def forget(cache: Cache, session: Session, message: Forget) -> Steps:
@@ -92,7 +91,7 @@ def _find_end(arena: Arena, tokens: bytes) -> Generator[None, list[Effect], End]
             chunk = tokens[at : at + block_bytes]
             child = node.child(chunk) if len(chunk) == block_bytes else None
             if child is None or child.state is GONE:  # with its whole arena
-                return End(node, chunk, len(chunk) < block_bytes)
+                return End(node, chunk)
             node = child
         yield
         node = alive(node)
@@ -100,13 +99,12 @@ def _find_end(arena: Arena, tokens: bytes) -> Generator[None, list[Effect], End]
 
 def _collect(end: End) -> Generator[None, list[Effect], list[Block]]:
     """What goes on from the prompt's end, or is a part of that: parents before children."""
-    node, rest, is_whole = end
-    if not rest:
-        stack = [node]
-    else:
+    node, rest = end
+    if rest:
         stack = node.prefixes(rest)
-        if is_whole:
-            stack += takewhile(lambda each: each.tokens.startswith(rest), node.since(rest))
+        stack += yield from _beginning_with(node, rest)
+    else:
+        stack = [node]
     found: list[Block] = []
     while stack:
         for _ in range(min(len(stack), WALK_BLOCKS)):
@@ -115,6 +113,20 @@ def _collect(end: End) -> Generator[None, list[Effect], list[Block]]:
             stack.extend(block.children)
         yield
     return found
+
+
+def _beginning_with(node: Block, rest: bytes) -> Generator[None, list[Effect], list[Block]]:
+    """The children that begin with these tokens: there may be any number."""
+    found: list[Block] = []
+    after = rest
+    while True:
+        siblings = takewhile(lambda each: each.tokens.startswith(rest), node.since(after))
+        some = list(islice(siblings, WALK_BLOCKS))
+        found += some
+        if len(some) < WALK_BLOCKS:
+            return found
+        yield
+        after = some[-1].tokens + b"\0"  # what sorts next
 
 
 def _alone(node: Block) -> list[Block]:

@@ -23,6 +23,7 @@ Schema = dict[str, Any]
 
 _ABSENT = " or absent"
 TYPES: dict[str, Schema] = {
+    "any": {},
     "str": {"type": "string"},
     "int": {"type": "integer"},
     "float": {"type": "number"},

@@ -45,6 +45,7 @@ from kvd_client.staging import Staged
 from kvd_client.state import ContextState, Model, SequenceState, Tokens
 from kvd_proto.messages import (
     MAX_EVENTS,
+    Config,
     Evict,
     Evicted,
     Flushed,
@@ -55,6 +56,7 @@ from kvd_proto.messages import (
     Ping,
     Pinned,
     Pong,
+    Reload,
     Status,
     Unpin,
     Unpinned,
@@ -306,6 +308,14 @@ class AsyncClient(ClientState):
     async def unpin(self, owner: str, model: str = "") -> int:
         """End the pins of `owner` on models of this name ("": all); returns how many."""
         return cast(Unpinned, await self.run(self.ask(Unpin(owner, model)))).pins
+
+    async def config(self) -> dict[str, Any]:
+        """As `client.Client.config`."""
+        return await self._report(Config())
+
+    async def reload(self) -> dict[str, Any]:
+        """As `client.Client.reload`."""
+        return await self._report(Reload())
 
     async def pins(self) -> list[dict[str, Any]]:
         """A row for each pin of the daemon."""

@@ -47,6 +47,7 @@ from kvd_client.staging import Staged
 from kvd_client.state import ContextState, Model, SequenceState, Tokens
 from kvd_proto.messages import (
     MAX_EVENTS,
+    Config,
     Evict,
     Evicted,
     Flushed,
@@ -57,6 +58,7 @@ from kvd_proto.messages import (
     Ping,
     Pinned,
     Pong,
+    Reload,
     Status,
     Unpin,
     Unpinned,
@@ -363,6 +365,15 @@ class Client(ClientState):
     def unpin(self, owner: str, model: str = "") -> int:
         """End the pins of `owner` on models of this name ("": all); returns how many."""
         return cast(Unpinned, self.run(self.ask(Unpin(owner, model)))).pins
+
+    def config(self) -> dict[str, Any]:
+        """Every setting of the daemon, and where it comes from."""
+        return self._report(Config())
+
+    def reload(self) -> dict[str, Any]:
+        """Let the daemon read its configuration again; what became of each setting. If `ok` is
+        false, `errors` says why nothing was changed."""
+        return self._report(Reload())
 
     def pins(self) -> list[dict[str, Any]]:
         """A row for each pin of the daemon."""

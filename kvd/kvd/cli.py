@@ -6,8 +6,9 @@ that is not running has left in shared memory, `kvd config` looks at settings (c
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
+from functools import partial
 from pathlib import Path
 
 import zmq
@@ -22,7 +23,7 @@ from kvd.metrics.listening import CannotServe
 from kvd.notify import Notifier
 from kvd.server import Server
 from kvd.settings import ABOUT, Settings
-from kvd.signals import StopSignals
+from kvd.signals import Signals
 from kvd.simulate import BadCapacity
 from kvd.trace import BadTrace
 from kvd_proto.paths import DEFAULT_INSTANCE
@@ -53,12 +54,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     log.set_up(configuration.settings.log_level)
     try:
         with closing(notifier):
-            return serve(configuration, notifier)
+            return serve(configuration, partial(load, options.config, flags), notifier)
     finally:
         log.close()
 
 
-def serve(configuration: Configuration, notifier: Notifier) -> int:
+def serve(
+    configuration: Configuration, load_again: Callable[[], Configuration], notifier: Notifier
+) -> int:
     """Run one daemon until it is told to stop; returns the exit code."""
     settings = configuration.settings
     directory = settings.runtime_dir or default_runtime_dir(settings.instance)
@@ -68,11 +71,11 @@ def serve(configuration: Configuration, notifier: Notifier) -> int:
         return _fail(3, error)
     except (UnsafePath, OSError) as error:
         return _fail(1, error)
-    with StopSignals() as stop, lock:
+    with Signals() as signals, lock:
         descriptors.raise_limit(settings)
         pauses.bound()
         try:
-            server = Server(settings, lock, notifier)
+            server = Server(configuration, load_again, lock, notifier)
         except CannotServe as error:
             return _fail(2, error)
         except (OSError, zmq.ZMQError) as error:
@@ -88,7 +91,7 @@ def serve(configuration: Configuration, notifier: Notifier) -> int:
         )
         try:
             with closing(server):
-                server.run(stop.fd)
+                server.run(signals)
         except Exception as error:  # beyond repair: see server.py
             log.error("fault", error, consequence="the daemon ends")
             return 1

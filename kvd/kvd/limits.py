@@ -116,6 +116,13 @@ def ceilings(sources: Sources = SYSTEM) -> Ceilings:
     return Ceilings(_meminfo(sources, b"MemTotal:"), cgroup, cgroup_path, shm)
 
 
+def longest_segment(sources: Sources = SYSTEM) -> int:
+    """How long a sparse segment may be of use: as /dev/shm is, or the machine's memory if that has
+    no size."""
+    most = ceilings(sources)
+    return most.machine if most.shm is None else most.shm
+
+
 def check_room(
     n_bytes: int, *, in_shm: bool = True, reserve: int = RESERVE_BYTES, sources: Sources = SYSTEM
 ) -> Headroom:

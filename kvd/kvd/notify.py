@@ -1,6 +1,6 @@
 """Messages to systemd: the sd_notify protocol, in the few lines that it takes.
 
-Covers readiness, status, stopping, the watchdog and extensions of a timeout.
+Covers readiness, reloading, status, stopping, the watchdog and extensions of a timeout.
 Does not cover when to send them (server.py), nor units (systemd/).
 
 A message is one datagram of `NAME=value` lines to the socket that the service manager names in
@@ -9,6 +9,7 @@ $NOTIFY_SOCKET. Without that variable everything here does nothing.
 
 import os
 import socket
+import time
 from collections.abc import Mapping
 
 _MICROSECONDS = 1_000_000
@@ -48,6 +49,12 @@ class Notifier:
         """One line for `systemctl status`."""
         # A line break would begin another assignment.
         return self._send("STATUS=" + " ".join(text.splitlines()))
+
+    def reloading(self) -> bool:
+        """The configuration is being read again; `ready` ends it."""
+        # By the time systemd tells it from a message that was late (Type=notify-reload).
+        now = int(time.monotonic() * _MICROSECONDS)
+        return self._send(f"RELOADING=1\nMONOTONIC_USEC={now}")
 
     def stopping(self) -> bool:
         """Shutdown has begun."""

@@ -140,7 +140,7 @@ class Reporter:
         session, correlation, message = incoming
         now = time.monotonic()
         try:
-            tenant = self._whose(session)
+            tenant = self.whose(session)
             match message:
                 case ListSequences():
                     report = {"sequences": report_of_sequences(self._cache, now, tenant)}
@@ -164,7 +164,7 @@ class Reporter:
         self._wait(Asked(Incoming(_OURSELVES, 0, Status()), None, give))
         self._take()
 
-    def _whose(self, asker: SessionId) -> Tenant | None:
+    def whose(self, asker: SessionId) -> Tenant | None:
         """The tenant of which this client may see what there is; None: of all."""
         if not self._has_tenants:
             return None

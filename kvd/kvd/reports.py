@@ -255,7 +255,7 @@ def _status(
         "sequences": {
             "max": cache.limits.max_sequences,
             "in_use": sum(session.open_sequences for session in sessions),
-            "free": cache.limits.max_sequences - cache.open_sequences,
+            "free": max(0, cache.limits.max_sequences - cache.open_sequences),
             "waiting": sum(session.waiting for session in sessions),
         },
         "recovery": {

@@ -25,26 +25,30 @@ from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING
 
-from kvd import __version__, adoption, advice, audit, log, reports, timing
+from kvd import __version__, adoption, advice, audit, descriptors, log, reports, timing
+from kvd.configuration import Configuration
 from kvd.core import events, pins
 from kvd.core.cache import Limits
 from kvd.core.histogram import Histogram
 from kvd.core.machine import Core
 from kvd.following import Followers
 from kvd.instance import InstanceLock
+from kvd.limits import longest_segment
 from kvd.metrics import listening, snapshot
 from kvd.metrics.questions import Kind, Question
 from kvd.notify import Notifier
+from kvd.reloading import Reloading
 from kvd.reporter import REPORTS, Reporter
 from kvd.requests import Incoming, Requests
 from kvd.sessions import Sessions
-from kvd.settings import Settings
+from kvd.settings import MOST_MEMORY, Settings
+from kvd.signals import Signals
 from kvd.store import Store
 from kvd.tenants import Tenants
 from kvd.warming import Warming
 from kvd_proto.codec import MAX_MESSAGE_BYTES
 from kvd_proto.errors import InternalError, KvdError
-from kvd_proto.messages import Append, Events, Ping, Pong, Reported
+from kvd_proto.messages import Append, Config, Events, Ping, Pong, Reload, Reported
 from kvd_proto.paths import LIFELINE_SOCKET, REQUESTS_SOCKET
 
 if TYPE_CHECKING:
@@ -63,12 +67,19 @@ STATUS_SECONDS = 5.0
 class Server:
     """One daemon. `run` serves until it is told to stop; `close` removes every trace of it."""
 
-    def __init__(self, settings: Settings, lock: InstanceLock, notifier: Notifier) -> None:
-        """Bind the sockets. The lock is held by the caller, who releases it after `close`.
+    def __init__(
+        self,
+        configuration: Configuration,
+        load: Callable[[], Configuration],
+        lock: InstanceLock,
+        notifier: Notifier,
+    ) -> None:
+        """Bind the sockets. The lock is held by the caller, who releases it after `close`. `load`
+        reads the configuration again, in another thread.
 
         Raises OSError or zmq.ZMQError, leaving nothing behind.
         """
-        self._settings = settings
+        settings = self._settings = configuration.settings
         self._notifier = notifier
         self._started = self._last_client = time.monotonic()
         self._stopping = False
@@ -78,10 +89,12 @@ class Server:
         self._next_watchdog = -math.inf if notifier.watchdog_interval else math.inf
         self._next_status = math.inf
         self._next_readers = -math.inf
+        self._is_over = False
+        """Whether the budget or a quota is to be smaller than it is yet."""
         tenants = Tenants(settings.tenants, settings.max_memory, settings.max_staging)
         # 2^63 ids are enough for every start to have a range of its own.
         first_context = int.from_bytes(os.urandom(7), "little") << 7 | 1
-        self._limits = limits_of(settings, tenants, first_context)
+        self._limits = limits_of(settings, tenants, first_context, longest_segment())
         self.core = Core(self._limits)
         self.evicting = Histogram(timing.BOUNDS)
         """Seconds of the loop for events in which the core evicted something."""
@@ -124,6 +137,16 @@ class Server:
             )
             opened.callback(self._warming.close)
             self._metrics = self._serve_metrics(lock, opened)
+            self._reloading = Reloading(
+                configuration,
+                load,
+                self._reconfigure,
+                lambda: self.core.cache.budget,
+                lambda session: self._reporter.whose(session) is None,
+                self._requests.reply,
+                notifier,
+            )
+            opened.callback(self._reloading.close)
             self._opened = opened.pop_all()
         # Only to wake up: the loop looks into the request socket each time.
         self.watch(self._requests.fd, select.EPOLLIN, lambda _: None)
@@ -131,6 +154,7 @@ class Server:
         if self._metrics is not None:
             self.watch(self._metrics.questions.fd, select.EPOLLIN, lambda _: self._tell_metrics())
             self._metrics.start()
+        self.watch(self._reloading.fd, select.EPOLLIN, lambda _: self._reloading.finish())
 
     def watch(self, fd: int, mask: int, handler: Callable[[int], None]) -> None:
         """Call `handler` with the events whenever `fd` has some of `mask`; again to change it."""
@@ -150,10 +174,10 @@ class Server:
         """Let `run` return when it has done what it is at."""
         self._stopping = True
 
-    def run(self, stop_fd: int) -> None:
-        """Serve until `stop_fd` is readable or `stop` was called. Raises what went wrong beyond
+    def run(self, signals: Signals) -> None:
+        """Serve until a signal says so or `stop` was called. Raises what went wrong beyond
         repair."""
-        self.watch(stop_fd, select.EPOLLIN, lambda _: self.stop())
+        self.watch(signals.fd, select.EPOLLIN, lambda _: self._signalled(signals))
         if self._notifier.ready():
             self._next_status = self._started
         self._warming.begin_next()
@@ -202,6 +226,29 @@ class Server:
         metrics = Metrics(listeners)
         opened.callback(metrics.close)
         return metrics
+
+    def _signalled(self, signals: Signals) -> None:
+        if signals.take():
+            self.stop()
+        else:
+            self._reloading.begin()
+
+    def _reconfigure(self, settings: Settings) -> None:
+        """Let settings be in effect, of which no other has changed than may."""
+        if not self._settings.linger_seconds:
+            self._last_client = time.monotonic()
+        self._settings = settings
+        log.set_level(settings.log_level)
+        descriptors.raise_limit(settings)
+        tenants = Tenants(settings.tenants, settings.max_memory, settings.max_staging)
+        self.sessions.tenants = tenants
+        limits = self._limits
+        self._limits = limits_of(settings, tenants, limits.first_context, limits.arena_bytes)
+        before = self.core.cache.limits
+        self.handle(events.Reconfigured(self._limits))
+        if before.max_memory != settings.max_memory or before.tenants != self._limits.tenants:
+            for stored in self.store.arenas.values():
+                self._warn_of_size(stored.arena)
 
     def _close_store(self) -> None:
         """The core may have been changed by what went wrong, but what it left in shared memory is
@@ -381,6 +428,8 @@ class Server:
             self._reporter.answer(incoming)
         elif kind is Events:
             self._followers.ask(incoming)
+        elif kind is Config or kind is Reload:
+            self._reloading.answer(incoming)
         elif kind is Ping:
             self._requests.reply(session, correlation, self._pong())
         elif isinstance(message, KvdError):
@@ -399,6 +448,7 @@ class Server:
         if self._reporter.is_walking:
             self._reporter.walk_some()
         now = time.monotonic()
+        self._watch_size()
         deadline = self.core.next_deadline()
         if deadline is None:
             deadline = math.inf
@@ -417,6 +467,13 @@ class Server:
         if self._reporter.is_walking:
             return 0.0
         return -1 if due == math.inf else min(max(0.0, due - now), LONGEST_WAIT)
+
+    def _watch_size(self) -> None:
+        """Say when a budget or a quota that was made smaller has been reached."""
+        is_over = self.core.cache.budget.is_over
+        if self._is_over and not is_over:
+            log.info("smaller budget reached", n_bytes=self.core.cache.budget.n_bytes)
+        self._is_over = is_over
 
     def _give_signs(self, now: float) -> float:
         """Send the watchdog's sign of life and the status line if they are due; returns when the
@@ -455,8 +512,9 @@ class Server:
         return self._last_client + linger
 
 
-def limits_of(settings: Settings, tenants: Tenants, first_context: int) -> Limits:
-    """What of the settings the core must know."""
+def limits_of(settings: Settings, tenants: Tenants, first_context: int, arena_bytes: int) -> Limits:
+    """What of the settings the core must know. Arenas are as long as the system may ever give them,
+    so that the budget can become larger while they are used."""
     return Limits(
         settings.max_memory,
         settings.max_sequences,
@@ -465,6 +523,7 @@ def limits_of(settings: Settings, tenants: Tenants, first_context: int) -> Limit
         first_context,
         tenants=tenants.rules,
         models=settings.models,
+        arena_bytes=min(arena_bytes, MOST_MEMORY),
         max_models=settings.max_models,
         max_pins=settings.max_pins,
         session_models=settings.max_session_models,

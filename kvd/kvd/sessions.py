@@ -63,10 +63,11 @@ class Sessions:
         unwatch: Callable[[int], None],
     ) -> None:
         """Listen at `path` for this user and `group`; raises as Listener. `handle` takes the core's
-        events; `watch` and `unwatch` are the loop's."""
+        events; `watch` and `unwatch` are the loop's. `tenants` may be replaced: that is for those
+        who connect from then on."""
         self._instance = instance
         self._store = store
-        self._tenants = tenants
+        self.tenants = tenants
         self._handle = handle
         self._watch = watch
         self._unwatch = unwatch
@@ -182,7 +183,7 @@ class Sessions:
             if hello.staging_bytes > MAX_STAGING_BYTES:
                 raise BadMessage("so much staging cannot be", staging_bytes=hello.staging_bytes)
             peer = connection.peer
-            member = self._tenants.find(peer.uid, peer.groups)
+            member = self.tenants.find(peer.uid, peer.groups)
         except KvdError as error:
             self._turn_away(connection, name, error)
             return

@@ -22,6 +22,8 @@ from kvd_proto.messages import MAX_SEQ_IDS, MAX_TOKENS
 from kvd_proto.paths import DEFAULT_INSTANCE
 
 LEVELS = ("debug", "info", "warning", "error")
+MOST_MEMORY = (1 << 44) - (1 << 30)
+"""Slots are numbered with 32 bits, and none is smaller than a page."""
 _LONGEST = 366 * 86400.0
 
 
@@ -66,8 +68,7 @@ class Settings:
         "the sockets were opened to the group when they were made",
     )
     """The gid; None: only the daemon's own user, and root."""
-    # Slots are numbered with 32 bits, and none is smaller than a page.
-    max_memory: int = _setting(4096 << 20, Size(1 << 20, (1 << 44) - (1 << 30)), "the budget")
+    max_memory: int = _setting(4096 << 20, Size(1 << 20, MOST_MEMORY), "the budget")
     max_sequences: int = _setting(100, Count(1, 1 << 20), "open sequences, over all clients")
     max_sessions: int = _setting(256, Count(1, 1 << 16), "clients that are connected at once")
     n_seq_max: int = _setting(8, Count(1, MAX_SEQ_IDS), "sequence ids that a context may have")

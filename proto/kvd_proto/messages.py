@@ -335,6 +335,14 @@ class ListPins(NamedTuple):
     """Every pin."""
 
 
+class Config(NamedTuple):
+    """Every setting that is in effect, and where it comes from."""
+
+
+class Reload(NamedTuple):
+    """Read the configuration again, and let what can change be in effect."""
+
+
 class Explain(NamedTuple):
     """What of `tokens` is cached, and why not the rest. `model` is the arena fingerprint.
 
@@ -409,6 +417,8 @@ OPERATIONS: tuple[Operation, ...] = (
     Operation(16, Pin, Pinned),
     Operation(17, Unpin, Unpinned),
     Operation(18, ListPins, Reported),
+    Operation(19, Config, Reported),
+    Operation(20, Reload, Reported),
     Operation(21, Explain, Reported),
     Operation(22, Forget, Forgotten),
     Operation(23, Events, Reported),

@@ -42,6 +42,7 @@ from kvd_proto.messages import Alloc, Pin, Pinned
 from tests.core.fake_shell import HOLED, FakeShell, Slots, checksum
 from tests.core.reference import Arena, Context, Path, Sequence, Session, Wanted, packed
 from tests.core.world import (
+    DIRECTORY,
     KINDS,
     PAGE,
     SHARES,
@@ -383,12 +384,16 @@ class RestartingWorld(World):
         self._settle(effects)
 
     def _refused(self, number: int, disk: Disk, effect: ArenaRefused) -> None:
-        """Only if the daemon died just after it made a directory for which it had to evict: what it
-        evicted has memory still, and is kept for readers."""
-        others = self.shell.disks.values()
-        assert any(each.slots.memory.keys() - each.recorded.keys() for each in others), effect
-        assert any(each.has_readers for each in others)
-        assert "does not fit" in effect.reason
+        """Only if the budget, or its tenant's quota, has become too small for all directories: all
+        else that is too much is evicted."""
+        assert "directory does not fit" in effect.reason
+        assert self.is_reconfigured, "there was room for all directories"
+        tenant = self.core.cache.budget.tenants[disk.made.tenant]
+        (quota,) = [each.quota for each in self.rules if each.name == tenant.name]
+        own = sum(each.memory_beside for each in tenant.arenas)
+        of_all = sum(each.memory_beside for each in self.core.cache.budget.arenas.values())
+        most = DIRECTORY + PAGE
+        assert of_all + most > self.n_bytes or (quota is not None and own + most > quota)
         self.shell.moment()
         self.refused += 1
         del self.arenas[number], self.shell.arenas[number], self.shell.disks[number]
@@ -669,8 +674,10 @@ class RestartingWorld(World):
             del self.answers[self.n_asked], self.askers[self.n_asked]
             effects += self._handle(ArenaFailed(made[0].arena))
             self.returned = made[0].directory_bytes
+            self.in_vain = self._taker(session.tenant, made[0].name)
         self._settle(effects)
         self.returned = 0
+        self.in_vain = ""
         self.registering = ""
 
     # --- what world.py does, and more

@@ -1,6 +1,7 @@
 """The recount finds a fault in every single term, and says which; and the reports add up."""
 
 from collections.abc import Callable
+from operator import attrgetter
 from random import Random
 from typing import Any
 
@@ -305,7 +306,9 @@ def forget_a_waiter(cache: Cache) -> None:
         (lose_an_arena, "arenas of t"),
         (add("held", of_share, PAGE), "of the minimum of t: running total"),
         (add("promised", of_budget, PAGE), "promised: running total 4096, recounted 0"),
-        (exceed_the_quota, "t holds .* more than its quota"),
+        (exceed_the_quota, "quota of t: running total"),
+        (add("excess", of_tenant, 1), "excess of t: running total 1, recounted 0"),
+        (add("wanted", attrgetter("budget"), -PAGE), "budget: running total"),
         (add("open_sequences", of_session, 1), "open sequences of s: running total"),
         (add("waiting", of_session, 1), "waiting allocs of s: running total 2, recounted 1"),
         (add("waiting_bytes", of_session, 4), "tokens of waiting allocs of s"),

@@ -4,6 +4,7 @@ When adopted blocks are checked and served: test_checking.py.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from kvd_proto.errors import AllLeased
 from kvd_proto.geometry import Geometry
 from kvd_proto.keys import block_key
 from kvd_proto.messages import COMPLETED, Evict, Release
-from tests.core.driver import FULL_DIRECTORY, PAGE, Driver, Handle, alloc, append, packed
+from tests.core.driver import BUDGET, FULL_DIRECTORY, PAGE, Driver, Handle, alloc, append, packed
 
 HUGE = Geometry.from_wire([["f16", 1 << 20, "f16", 1 << 20]]).layers
 A, B, C = (1, 2), (1, 2, 3, 4), (1, 2, 3, 4, 5, 6)
@@ -296,8 +297,7 @@ def test_of_two_records_of_one_block_the_newer_one_is_taken(chain: Driver) -> No
 @pytest.mark.parametrize(
     ("other", "reason"),
     [
-        ({"slots": 100}, "the budget was changed"),
-        ({"stride_bytes": 2 * PAGE}, "the budget was changed"),
+        ({"stride_bytes": 2 * PAGE}, f"its slots have {2 * PAGE} bytes, not {PAGE}"),
         ({"payload_format": "unknown"}, "unknown"),
         ({"layers": HUGE}, "not even one block of this model fits the budget"),
     ],
@@ -318,7 +318,8 @@ def test_of_two_arenas_of_one_model_the_first_is_taken(chain: Driver) -> None:
     assert isinstance(chain.effects[0], ArenaAdopted)
 
 
-def test_an_arena_that_does_not_fit_beside_the_others_is_refused(driver: Driver) -> None:
+def test_what_does_not_fit_beside_the_others_is_evicted(driver: Driver) -> None:
+    """Also what came first, if it was used before. In steps, and nothing of it is given out."""
     keep(driver, 1, 1, 2)
     many = 240
     records = []
@@ -327,14 +328,29 @@ def test_an_arena_that_does_not_fit_beside_the_others_is_refused(driver: Driver)
         tokens = packed(slot, 7)
         key = block_key(parent, tokens)
         records.append(FoundRecord(slot, key, parent, 0, tokens, slot + 1, slot, slot + 1))
-    driver.restart(driver.found(1, records=records), driver.found(2, unrecorded=list(range(30))))
-    assert len(driver.blocks()) == many
-    assert isinstance(driver.effects[0], Punch), "nobody reads them"
+    driver.records[1] = {record.slot: record for record in records}
+    aside = list(range(30))
     driver.restart(
-        driver.found(1, records=records),
-        driver.found(2, unrecorded=list(range(30)), has_readers=True),
+        driver.found(1, records=records), driver.found(2, unrecorded=aside, has_readers=True)
     )
-    assert driver.effects == [ArenaRefused(2, "it does not fit the budget beside the others")]
+    budget = driver.cache.budget
+    held = sum(each.held for each in budget.tenants.values())
+    assert budget.wanted == BUDGET < held == budget.n_bytes
+    driver.settle()
+    assert budget.n_bytes == BUDGET
+    assert driver.counts(2) == {"filling": len(aside)}, "it may be read still"
+    left = driver.blocks()
+    assert 0 < len(left) < many
+    assert set(left.values()) == set(range(many - len(left), many)), "the oldest went"
+
+
+def test_a_directory_that_does_not_fit_is_refused(driver: Driver) -> None:
+    keep(driver, 1, 1, 2)
+    keep(driver, 2, 1, 2)
+    driver.limits = replace(driver.limits, max_memory=FULL_DIRECTORY + 3 * PAGE)
+    driver.restart()
+    assert driver.effects == [ArenaRefused(2, "its directory does not fit the budget")]
+    assert list(driver.cache.budget.arenas) == [1]
     assert driver.cache.next_arena == 3, "its number is not given again"
 
 

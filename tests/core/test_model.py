@@ -206,6 +206,14 @@ class CoreMachine(RuleBasedStateMachine):
     def unpin(self, which: int, owner: str, name: str) -> None:
         self.world.unpin(self._session(which), owner, name)
 
+    @rule(
+        spare_pages=st.sampled_from((-12, -6, -2, 1, 4, 8)),
+        which=which,
+        spare=st.sampled_from((None, -3, 1, 4, 12)),
+    )
+    def reconfigure(self, spare_pages: int, which: int, spare: int | None) -> None:
+        self.world.reconfigure(spare_pages, which, spare)
+
     @rule(seconds=st.sampled_from((0.125, 0.25, 0.5)))
     def pass_time(self, seconds: float) -> None:
         self.world.pass_time(seconds)

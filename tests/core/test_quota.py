@@ -113,7 +113,8 @@ def test_a_quota_moves_memory_between_the_tenants_own_models_only() -> None:
     driver.put("b", 100)
     driver.put("a", 1, 2, 3, 4)
     growth = tenant.arenas[1].directory_limit - tenant.arenas[1].directory_bytes
-    tenant.quota, tenant.has_quota = tenant.held + growth + PAGE, True
+    tenant.limit = tenant.held + growth + PAGE
+    tenant.settle(driver.cache.budget.n_bytes)
     recount.check(driver.cache)
     handle = driver.alloc(b"a", other)
     driver.append(handle, 0, 1, 2)

@@ -77,6 +77,7 @@ class Life:
             self.explain: 10,
             self.pin: random.choice((0, 5, 20)),
             self.unpin: random.choice((1, 5)),
+            self.reconfigure: random.choice((0, 2, 10)),
             self.pass_time: 10,
             self.work: random.choice((30, 80, 200)),
             self.append_wrongly: clumsy,
@@ -225,6 +226,11 @@ class Life:
         if session := self._session():
             name = self.random.choice(("", "a", "b", "c"))
             self.world.unpin(session, self.random.choice(OWNERS), name)
+
+    def reconfigure(self) -> None:
+        spare_pages = self.random.choice((-12, -6, -2, 1, 4, 8))
+        spare = self.random.choice((None, None, -3, 1, 4, 12))
+        self.world.reconfigure(spare_pages, self.random.randrange(3), spare)
 
     def pass_time(self) -> None:
         self.world.pass_time(self.random.choice((0.125, 0.25, 0.5)))

@@ -7,6 +7,7 @@ Who chooses the steps: test_model.py (hypothesis) and test_simulation.py (a seed
 import math
 from collections import Counter, deque
 from collections.abc import Callable
+from dataclasses import replace
 from struct import pack, unpack
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ from kvd.core.events import (
     Event,
     OpenStaging,
     Punch,
+    Reconfigured,
     RefuseSession,
     RemoveArena,
     RenewPin,
@@ -104,6 +106,7 @@ FIRST_DIRECTORY = 4 * PAGE
 DIRECTORY = 5 * PAGE
 MAX_PINS = 3
 """Of a tenant, so that one page of a directory has room for all."""
+MOST_SPARE_PAGES = 8
 MAX_SESSIONS = 3
 N_SEQ_MAX = 2
 FIRST_CONTEXT = 70
@@ -173,7 +176,7 @@ SHARES = (
 """Some of a world; the first one changes nothing. All fit the smallest budget there is."""
 OWNERS = ("o", "p")
 TOGETHER: dict[str, str] = {
-    **dict.fromkeys((Reason.ROOM, Reason.QUOTA, Reason.COMMAND), "evicted"),
+    **dict.fromkeys((Reason.ROOM, Reason.QUOTA, Reason.REDUCED, Reason.COMMAND), "evicted"),
     **dict.fromkeys((Reason.DAMAGED, Reason.ORPHANED), "lost"),
 }
 """Reasons that are not told apart here: elsewhere."""
@@ -214,16 +217,20 @@ class World:
         a tenant for each of `spare_of_tenants`, whose quota has room for its directories and one
         staging, and so many pages beside; None: it has no quota. Each has at most `max_models`."""
         directories = len(spare_of_tenants) * len(KINDS) * DIRECTORY
-        self.n_bytes = directories + MAX_SESSIONS * STAGING + spare_pages * PAGE
+        self.always = directories + MAX_SESSIONS * STAGING
+        self.n_bytes = self.always + spare_pages * PAGE
         self.max_sequences = max_sequences
         self.max_models = max_models
         rules = []
         for name, spare, pages in zip(
             "tuv", spare_of_tenants, (*shares.minima, 0, 0, 0), strict=False
         ):
-            quota = None if spare is None else len(KINDS) * DIRECTORY + STAGING + spare * PAGE
+            quota = _quota(spare)
             minimum = min(pages * PAGE, quota or self.n_bytes)
             rules.append(TenantRule(name, b"salt of " + name.encode(), quota, minimum))
+        self.limited = {rule.name for rule in rules if rule.quota is not None}
+        """Those that have, or have had, a quota."""
+        self.is_reconfigured = False
         self.tenants = [rule.name for rule in rules]
         self.rules = tuple(rules)
         self.model_rules = shares.rules()
@@ -268,6 +275,8 @@ class World:
         """Blocks that are gone by command."""
         self.registering = ""
         """Whose minimum counts what makes room for another model, while one is registered."""
+        self.in_vain = ""
+        """Whose minimum counts an arena that could not be made."""
         self.counts_for: dict[int, str] = {}
         """By arena: for whose minimum it counts, those that have just gone included."""
         self.forgetting: set[tuple[int, Path]] = set()
@@ -286,20 +295,58 @@ class World:
         """By the block's key."""
 
     def _new_core(self) -> Core:
-        first_context = FIRST_CONTEXT + self.n_contexts
-        return Core(
-            Limits(
-                self.n_bytes,
-                self.max_sequences,
-                MAX_SESSIONS,
-                N_SEQ_MAX,
-                first_context,
-                self.rules,
-                self.model_rules,
-                self.max_models,
-                max_pins=MAX_PINS,
-            )
+        return Core(self._limits())
+
+    def _limits(self) -> Limits:
+        return Limits(
+            self.n_bytes,
+            self.max_sequences,
+            MAX_SESSIONS,
+            N_SEQ_MAX,
+            FIRST_CONTEXT + self.n_contexts,
+            self.rules,
+            self.model_rules,
+            self.always + MOST_SPARE_PAGES * PAGE,
+            self.max_models,
+            max_pins=MAX_PINS,
         )
+
+    def reconfigure(self, spare_pages: int, which: int, spare: int | None) -> None:
+        """Another budget, and another quota of one tenant, as the constructor has them. Smaller
+        ones may be too small for what is in use, and for all directories, but not for minima."""
+        minima = sum(rule.minimum for rule in (*self.rules, *self.model_rules))
+        self.n_bytes = max(self.always + spare_pages * PAGE, minima)
+        which %= len(self.rules)
+        rules, quota = list(self.rules), _quota(spare)
+        if quota is not None:
+            quota = max(quota, rules[which].minimum)
+            self.limited.add(rules[which].name)
+        rules[which] = replace(rules[which], quota=quota)
+        self.rules = tuple(rules)
+        self.is_reconfigured = True
+        self.evicting = True
+        self._settle(self._handle(Reconfigured(self._limits())))
+        self.evicting = False
+
+    def _check_resized(self) -> None:
+        """The budget and the quotas are what they are to be, but for what cannot go."""
+        budget = self.core.cache.budget
+        assert budget.n_bytes >= self.n_bytes
+        for rule in self.rules:
+            tenant = budget.tenants.get(rule.name)
+            limit = self.n_bytes if rule.quota is None else min(rule.quota, self.n_bytes)
+            assert tenant is None or tenant.quota >= min(limit, budget.n_bytes)
+            if tenant is not None and tenant.excess:
+                assert tenant.headroom == 0
+                can_go = self._available(f"tenant {rule.name}", rule.name)
+                assert not can_go, "more of it could have gone"
+        if budget.n_bytes > self.n_bytes:
+            assert budget.unassigned == 0
+        minima, held = self._minima(), self._held()
+        promised = sum(max(0, minima[each] - held[each]) for each in minima)
+        if budget.n_bytes > self.n_bytes or promised > budget.unassigned:
+            can_go = self._available("", None) - (budget.unassigned - promised)
+            assert not can_go, "more of it could have gone"
 
     # --- sessions and models
 
@@ -960,6 +1007,8 @@ class World:
         for session in list(self.sessions.values()):
             self.disconnect(session)
         self.drain()
+        for which in range(len(self.rules)):
+            self.reconfigure(100, which, None)
         last = self.connect()
         assert last is not None
         for owner in OWNERS:
@@ -1200,9 +1249,10 @@ class World:
             for each in arena.chain(path)[:-1]
         )
         is_superseded = len(path) % arena.block_tokens and arena.extension(path)
-        if is_orphan and is_superseded:
+        is_lost = is_orphan or self._is_damaged(number, path)
+        if is_lost and is_superseded:
             why = EITHER
-        elif is_orphan or self._is_damaged(number, path):
+        elif is_lost:
             why = "lost"
         else:
             why = "superseded" if is_superseded else "evicted"
@@ -1343,7 +1393,8 @@ class World:
         return found
 
     def _has_quota(self, tenant: str) -> bool:
-        return self.core.cache.budget.tenants[tenant].quota < self.n_bytes
+        (quota,) = [each.quota for each in self.rules if each.name == tenant]
+        return quota is not None and quota < self.core.cache.budget.n_bytes
 
     def _has_cap(self, model: str | None) -> bool:
         return model in self.core.cache.budget.models
@@ -1362,7 +1413,8 @@ class World:
 
     def _can_never(self, taker: str, need: int) -> bool:
         others = sum(minimum for each, minimum in self._minima().items() if each != taker)
-        return need + max(self.core.cache.budget.directories, others) > self.n_bytes
+        budget = self.core.cache.budget
+        return need + max(budget.directories, others) > budget.n_bytes
 
     def _check_no_room(
         self,
@@ -1458,9 +1510,11 @@ class World:
         minima, held = self._minima(), self._held()
         budget = self.core.cache.budget
         promised = sum(max(0, minima[each] - held[each]) for each in minima)
-        assert promised <= budget.unassigned
+        assert promised <= budget.unassigned or self.is_reconfigured  # then: _check_resized
         assert all(each.headroom >= 0 for each in budget.models.values())
-        takers = {self.registering}  # another model of its own may have gone for it
+        # Another model of its own may have gone for it, or what counts for the same minimum.
+        takers = {self.registering, self.in_vain}
+        takers |= {f"tenant {name}" for name in self.limited}  # or for a smaller quota
         for effect in effects:
             match effect:
                 case Back(_, number) | BackPins(_, number):
@@ -1503,6 +1557,7 @@ class World:
         if not self.shell.queue:
             assert not any(arena.wanted for arena in self.arenas.values()), "a pin was forgotten"
             self._compare_memory()
+        self._check_resized()
 
     def _compare_sequences(self) -> None:
         cache = self.core.cache
@@ -1591,8 +1646,9 @@ class World:
         for tenant in tenants:
             for reason, count in tenant.evicted.items():
                 counted[tenant.name, TOGETHER.get(reason, reason)] += count
-            may_be_at_one = tenant.has_quota or self.model_rules
+            may_be_at_one = tenant.name in self.limited or self.model_rules
             assert may_be_at_one or not tenant.evicted[Reason.QUOTA]
+            assert self.is_reconfigured or not tenant.evicted[Reason.REDUCED]
         for tenant in tenants:
             both = self.dropped[tenant.name, EITHER]
             lost, superseded = (
@@ -1600,7 +1656,7 @@ class World:
                 for why in ("lost", Reason.SUPERSEDED)
             )
             assert min(lost, superseded) >= 0 <= both == lost + superseded
-            for why in ("evicted", Reason.ARENA, Reason.REDUCED):
+            for why in ("evicted", Reason.ARENA):
                 assert counted[tenant.name, why] == self.dropped[tenant.name, why]
         assert self.commanded == sum(tenant.evicted[Reason.COMMAND] for tenant in tenants)
 
@@ -1632,6 +1688,11 @@ class World:
             assert len(self.shell.arenas[arena.number].memory) == counts["total"]
             backed += counts["total"] * arena.stride
         assert backed == totals.backed
+
+
+def _quota(spare: int | None) -> int | None:
+    """A tenant's, with so many pages beside what is always there."""
+    return None if spare is None else len(KINDS) * DIRECTORY + STAGING + spare * PAGE
 
 
 def _tokens(data: bytes) -> Path:

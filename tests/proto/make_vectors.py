@@ -80,6 +80,8 @@ REQUESTS: list[tuple[int, m.Message]] = [
     (32, m.Forget(MODEL_FINGERPRINT, tokens(1, 2, 3, 49151), "team-a")),
     (33, m.Events(0, 0, 1, [], "")),
     (34, m.Events(U64, m.MAX_FOLLOW_MS, m.MAX_EVENTS, ["alloc", "evict"], "SmolLM2-135M")),
+    (35, m.Config()),
+    (36, m.Reload()),
 ]
 
 REPLIES: list[tuple[int, type[Any], m.Message]] = [
@@ -110,6 +112,8 @@ REPLIES: list[tuple[int, type[Any], m.Message]] = [
     (30, m.Explain, m.Reported({"matched_tokens": 4, "missing": None})),
     (32, m.Forget, m.Forgotten(4, 12, 1, 12 * 741_376)),
     (33, m.Events, m.Reported({"events": [], "next": 0, "lost": 0})),
+    (35, m.Config, m.Reported({"settings": [{"name": "max_pins", "value": 1000}], "beyond": []})),
+    (36, m.Reload, m.Reported({"ok": False, "errors": ["kvd.toml: max_pins = -1"]})),
 ]
 
 DETAILS: dict[str, Any] = {

@@ -29,6 +29,7 @@ from kvd_proto.messages import (
     Alloc,
     Append,
     CloseContext,
+    Config,
     Events,
     Evict,
     Explain,
@@ -44,6 +45,7 @@ from kvd_proto.messages import (
     Pin,
     RegisterModel,
     Release,
+    Reload,
     Status,
     Unpin,
     Verify,
@@ -72,6 +74,7 @@ IN_FLIGHT = 200
 CODE_OF = {op.request: op.code for op in OPERATIONS}
 RARE = {
     Verify: 0.01, Status: 0.1, ListClients: 0.2, ListSequences: 0.2, ListPins: 0.2, Evict: 0.2,
+    Config: 0.2, Reload: 0.05,
 }  # fmt: skip
 """How often one is sent when it is drawn: those that walk over everything."""
 NUMBERS = (0, 1, 2, 7, 8, 31, 255, 256, 4095, 4096, 1 << 31, (1 << 32) - 1, 1 << 63, (1 << 64) - 1)

@@ -15,6 +15,7 @@ from kvd.limits import (
     Sources,
     ceilings,
     check_room,
+    longest_segment,
     memory_headroom,
 )
 
@@ -175,6 +176,7 @@ def test_the_ceilings_are_the_systems(tmp_path: Path) -> None:
     assert found.shm == shm.f_blocks * shm.f_frsize
     tree.enter("/")
     assert ceilings(tree.sources).cgroup is None
+    assert longest_segment(tree.sources) == found.shm
 
 
 class OldCgroupTree(CgroupTree):

@@ -18,6 +18,7 @@ import pytest
 from kvd.adoption import boot_id
 from kvd.arena import Segment
 from kvd.directory import Directory
+from kvd.kinds import parse_size
 from kvd_proto import layout
 from kvd_proto.errors import AllLeased, UnknownContext
 from kvd_proto.keys import arena_fingerprint
@@ -514,10 +515,24 @@ def test_it_costs_the_other_models_nothing(tmp_path: Path, spoil: Any) -> None:
         assert client.verify()["ok"]
 
 
-def test_another_budget_is_a_cold_start_that_says_why(killed: Daemon) -> None:
-    with next_daemon(killed, "--max-memory", "512MiB") as daemon, raw_client(daemon) as client:
-        until(lambda: "the budget was changed" in log_of(daemon))
-        assert matched(client, client.open(), PROMPT) == 0
+@pytest.mark.parametrize("budget", ["512MiB", "8MiB"])
+def test_another_budget_is_a_warm_start_all_the_same(killed: Daemon, budget: str) -> None:
+    with next_daemon(killed, "--max-memory", budget) as daemon, raw_client(daemon) as client:
+        assert "cold start" not in log_of(daemon)
+        assert matched(client, client.open(), PROMPT) == len(PROMPT) // 4
+        report = client.verify()
+        assert report["ok"], report["differences"]
+        assert report["terms"]["budget_bytes"] == parse_size(budget)
+
+
+def test_what_is_too_much_for_a_smaller_budget_is_evicted(killed: Daemon) -> None:
+    """The oldest first, and the memory goes back to the system."""
+    flags = ("--max-memory", "1MiB")
+    with next_daemon(killed, *flags) as daemon, raw_client(daemon, staging_bytes=0) as client:
+        until(lambda: client.status()["accounting"]["budget_bytes"] == 1 << 20)
+        report = client.verify()
+        assert report["ok"], report["differences"]
+        assert client.status()["accounting"]["os_bytes"] <= 1 << 20
 
 
 def test_a_segment_of_another_user_is_left_alone(killed: Daemon) -> None:

@@ -209,7 +209,8 @@ def test_every_limit_that_is_set_is_the_cores() -> None:
         max_commits=16,
         max_reserved=17,
     )
-    found = limits_of(changed, Tenants((), 1 << 30, 1 << 20), 1)
+    found = limits_of(changed, Tenants((), 1 << 30, 1 << 20), 1, 1 << 33)
+    assert found.arena_bytes == 1 << 33
     assert found.max_pins == 18
     assert (found.max_models, found.session_models, found.session_contexts) == (11, 12, 13)
     assert (found.session_sequences, found.session_waiting) == (14, 15)

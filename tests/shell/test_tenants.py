@@ -21,6 +21,7 @@ from kvd.tenants import Membership, Tenants, TenantTables
 from kvd_proto import codec, errors
 from kvd_proto.keys import arena_fingerprint
 from kvd_proto.messages import (
+    Config,
     Events,
     Evict,
     Explain,
@@ -30,6 +31,7 @@ from kvd_proto.messages import (
     ListSequences,
     Ping,
     Pong,
+    Reload,
     Status,
     Unpin,
     Verify,
@@ -182,8 +184,9 @@ CLIENT = """
                 "pins": ListPins,
             }
             return client.call(kinds[values[0]]()).report
-        if name == "verify":
-            return type(client.ask(Verify())).__name__
+        if name in ("verify", "config", "reload"):
+            message = {"verify": Verify, "config": Config, "reload": Reload}[name]()
+            return type(client.ask(message)).__name__
         if name == "evict":
             reply = client.ask(Evict("", 0, *values))
             return reply.blocks if isinstance(reply, Evicted) else type(reply).__name__
@@ -419,7 +422,7 @@ def test_reports_tell_a_tenant_of_itself_and_an_administrator_of_all(
     assert [row["uid"] for row in b("report", "clients")["clients"]] == [B]
     assert a("report", "sequences")["sequences"] == []
     assert len(b("report", "sequences")["sequences"]) == 1
-    assert a("verify") == "Forbidden"
+    assert [a(name) for name in ("verify", "config", "reload")] == ["Forbidden"] * 3
     with raw_client(daemon) as root:
         assert root.verify()["ok"]
 
@@ -444,7 +447,8 @@ def test_who_has_no_session_is_told_nothing(daemon: Daemon) -> None:
     with raw_client(daemon) as root:
         stranger = root.connect(b"")
         try:
-            for message in (Status(), ListSequences(), ListClients(), Verify()):
+            reports = (Status(), ListSequences(), ListClients(), Verify())
+            for message in (*reports, Config(), Reload()):
                 stranger.send(codec.encode_request(1, message))
                 assert stranger.poll(20_000)
                 reply = codec.decode_reply(stranger.recv(), {1: type(message)})
@@ -584,10 +588,9 @@ CONFIGURED = f'[tenants.mine]\nuids = [{os.geteuid()}]\nsalt = "{SALT_A}"\nquota
         (CONFIGURED.replace("4MiB", "8MiB"), 245 * BLOCK_TOKENS),
         (CONFIGURED.replace("mine", "renamed"), 0),
         (CONFIGURED.replace(SALT_A, SALT_B), 0),
-        (CONFIGURED.replace("4MiB", "1MiB"), 0),  # less than what it held
         ("", 0),
     ],
-    ids=["same", "more quota", "renamed", "another salt", "less quota", "no tenants"],
+    ids=["same", "more quota", "renamed", "another salt", "no tenants"],
 )
 def test_a_restart_keeps_what_is_still_the_tenants(tmp_path: Path, then: str, matched: int) -> None:
     config = tmp_path / "kvd.toml"
@@ -620,3 +623,31 @@ def test_a_daemon_smaller_than_the_usual_staging_welcomes_a_client(tmp_path: Pat
     ):
         assert client.staging_bytes == 64 * MIB
         assert client.staging_room == 4 * MIB
+
+
+def test_a_restart_with_less_quota_evicts_what_is_too_much(tmp_path: Path) -> None:
+    config = tmp_path / "kvd.toml"
+    config.write_text(CONFIGURED)
+    config.chmod(0o600)
+    flags = ("--max-memory", "16MiB", "--config", str(config))
+    tokens = many_tokens(0, 245 * BLOCK_TOKENS)
+    before = start_daemon(*flags, runtime_dir=tmp_path / "rt")
+    with raw_client(before, staging_bytes=MIB) as client:
+        context = client.open()
+        client.release(context, client.store(context, tokens))
+        before.kill()
+    config.write_text(CONFIGURED.replace("4MiB", "1MiB"))
+    with (
+        running_daemon(*flags, runtime_dir=tmp_path / "rt", instance=before.instance) as after,
+        raw_client(after) as client,
+    ):
+
+        def quota() -> int:
+            (row,) = [each for each in client.status()["tenants"] if each["name"] == "mine"]
+            assert row["held_bytes"] <= row["quota_bytes"]
+            return int(row["quota_bytes"])
+
+        until(lambda: quota() == MIB)
+        assert 0 < client.alloc(client.open(), tokens).matched_tokens < MIB // STRIDE * BLOCK_TOKENS
+        report = client.verify()
+        assert report["ok"], report["differences"]

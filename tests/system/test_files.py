@@ -34,7 +34,8 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("installed")
     prefix = place / "prefix"
     (prefix / "bin").mkdir(parents=True)
-    (prefix / "bin/kvd").symlink_to("/bin/true")
+    for program in ("kvd", "kvctl"):
+        (prefix / "bin" / program).symlink_to("/bin/true")
     command = ["make", "--silent", "install-systemd", f"DESTDIR={place}", f"PREFIX={prefix}"]
     subprocess.run(command, cwd=ROOT, check=True)
     return place

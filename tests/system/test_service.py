@@ -103,6 +103,46 @@ def test_a_wrong_setting_is_said_and_not_tried_again(container: Container) -> No
     assert "/etc/kvd/nobody.toml" in container.journal("kvd@nobody.service")
 
 
+def test_systemctl_reload_changes_what_can_change(container: Container) -> None:
+    unit = instance(container, "reloaded")
+    container.do("systemctl", "start", unit)
+    pid = container.pid(unit)
+    with worker(container, "reloaded") as client:
+        client.ask("use")
+        (container.etc / "reloaded.toml").write_text('max_memory = "32MiB"\nmax_pins = 7\n')
+        container.do("systemctl", "reload", unit)
+        # No waiting: it returns when it is done.
+        config = json.loads(container.do(KVCTL, "--instance=reloaded", "--json", "config"))
+        told = {row["name"]: (row["text"], row["where"]) for row in config["settings"]}
+        assert told["max_memory"] == ("32MiB", "/etc/kvd/reloaded.toml")
+        assert told["max_pins"] == ("7", "/etc/kvd/reloaded.toml")
+        assert client.ask("use") == {"shared": True, "matched": len(TOKENS), "right": True}
+    assert (container.show(unit, "ActiveState"), container.pid(unit)) == ("active", pid)
+    assert "setting changed name=max_memory before=64MiB after=32MiB" in container.journal(unit)
+    container.do("systemctl", "stop", unit)
+
+
+def test_a_reload_of_a_wrong_file_fails_and_changes_nothing(
+    second: str, container: Container
+) -> None:
+    pid = container.pid(second)
+    (container.etc / "second.toml").write_text("max_memroy = 1\n")
+    assert container.run("systemctl", "reload", second).returncode != 0
+    assert (container.show(second, "ActiveState"), container.pid(second)) == ("active", pid)
+    assert "did you mean max_memory?" in container.journal(second)
+    status = json.loads(container.do(KVCTL, "--instance=second", "--json", "status"))
+    assert status["accounting"]["budget_bytes"] == 64 << 20
+
+
+def test_sighup_is_a_reload_too(second: str, container: Container) -> None:
+    pid = container.pid(second)
+    (container.etc / "second.toml").write_text('max_memory = "48MiB"\n')
+    container.do("kill", "-HUP", str(pid))
+    until(lambda: "after=48MiB" in container.journal(second))
+    until(lambda: container.show(second, "ActiveState") == "active")
+    assert container.pid(second) == pid
+
+
 # --- hanging and dying
 
 

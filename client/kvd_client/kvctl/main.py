@@ -22,6 +22,7 @@ from importlib.metadata import version
 from kvd_client.errors import DeadlineExceeded, KvdError, Unavailable
 from kvd_client.kvctl import (
     completion,
+    config,
     events,
     evicting,
     explaining,
@@ -39,7 +40,7 @@ from kvd_client.kvctl.trouble import what_to_do
 from kvd_client.operations import DEFAULT_TIMEOUT
 from kvd_proto.paths import DEFAULT_INSTANCE
 
-MODULES = (reading, top, events, explaining, evicting, pins, warm, model_size, completion)
+MODULES = (reading, top, events, explaining, evicting, pins, warm, model_size, config, completion)
 """In the order in which --help shows their commands."""
 _INTERRUPTED = 130
 """128 + SIGINT, as shells have it."""

@@ -12,7 +12,7 @@ is taken if its block is, and its time is not over.
 
 from collections.abc import Iterable
 
-from kvd.core import pins
+from kvd.core import pins, resizing
 from kvd.core.arenas import Arena
 from kvd.core.cache import Cache
 from kvd.core.events import (
@@ -53,16 +53,13 @@ def adopt(cache: Cache, found: ArenaFound, now: float, effects: list[Effect]) ->
     lost = sorted({record.slot for record in found.records} - {block.slot for block in blocks})
     unused = [*lost, *found.unrecorded]
     retired = unused if found.has_readers else []
-    slots = [block.slot for block in blocks] + retired
+    slots = [*(block.slot for block in blocks), *retired]
     kept = _find_pinned(found.pins, blocks, now)
     arena.pins.adopt({pin.place for pin in kept})
-    n_bytes = arena.directory_for(max(slots, default=-1) + 1) + len(slots) * arena.stride
-    n_bytes += arena.pins.n_bytes
-    if n_bytes > cache.budget.unassigned:
-        _refuse(cache, found, "it does not fit the budget beside the others", effects)
-        return
-    if n_bytes > arena.tenant.headroom:
-        _refuse(cache, found, "it does not fit its tenant's quota", effects)
+    beside = arena.directory_for(max(slots, default=-1) + 1) + arena.pins.n_bytes
+    # What blocks have too much is evicted, but this stays.
+    if not _fits_beside(cache, arena, beside):
+        _refuse(cache, found, "its directory does not fit the budget", effects)
         return
     ended = sorted({pin.place for pin in found.pins} - {pin.place for pin in kept})
     effects.extend(DropPin(arena.number, place) for place in ended)
@@ -71,6 +68,7 @@ def adopt(cache: Cache, found: ArenaFound, now: float, effects: list[Effect]) ->
         effects.append(Punch(arena.number, unused))
     budget = cache.budget
     budget.adopt(arena, blocks, retired)
+    resizing.settle(budget)  # it may have brought more than there should be
     for pin in kept:
         pins.start(cache, pin)
     cache.unchecked.update(dict.fromkeys(blocks))
@@ -104,15 +102,23 @@ def _make(cache: Cache, found: ArenaFound) -> Arena:
         Geometry(found.layers),
         found.payload_format,
         found.block_tokens,
+        found.slots,
     )
-    if (arena.stride, arena.slots) != (found.stride_bytes, found.slots):
-        raise ValueError(
-            f"it has {found.slots} slots of {found.stride_bytes} bytes, and would now have "
-            f"{arena.slots} of {arena.stride}: the budget was changed"
-        )
+    if arena.stride != found.stride_bytes:
+        raise ValueError(f"its slots have {found.stride_bytes} bytes, not {arena.stride}")
     if tenant.arena_of(arena.fingerprint) is not None:
         raise ValueError("there is another arena of the same model and tenant")
     return arena
+
+
+def _fits_beside(cache: Cache, arena: Arena, n_bytes: int) -> bool:
+    """Whether a directory of so many bytes fits the budget and its tenant's quota beside the other
+    directories."""
+    budget, tenant = cache.budget, arena.tenant
+    of_all = sum(each.memory_beside for each in budget.arenas.values())
+    of_tenant = sum(each.memory_beside for each in tenant.arenas)
+    limit = budget.wanted if tenant.limit is None else min(tenant.limit, budget.wanted)
+    return of_all + n_bytes <= budget.wanted and of_tenant + n_bytes <= limit
 
 
 def _plant(arena: Arena, records: Iterable[FoundRecord]) -> list[Block]:

@@ -102,6 +102,11 @@ class Arena:
         return len(self.free) + self.filling + self.active + self.pinned + self.cached
 
     @property
+    def slots_left(self) -> int:
+        """Slots that could be given memory still, if there is any."""
+        return self.slots - self.high_water + len(self.punched)
+
+    @property
     def memory_beside(self) -> int:
         """Bytes of the directory, its pins included."""
         return self.directory_bytes + self.pins.n_bytes

@@ -82,6 +82,10 @@ class Budget:
         self.n_bytes = n_bytes
         self.unassigned = n_bytes
         self.journal = Journal()
+        self.wanted = n_bytes
+        """What the configuration says. `n_bytes` is more as long as more is held: resizing.py."""
+        self.is_over = False
+        """Whether it, or a quota, is more than it is to be."""
         self.arenas: dict[int, Arena] = {}
         self.tenants = {rule.name: Tenant(rule, n_bytes) for rule in rules}
         self.models = {rule.name: ModelShare(rule) for rule in models}
@@ -438,7 +442,9 @@ class Budget:
                 slots.append(arena.free.pop())
                 arena.filling += 1
                 continue
-            # A slot is left: the arena has as many as the whole budget has strides.
+            if not arena.slots_left:
+                self._drop_own(arena, effects)
+                continue
             cost = arena.cost_of_fresh(1)
             if cost > tenant.headroom:
                 self._give_way(arena, tenant, share, effects)
@@ -519,12 +525,15 @@ class Budget:
         effects: list[Effect],
         whose: "Tenant | ModelShare | Budget | None" = None,
         taker: Share | None = None,
+        reason: Reason | None = None,
     ) -> Block:
         """Evict the least recently used block that has no resident children and may go for `taker`:
-        the oldest of all heads, or of those of one tenant or model."""
-        by_quota = whose is not None and (
-            isinstance(whose, ModelShare) or (isinstance(whose, Tenant) and whose.has_quota)
-        )
+        the oldest of all heads, or of those of one tenant or model. Without another `reason` it is
+        for want of room."""
+        if reason is None:
+            is_quota = isinstance(whose, Tenant) and whose.has_quota
+            by_quota = is_quota or isinstance(whose, ModelShare)
+            reason = Reason.QUOTA if by_quota else Reason.ROOM
         oldest: Block | None = None
         for policy in (whose or self).policies:
             head = policy.oldest()
@@ -535,7 +544,7 @@ class Budget:
             ):
                 oldest = head
         assert oldest is not None, "check_room counted it"
-        self.drop(oldest, Reason.QUOTA if by_quota else Reason.ROOM, effects)
+        self.drop(oldest, reason, effects)
         return oldest
 
     def evict(
@@ -574,7 +583,8 @@ class Budget:
         arena.tenant.check_quota(cost, share, but=arena)
         if arena.model is not None:
             arena.model.check_cap(cost, share, but=arena)
-        if cost <= self.available(share) + reclaimable(self.arenas.values(), share, but=arena):
+        could = self.available(share) + reclaimable(self.arenas.values(), share, but=arena)
+        if cost <= could and fresh <= arena.slots_left:
             return
         minima = sum(each.minimum for each in self.shares if each is not share)
         directories = self.directories - arena.directory_bytes + arena.directory_for(n_slots)
@@ -588,8 +598,10 @@ class Budget:
             "pinned_bytes": sum(each.pinned * each.stride for each in self.arenas.values()),
             "unassigned_bytes": self.unassigned,
             "minima_bytes": minima,
+            "slots": arena.slots,
         }
-        if n_slots * arena.stride + max(directories, minima) > self.n_bytes:
+        needed = n_slots * arena.stride + max(directories, minima)
+        if needed > self.n_bytes or n_slots > arena.slots:
             raise BudgetTooSmall("so many blocks can never fit the budget", **evidence)
         raise AllLeased("the budget is full and every block in it is in use", **evidence)
 
@@ -641,12 +653,34 @@ class Budget:
                 available_bytes=could,
             )
 
+    def reduce(
+        self,
+        whose: "Tenant | ModelShare | Budget",
+        taker: Share,
+        n_bytes: int,
+        most: int,
+        effects: list[Effect],
+    ) -> int:
+        """Give `n_bytes` of one tenant, one model or all back to the operating system, as far as
+        they may go for `taker`, in at most so many steps, of which a block takes two. Returns how
+        many it took."""
+        arenas = whose.arenas.values() if isinstance(whose, Budget) else whose.arenas
+        before = self.unassigned
+        sure = min(n_bytes, reclaimable(arenas, taker))
+        steps = 0
+        while self.unassigned - before < sure and steps < most:
+            self._give_way(None, whose, taker, effects, Reason.REDUCED)
+            steps += 1
+        self._punch_given_back(effects)
+        return steps
+
     def _give_way(
         self,
         arena: Arena | None,
         whose: "Tenant | ModelShare | Budget",
         taker: Share,
         effects: list[Effect],
+        reason: Reason | None = None,
     ) -> None:
         """One step towards room for `arena`, which `taker` wants, by one tenant, one model or all:
         another arena that is empty and unused, or one of its free slots; else the oldest cached
@@ -662,7 +696,7 @@ class Budget:
             if other.free and may_lose(share, taker, other.stride):
                 self._given_back.setdefault(other.number, []).extend(self._return_free(other, 1))
                 return
-        self.pop_oldest(effects, whose, taker)
+        self.pop_oldest(effects, whose, taker, reason)
 
     def _punch(self, arena: Arena, n_slots: int, effects: list[Effect]) -> None:
         """Give `n_slots` free slots back to the operating system."""
@@ -682,6 +716,12 @@ class Budget:
             if number in self.arenas:
                 effects.append(Punch(number, slots))
         self._given_back.clear()
+
+    def _drop_own(self, arena: Arena, effects: list[Effect]) -> None:
+        """Evict the oldest of an arena that has used all of its slots, being shorter than the
+        budget is now. A walk of the LRU up to there."""
+        oldest = next(block for block in arena.evictable if block.arena is arena)
+        self.drop(oldest, Reason.ROOM, effects)
 
     @staticmethod
     def _raise_high_water(arena: Arena) -> int:

@@ -38,6 +38,8 @@ class Limits:
     """Those that have a quota, a minimum or a salt."""
     models: tuple[ModelRule, ...] = ()
     """Those that have a minimum or a cap."""
+    arena_bytes: int = 0
+    """New arenas are so long, and at least as the budget, so that this may become larger."""
     max_models: int = NO_LIMIT
     """Of one tenant. One more takes the place of an arena that nobody uses."""
     max_pins: int = 1000

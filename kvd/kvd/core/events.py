@@ -8,10 +8,13 @@ slot alone while a job has it, so no order of jobs can hurt it; but what is bein
 and then the check's result means nothing.
 """
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kvd_proto.errors import KvdError
 from kvd_proto.geometry import LayerGeometry
+
+if TYPE_CHECKING:
+    from kvd.core.cache import Limits
 
 SessionId = bytes
 
@@ -141,6 +144,12 @@ class ArenaFailed(NamedTuple):
     arena: int
 
 
+class Reconfigured(NamedTuple):
+    """Other limits are in effect from now on: see resizing.py."""
+
+    limits: "Limits"
+
+
 class Ticked(NamedTuple):
     """Time has passed: see `Core.next_deadline`."""
 
@@ -156,6 +165,7 @@ Event = (
     | ArenaFound
     | ReadersGone
     | ArenaFailed
+    | Reconfigured
     | Ticked
 )
 

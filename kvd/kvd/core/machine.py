@@ -15,6 +15,7 @@ from kvd.core import (
     forgetting,
     models,
     pinning,
+    resizing,
     storing,
     tasks,
 )
@@ -44,6 +45,7 @@ from kvd.core.events import (
     Event,
     OpenStaging,
     ReadersGone,
+    Reconfigured,
     RefuseSession,
     Reply,
     Requested,
@@ -97,6 +99,8 @@ class Core:
         match event:
             case Requested():
                 self._request(event, now, effects)
+                if cache.budget.is_over:
+                    resizing.settle(cache.budget)
                 return effects
             case Connected():
                 self._connect(event, now, effects)
@@ -127,6 +131,10 @@ class Core:
                 cache.budget.readers_gone(cache.budget.arenas[number], effects)
             case ArenaFailed(number):
                 models.forget_arena(cache, number)
+            case Reconfigured(limits):
+                resizing.reconfigure(cache, limits)
+                resizing.shrink_some(cache.budget, EVICT_BLOCKS, effects)
+                allocating.serve_waiters(cache, now, effects)
             case Ticked():
                 allocating.expire(cache, now, effects)
                 self._go_on(now, effects)
@@ -135,12 +143,16 @@ class Core:
             if session.commits:
                 storing.advance_completed(cache, session, effects)
         self._let_leave(effects)
+        if cache.budget.is_over:
+            resizing.settle(cache.budget)
         return effects
 
     def next_deadline(self) -> float | None:
         """When a `Ticked` is due; None while nothing has a deadline, -inf: at once."""
         cache = self.cache
         if cache.budget.letting_go or cache.openings or cache.evictions or cache.tasks:
+            return -math.inf
+        if resizing.can_go_on(cache.budget):
             return -math.inf
         return cache.deadlines.next()
 
@@ -152,7 +164,10 @@ class Core:
             cache.budget.let_go_some(effects)
             return
         allocating.open_some(cache, now, effects)
-        self._evict_some(effects)
+        if cache.evictions:
+            self._evict_some(effects)
+        elif cache.budget.is_over:
+            resizing.shrink_some(cache.budget, EVICT_BLOCKS, effects)
         tasks.work(cache, effects)
 
     def _evict(

@@ -149,10 +149,13 @@ def make_arena(
     geometry: Geometry,
     payload_format: str,
     block_tokens: int,
+    slots: int | None = None,
 ) -> Arena:
-    """An arena as this configuration makes it, as long as the budget, not yet known to anyone.
-    Raises ModelTooLarge if not even one block fits the budget."""
+    """An arena that is not yet known to anyone, with so many slots, or (None) as many as a new one
+    has here. Raises ModelTooLarge if not even one block fits the budget."""
     form = make_format(payload_format, geometry, block_tokens)
+    if slots is None:
+        slots = max(cache.limits.max_memory, cache.limits.arena_bytes) // round_up(form.max_bytes)
     arena = Arena(
         number=number,
         tenant=tenant,
@@ -161,7 +164,7 @@ def make_arena(
         geometry=geometry,
         payload_format=form,
         block_tokens=block_tokens,
-        slots=cache.limits.max_memory // round_up(form.max_bytes),
+        slots=slots,
         root_key=root_key(fingerprint, tenant.salt),
         model=cache.budget.models.get(name),
     )

@@ -3,7 +3,7 @@
     budget == unassigned + directories + staging
               + sum over arenas of (free + filling + active + pinned + cached), in bytes of stride
     per tenant: held == its directories + staging + backed slots <= quota, in bytes of stride, and
-    budget == unassigned + sum over tenants of held
+    budget == unassigned + sum over tenants of held == max(what it is to be, sum of held)
     per arena, in slots: backed == free + filling + active + pinned + cached, each in one place
 
 The recount may go in steps, between which anything may happen, so that it holds nobody up. What
@@ -123,10 +123,9 @@ def _check_tenants(cache: Cache, sessions: list[Session]) -> None:
         directories = sum(arena.memory_beside for arena in arenas)
         _equal(f"pins of {tenant.name}", tenant.pins, sum(len(each.pins.pins) for each in arenas))
         _equal(f"held by {tenant.name}", tenant.held, staging + slots + directories)
-        if tenant.held > tenant.quota:
-            raise AccountingError(
-                f"{tenant.name} holds {tenant.held}, more than its quota {tenant.quota}"
-            )
+        limit = min(tenant.limit or budget.n_bytes, budget.n_bytes)
+        _equal(f"quota of {tenant.name}", tenant.quota, max(limit, tenant.held))
+        _equal(f"excess of {tenant.name}", tenant.excess, tenant.quota - limit)
         own = sum(_bytes_of(arena) for arena in arenas if arena.share is tenant.share)
         _equal(f"of the minimum of {tenant.name}", tenant.share.held, staging + own)
     by_name: dict[str, list[Arena]] = {}
@@ -137,13 +136,16 @@ def _check_tenants(cache: Cache, sessions: list[Session]) -> None:
         if arenas != model.arenas or any(arena.model is not model for arena in arenas):
             raise AccountingError(f"arenas of {model.name}: {model.arenas}, recounted {arenas}")
         _equal(f"held by {model.name}", model.held, sum(map(_bytes_of, arenas)))
-        if model.headroom < 0:
-            raise AccountingError(f"{model.name} holds {model.held}, more than its cap {model.cap}")
+        limit = model.held if model.limit is None else model.limit
+        _equal(f"excess of {model.name}", model.excess, max(0, model.held - limit))
+        if model.limit is not None:
+            _equal(f"cap of {model.name}", model.cap, max(limit, model.held))
         own = sum(_bytes_of(arena) for arena in arenas if arena.share is model.share)
         _equal(f"of the minimum of {model.name}", model.share.held, own)
     promised = sum(max(0, share.minimum - share.held) for share in budget.shares)
     _equal("promised", budget.promised, promised)
     held = sum(tenant.held for tenant in budget.tenants.values())
+    _equal("budget", budget.n_bytes, max(budget.wanted, held))
     _equal("unassigned", budget.unassigned, budget.n_bytes - held)
 
 

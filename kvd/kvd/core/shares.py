@@ -61,10 +61,17 @@ class ModelShare:
 
     def __init__(self, rule: ModelRule) -> None:
         self.name = rule.name
-        self.cap = rule.cap
+        self.limit = rule.cap
         self.share = Share(rule.minimum)
         self.held = 0
         self.arenas: list[Arena] = []
+        self.settle()
+
+    def settle(self) -> None:
+        """Set the cap in effect: resizing.py."""
+        self.cap = None if self.limit is None else max(self.limit, self.held)
+        self.excess = 0 if self.limit is None else max(0, self.held - self.limit)
+        """What it holds beyond what it is to."""
 
     @property
     def headroom(self) -> int:

@@ -32,16 +32,16 @@ class Tenant:
     """One tenant's part of the budget.
 
     `held` is the running total of its directories, its backed slots and its sessions' stagings, and
-    never more than `quota`, which is the budget if none was set. `pins` counts those of all its
-    arenas. `evictable` has what it has cached, in the order in which it goes. `evicted` counts the
-    blocks that were dropped, by the reason.
+    never more than `quota`. That is `limit`, what the configuration says, or the budget, whichever
+    is less; but never less than what is held: resizing.py. `pins` counts those of all its arenas.
+    `evictable` has what it has cached, in the order in which it goes. `evicted` counts the blocks
+    that were dropped, by the reason.
     """
 
     def __init__(self, rule: TenantRule, budget: int) -> None:
         self.name = rule.name
         self.salt = rule.salt
-        self.has_quota = rule.quota is not None and rule.quota < budget
-        self.quota = rule.quota if rule.quota is not None and rule.quota < budget else budget
+        self.limit = rule.quota
         self.held = 0
         self.share = Share(rule.minimum)
         """Of what it holds, all but what counts for a model's minimum."""
@@ -51,6 +51,15 @@ class Tenant:
         self.evictable: Policy = LRU()
         self.evicted = dict.fromkeys(Reason, 0)
         self.ghosts = Ghosts()
+        self.settle(budget)
+
+    def settle(self, budget: int) -> None:
+        """Set the quota in effect, of a budget that is so large."""
+        self.has_quota = self.limit is not None and self.limit < budget
+        most = self.limit if self.limit is not None and self.limit < budget else budget
+        self.quota = max(most, self.held)
+        self.excess = self.quota - most
+        """What it holds beyond what it is to."""
 
     @property
     def headroom(self) -> int:

@@ -29,7 +29,6 @@ TYPES: dict[str, Schema] = {
     "float": {"type": "number"},
     "bool": {"type": "boolean"},
     "nil": {"type": "null"},
-    "any": {},
     "map": {"type": "object"},
     "array of str": {"type": "array", "items": {"type": "string"}},
     "array of int": {"type": "array", "items": {"type": "integer"}},

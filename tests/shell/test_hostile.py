@@ -221,9 +221,9 @@ BAD_REQUESTS: dict[str, tuple[type[KvdError], Callable[[Scene], Any]]] = {
     ),
     "no layers": (errors.BadMessage, lambda s: s.model_message(layers=[])),
     "too many layers": (errors.BadMessage, lambda s: s.model_message(layers=LAYERS * 257)),
-    "a row of no bytes": (
+    "rows of no bytes": (
         errors.BadMessage,
-        lambda s: s.model_message(layers=[["f16", 0, "f16", 64]]),
+        lambda s: s.model_message(layers=[["f16", 0, "f16", 0]]),
     ),
     "a row of negative bytes": (
         errors.BadMessage,

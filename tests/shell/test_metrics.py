@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from kvd import __version__
+from kvd.core.ages import SAMPLED
 from kvd.core.reasons import Reason
 from kvd_proto.errors import BY_CODE, NoSequenceFree
 from kvd_proto.messages import OPERATIONS, Evict, OpenContext, Ping, Release
@@ -150,7 +151,7 @@ def test_evictions_are_counted_by_reason_and_timed(daemon: Daemon, client: Raw) 
 
 def test_a_prefix_that_is_found_again_has_a_gap(daemon: Daemon, client: Raw) -> None:
     context = client.open()
-    for _ in range(3):
+    for _ in range(2 + SAMPLED):
         client.release(context, client.store(context, TOKENS))
     series = as_soon_as(daemon, "kvd_block_reuse_gap_seconds_count", 2)
     assert 0 <= value(series, "kvd_block_reuse_gap_seconds_sum") < 20

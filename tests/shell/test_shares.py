@@ -94,6 +94,7 @@ def test_memory_moves_as_far_as_minimum_and_cap_let_it(models: list[Model]) -> N
     assert kept.client.status()["accounting"]["drift_bytes"] == 0
     assert (kept.blocks, other.blocks) == (112 + 40, before - 40), "and gives way as it must"
     kept.client.call(Evict("", 0))
+    assert kept.client.status()["accounting"]["drift_bytes"] == 0  # behind what is punched
     assert (kept.blocks, other.blocks) == (0, 0), "what is free goes back to the system"
     assert kept.client.verify()["ok"]
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from kvd.core.budget import WALK_BLOCKS
 from kvd.core.events import DropRecord, UseRecord
+from kvd.core.holds import WALK_BLOCKS
 from kvd.core.sequences import State
 from kvd_proto.errors import (
     AllLeased,

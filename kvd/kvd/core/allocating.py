@@ -5,10 +5,10 @@ from struct import pack
 
 from kvd.core import pins
 from kvd.core.arenas import Arena
-from kvd.core.budget import WALK_BLOCKS
 from kvd.core.cache import AllocBacking, Cache, Checking, Deferred
 from kvd.core.checking import check_first
 from kvd.core.events import Backed, Effect
+from kvd.core.holds import WALK_BLOCKS
 from kvd.core.noting import note_alloc, note_release, note_timed_out
 from kvd.core.pins import Pin
 from kvd.core.sequences import (

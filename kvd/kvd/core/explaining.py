@@ -19,10 +19,10 @@ from collections.abc import Generator
 from typing import Any, NamedTuple
 
 from kvd.core.arenas import Arena
-from kvd.core.budget import WALK_BLOCKS
 from kvd.core.cache import Cache
 from kvd.core.events import Effect
 from kvd.core.ghosts import Ghost
+from kvd.core.holds import WALK_BLOCKS
 from kvd.core.sequences import Session
 from kvd.core.tasks import Steps, alive, find_tenant
 from kvd.core.tenants import Tenant

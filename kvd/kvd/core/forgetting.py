@@ -22,9 +22,9 @@ from itertools import islice, takewhile
 from typing import NamedTuple
 
 from kvd.core.arenas import Arena
-from kvd.core.budget import WALK_BLOCKS
 from kvd.core.cache import Cache
 from kvd.core.events import Effect
+from kvd.core.holds import WALK_BLOCKS
 from kvd.core.sequences import Session
 from kvd.core.tasks import Steps, alive, find_tenant
 from kvd.core.tree import GONE, Block

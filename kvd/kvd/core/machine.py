@@ -19,7 +19,7 @@ from kvd.core import (
     storing,
     tasks,
 )
-from kvd.core.budget import WALK_BLOCKS, Budget
+from kvd.core.budget import Budget
 from kvd.core.cache import (
     AllocBacking,
     AppendBacking,
@@ -52,6 +52,7 @@ from kvd.core.events import (
     Ticked,
     TurnedAway,
 )
+from kvd.core.holds import WALK_BLOCKS
 from kvd.core.sequences import Session, State
 from kvd.core.tenants import Tenant
 from kvd_proto.errors import KvdError, TooManySessions, UnknownSession

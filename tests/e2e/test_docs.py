@@ -45,7 +45,7 @@ def test_the_readme_shows_what_model_size_says(smollm2: Path, tmp_path: Path) ->
     command = [sys.executable, "-m", "kvd_client.kvctl", "model-size", str(smollm2)]
     said = run(command, tmp_path, KVD_RUNTIME_DIR=str(tmp_path))
     readme = (ROOT / "README.md").read_text().splitlines()
-    shown = [line.strip() for line in readme if line.startswith(("    block ", "    context "))]
+    shown = [line.strip() for line in readme if line.startswith(("    block  ", "    context "))]
     assert len(shown) == 2
     assert set(shown) <= set(said.splitlines())
 

@@ -21,7 +21,7 @@ def running_daemon(max_memory: str) -> Iterator[str]:
             command += ["--no-keep-on-stop"]
             command += ["--instance", f"bench-{os.getpid()}", "--max-memory", max_memory]
             # A client that commits a GiB at once stages it at once.
-            command += ["--max-staging", max_memory, "--log-level", "warning"]
+            command += ["--max-staging", max_memory, "--max-context", "0", "--log-level", "warning"]
             process = subprocess.Popen(command, env={**os.environ, "NOTIFY_SOCKET": address})
             while b"READY=1" not in ready.recv(4096):
                 pass

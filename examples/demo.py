@@ -113,6 +113,7 @@ def start_daemon(runtime_dir: str) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "kvd", "serve", "--runtime-dir", runtime_dir]
         command += ["--no-keep-on-stop"]
         command += ["--instance", f"demo-{os.getpid()}", "--max-memory", "512MiB"]
+        command += ["--max-context", "2048"]  # what its workers have
         command += ["--log-level", "warning"]
         daemon = subprocess.Popen(command, env={**os.environ, "NOTIFY_SOCKET": address})
         while b"READY=1" not in ready.recv(4096):

@@ -41,8 +41,6 @@ from kvd.core.tree import ADOPTED, FILLING, GONE, Block
 from kvd_proto.errors import AllLeased, BudgetTooSmall, Detail, ResourceError
 from kvd_proto.happenings import Kind
 
-_evictable = attrgetter("evictable")
-
 _new = tuple.__new__
 """Makes an effect in half the time. Each eviction has one or two."""
 
@@ -85,11 +83,14 @@ class Budget(Holds):
         """Blocks dropped since the start, but those that a longer one has superseded."""
         self._given_back: dict[int, list[int]] = {}
         """By arena: slots that have given way, and are punched with the last of them."""
+        self._policies: list[Policy] | None = None
+        """None: to be made anew, for tenants or arenas have come or gone."""
 
     def tenant(self, name: str) -> Tenant:
         """The tenant of this name. One that there are no rules for has no quota and no salt."""
         if name not in self.tenants:
             self.tenants[name] = Tenant(TenantRule(name), self.n_bytes)
+            self._policies = None
         return self.tenants[name]
 
     @property
@@ -105,10 +106,11 @@ class Budget(Holds):
     @property
     def policies(self) -> list[Policy]:
         """The orders of eviction of all tenants, and of models that there are rules for."""
-        found = list(map(_evictable, self.tenants.values()))
-        for model in self.models.values():
-            found += model.policies
-        return found
+        if self._policies is None:
+            self._policies = [tenant.evictable for tenant in self.tenants.values()]
+            for model in self.models.values():
+                self._policies += model.policies
+        return self._policies
 
     @property
     def staging(self) -> int:
@@ -197,6 +199,7 @@ class Budget(Holds):
         arena.tenant.arenas.append(arena)
         if arena.model is not None:
             arena.model.arenas.append(arena)
+            self._policies = None
 
     def charge_pins(self, arena: Arena, effects: list[Effect]) -> None:
         """Take the bytes for one more pin in the arena's directory, unless it has them already;
@@ -214,9 +217,12 @@ class Budget(Holds):
         arena.tenant.arenas.remove(arena)
         if arena.model is not None:
             arena.model.arenas.remove(arena)
+            self._policies = None
         for block in arena.root.below():
             assert block.parent is not None
-            self._note_age(block)
+            if self.evictions % SAMPLED == 0:
+                self.ages.evicted(block, block.used)
+            self.evictions += 1
             arena.evictable.remove(block, block.parent)
             block.state = GONE
         if arena.cached:
@@ -307,33 +313,29 @@ class Budget(Holds):
         assert parent is not None
         assert block.family is None, "a parent goes after its children"
         if reason is not Reason.SUPERSEDED:  # whose tokens are all there still
-            self._note_age(block)
+            if self.evictions % SAMPLED == 0:
+                self.ages.evicted(block, block.used)
+            self.evictions += 1
         arena.evictable.remove(block, parent)
         parent.remove(block)
-        has_record = parent.parent is not None and parent.state is not FILLING
-        if has_record and parent.last_use < block.last_use:
-            self._record_use(parent, block.last_use, effects)
+        last_use = block.last_use
+        if parent.last_use < last_use and parent.parent is not None and parent.state is not FILLING:
+            self._record_use(parent, last_use, effects)
         if block.state is ADOPTED:
             arena.unchecked -= 1
         block.state = GONE
         arena.cached -= 1
         if len(block.tokens) < arena.token_bytes:
             arena.cached_lacks -= arena.lack_of(block)
-        tenant = arena.tenant
+        tenant, journal, slot = arena.tenant, self.journal, block.slot
         tenant.evicted[reason] += 1
-        tenant.ghosts.note(block.key, self.journal.now, reason)
-        if self.journal.is_followed:
-            values = (reason, block.start, block.n_tokens, block.slot)
-            self.journal.note_frequent(Kind.EVICT, tenant.name, arena.name, *values)
-        arena.free.append(block.slot)
-        arena.blocks[block.slot] = None
-        effects.append(_new(DropRecord, (arena.number, block.slot)))
-
-    def _note_age(self, block: Block) -> None:
-        """A cached block is evicted: of one in SAMPLED, and of the first, note how old it is."""
-        if self.evictions % SAMPLED == 0:
-            self.ages.evicted(block, block.used)
-        self.evictions += 1
+        tenant.ghosts.note(block.key, journal.now, reason)
+        if journal.is_followed:
+            values = (reason, block.start, block.n_tokens, slot)
+            journal.note_frequent(Kind.EVICT, tenant.name, arena.name, *values)
+        arena.free.append(slot)
+        arena.blocks[slot] = None
+        effects.append(_new(DropRecord, (arena.number, slot)))
 
     def drop_some(self, arena: Arena, blocks: Iterable[Block], effects: list[Effect]) -> int:
         """Drop these blocks of an arena, children first, as somebody asked for, and give their
@@ -356,12 +358,16 @@ class Budget(Holds):
         """Evict the least recently used block that has no resident children and may go for `taker`:
         the oldest of all heads, or of those of one tenant or model. Without another `reason` it is
         for want of room."""
-        if reason is None:
-            is_quota = isinstance(whose, Tenant) and whose.has_quota
-            by_quota = is_quota or isinstance(whose, ModelShare)
-            reason = Reason.QUOTA if by_quota else Reason.ROOM
+        if whose is None or whose is self:
+            policies, reason = self._policies or self.policies, reason or Reason.ROOM
+        else:
+            policies = whose.policies
+            by_quota = isinstance(whose, ModelShare) or (
+                isinstance(whose, Tenant) and whose.has_quota
+            )
+            reason = reason or (Reason.QUOTA if by_quota else Reason.ROOM)
         oldest: Block | None = None
-        for policy in (whose or self).policies:
+        for policy in policies:
             head = policy.oldest()
             if (
                 head is not None

@@ -31,7 +31,7 @@ test: python ## All tests: the fast ones, real processes, a real model, a real s
 	@echo "== 4/4 systemd: the real service in a container, workers in containers of their own"
 	$(RUN) -m pytest tests/system
 
-soak: python ## The long ones, about an hour: kills, crashes, simulations, fuzz. KVD_SEED=n replays
+soak: python ## The long ones, about 40 minutes: kills, crashes, simulations, fuzz. KVD_SEED=n replays
 	@$(PYTHON) scripts/bootstrap.py test
 	@echo "== 1/7 500 workers killed, 100 of them with a surviving child"
 	$(RUN) -m pytest tests/soak/test_worker_deaths.py

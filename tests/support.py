@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from kvd.kinds import Size
+
 START_SECONDS = 30.0
 STOP_SECONDS = 20.0
 
@@ -106,3 +108,8 @@ def is_listening(runtime_dir: Path) -> bool:
         except (FileNotFoundError, ConnectionRefusedError):
             return False
         return True
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes, as the settings read them. Raises ValueError."""
+    return Size(0, 1 << 62).read(text)

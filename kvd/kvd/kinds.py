@@ -340,11 +340,6 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return next(iter(difflib.get_close_matches(name.replace("-", "_"), list(known), n=1)), "")
 
 
-def parse_size(text: str | int) -> int:
-    """Bytes from 1048576, "1048576", "1024KiB" or "4 GiB". Raises ValueError."""
-    return Size(0, 1 << 62).read(text)
-
-
 def show_size(n_bytes: int) -> str:
     """In the largest unit of which it is a whole number: 4GiB, 1536MiB."""
     if not n_bytes:

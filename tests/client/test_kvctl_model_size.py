@@ -13,13 +13,12 @@ from pathlib import Path
 import gguf
 import pytest
 
-from kvd.kinds import parse_size
 from kvd.settings import Settings
 from kvd_client.kvctl import model_size
 from kvd_client.kvctl.model_size import DEFAULT_BUDGET, blocks_in
 from kvd_proto.geometry import round_up
 from kvd_proto.layout import DIRECTORY_CHUNK, directory_bytes_for
-from tests.support import running_daemon
+from tests.support import parse_size, running_daemon
 
 VALUES: dict[str, int | list[int]] = {
     "context_length": 1000,

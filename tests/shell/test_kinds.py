@@ -15,11 +15,11 @@ from kvd.kinds import (
     Switch,
     Unusable,
     nearest,
-    parse_size,
     read_table,
     show_duration,
     show_size,
 )
+from tests.support import parse_size
 
 
 @pytest.mark.parametrize(

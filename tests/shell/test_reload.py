@@ -13,14 +13,13 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from kvd.kinds import parse_size
 from kvd.tenants import KINDS
 from kvd_proto.errors import OverQuota, SequenceLimit
 from kvd_proto.messages import Config, Evict, Reload
 from tests.proto.protocol_doc import report_keys
 from tests.shell.raw import BLOCK_TOKENS, STRIDE, Raw, make_alloc, many_tokens, raw_client, until
 from tests.shell.test_cli import Manager
-from tests.support import Daemon, running_daemon
+from tests.support import Daemon, parse_size, running_daemon
 
 MIB = 1 << 20
 N_BLOCKS = 100

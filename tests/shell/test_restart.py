@@ -18,7 +18,6 @@ import pytest
 from kvd.adoption import boot_id
 from kvd.arena import Segment
 from kvd.directory import Directory
-from kvd.kinds import parse_size
 from kvd_proto import layout
 from kvd_proto.errors import AllLeased, UnknownContext
 from kvd_proto.keys import arena_fingerprint
@@ -35,7 +34,7 @@ from tests.shell.raw import (
     raw_client,
     until,
 )
-from tests.support import Daemon, running_daemon, start_daemon
+from tests.support import Daemon, parse_size, running_daemon, start_daemon
 
 PROMPT = many_tokens(1, 4 * BLOCK_TOKENS)
 OTHER = many_tokens(1, 2 * BLOCK_TOKENS) + many_tokens(500, BLOCK_TOKENS + 3)

@@ -26,6 +26,8 @@ PERIOD_SECONDS = 0.1
 FOLLOWED_SECONDS = 10.0
 """After the last request for events, the frequent ones are noted for so long: somebody who reads
 them slowly finds them, too."""
+CLOCK_STEP_SECONDS = 0.1
+"""Both clocks are slewed alike: if they differ by more than before, the time of day was set."""
 LOGGED_AT_ONCE = 200
 """Events, in one turn of the loop; more is more than the log keeps up with."""
 
@@ -52,6 +54,8 @@ class Followers:
         self._next_look = math.inf
         self._followed_until = -math.inf
         self._logged = 0
+        self._to_wall = time.time() - time.monotonic()
+        """One for all answers: read twice, an event must have the same time."""
 
     def ask(self, incoming: Incoming) -> None:
         """Answer now, or in `look`."""
@@ -133,8 +137,12 @@ class Followers:
             return
         self._waiting.pop(session, None)
         to_wall = time.time() - time.monotonic()
+        if abs(to_wall - self._to_wall) > CLOCK_STEP_SECONDS:
+            self._to_wall = to_wall
         report = {
-            "events": [_report(event, follower.tenant is None, to_wall) for event in read.events],
+            "events": [
+                _report(event, follower.tenant is None, self._to_wall) for event in read.events
+            ],
             "next": read.next,
             "lost": read.lost,
         }

@@ -22,6 +22,7 @@ from kvd_proto import PROTOCOL_VERSION, codec
 from kvd_proto.errors import BadMessage, UnknownSession
 from kvd_proto.happenings import FIELDS
 from kvd_proto.messages import MAX_EVENTS, Events, Hello, Reported
+from tests.core.driver import Driver
 from tests.proto.protocol_doc import Section, report_keys, sections
 from tests.shell.raw import (
     BLOCK_TOKENS,
@@ -267,3 +268,20 @@ def test_the_protocol_tells_of_every_kind_and_its_keys(follower: Raw) -> None:
     for event in report["events"]:
         common = {key.removeprefix("events[].") for key in report_keys("events")}
         assert set(event) == common - {"next", "lost"} | set(told[event["kind"]])
+
+
+def test_an_event_has_the_same_time_whenever_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever comes between a look at one clock and a look at the other; unless the time of day is
+    set."""
+    clock, offsets = time.time, [0.0]
+    monkeypatch.setattr("kvd.following.time.time", lambda: clock() + offsets[-1])
+    driver = Driver()
+    driver.connect("s")
+    found: list[Any] = []
+    followers = Followers(driver.cache, lambda _, __, body: found.append(body.report["events"][0]))
+    for offset in (0.0, 0.02, -0.05, 60.0):
+        offsets.append(offset)
+        followers.ask(Incoming(b"s", 1, Events(0, 0, 10, [], "")))
+    times = [event["time"] for event in found]
+    assert times[0] == times[1] == times[2]
+    assert times[3] - times[0] == pytest.approx(60, abs=0.2)

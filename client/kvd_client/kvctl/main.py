@@ -76,6 +76,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return answer.code
 
 
+class _Version(argparse.Action):
+    """Looks the version up when it is asked for: that reads files, which not everybody may."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str | None = None) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        print(f"kvctl {version('kvd-cache')}")
+        parser.exit()
+
+
 def make_parser() -> argparse.ArgumentParser:
     """All of the command line."""
     description, _, epilog = (__doc__ or "").partition("\n\n")
@@ -85,7 +96,7 @@ def make_parser() -> argparse.ArgumentParser:
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"kvctl {version('kvd-cache')}")
+    parser.add_argument("--version", action=_Version, help="show program's version number and exit")
     _add_common(parser, suppress=False)
     _add_json(parser, suppress=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

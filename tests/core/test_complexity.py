@@ -77,6 +77,10 @@ class Counter:
                     counter.steps += 1
                     yield item
 
+            def __len__(self) -> int:
+                counter.steps += 1  # who asks each of many walks them
+                return super().__len__()
+
         return Watched(items)
 
 

@@ -28,54 +28,59 @@ by_tokens = attrgetter("tokens")
 class Siblings(Sequence["Block"]):
     """Blocks with the same parent, no two with the same tokens. By index, it is a walk of runs."""
 
-    __slots__ = ("_bounds", "runs")
+    __slots__ = ("_bounds", "_tokens", "runs")
 
     def __init__(self, blocks: list["Block"]) -> None:
         """Of a sorted list."""
         self.runs = [blocks[at : at + RUN] for at in range(0, len(blocks), RUN)]
-        self._bounds = [run[0].tokens for run in self.runs]
+        self._tokens = [[block.tokens for block in run] for run in self.runs]
+        """Of each run: a bisection of these looks at half as many places in memory."""
+        self._bounds = [tokens[0] for tokens in self._tokens]
 
     def find(self, tokens: bytes) -> "Block | None":
         """The one with exactly these tokens."""
-        run = self.runs[self._run_of(tokens)]
-        index = bisect_left(run, tokens, key=by_tokens)
-        if index < len(run) and run[index].tokens == tokens:
-            return run[index]
+        number, index = self._place_of(tokens)
+        there = self._tokens[number]
+        if index < len(there) and there[index] == tokens:
+            return self.runs[number][index]
         return None
 
     def add(self, block: "Block") -> None:
-        number = self._run_of(block.tokens)
-        run = self.runs[number]
-        run.insert(bisect_left(run, block.tokens, key=by_tokens), block)
+        number, index = self._place_of(block.tokens)
+        run, tokens = self.runs[number], self._tokens[number]
+        run.insert(index, block)
+        tokens.insert(index, block.tokens)
         if len(run) == 2 * RUN:
             self.runs[number : number + 1] = [run[:RUN], run[RUN:]]
-            self._bounds.insert(number + 1, run[RUN].tokens)
+            self._tokens[number : number + 1] = [tokens[:RUN], tokens[RUN:]]
+            self._bounds.insert(number + 1, tokens[RUN])
 
     def remove(self, block: "Block") -> None:
-        number = self._run_of(block.tokens)
+        tokens = block.tokens
+        number = bisect_right(self._bounds, tokens, 1) - 1
+        index = bisect_left(self._tokens[number], tokens)
         run = self.runs[number]
-        index = bisect_left(run, block.tokens, key=by_tokens)
         assert run[index] is block, "the tree lost a child"
-        del run[index]
+        del run[index], self._tokens[number][index]
         if not run:
-            del self.runs[number]
-            del self._bounds[number]
+            del self.runs[number], self._tokens[number], self._bounds[number]
 
     def before(self, tokens: bytes) -> Iterator["Block"]:
         """Those that sort before these tokens, the nearest first."""
-        number = self._run_of(tokens)
-        index = bisect_left(self.runs[number], tokens, key=by_tokens)
+        number, index = self._place_of(tokens)
         yield from reversed(self.runs[number][:index])
         for before in range(number - 1, -1, -1):
             yield from reversed(self.runs[before])
 
     def since(self, tokens: bytes) -> Iterator["Block"]:
         """Those that do not sort before these tokens, the nearest first."""
-        number = self._run_of(tokens)
-        index = bisect_left(self.runs[number], tokens, key=by_tokens)
+        number, index = self._place_of(tokens)
         yield from self.runs[number][index:]
         for since in range(number + 1, len(self.runs)):
             yield from self.runs[since]
+
+    def __bool__(self) -> bool:
+        return bool(self.runs)  # without counting them
 
     def __len__(self) -> int:
         return sum(map(len, self.runs))
@@ -101,6 +106,7 @@ class Siblings(Sequence["Block"]):
             n_skipped += len(run)
         return []
 
-    def _run_of(self, tokens: bytes) -> int:
-        """Where a block with these tokens is, or would be."""
-        return max(bisect_right(self._bounds, tokens) - 1, 0)
+    def _place_of(self, tokens: bytes) -> tuple[int, int]:
+        """In which run a block with these tokens is, or would be, and where in it."""
+        number = bisect_right(self._bounds, tokens, 1) - 1
+        return number, bisect_left(self._tokens[number], tokens)

@@ -75,3 +75,16 @@ def test_models_that_gave_way_are_remembered_a_bounded_number_of_them() -> None:
     assert len(found.arenas) == ghosts.MAX_ARENAS
     assert found.arenas[key(199)] == 199.0
     assert key(0) not in found.arenas
+
+
+def test_who_asks_again_and_again_does_not_make_them_live_longer(small: Ghosts) -> None:
+    for number in range(100):
+        noted(small, number, number + 1)
+        assert small.find(key(number)) == Ghost(float(number), Reason.ROOM)
+        assert len(small) <= 6
+    assert small.find(key(90)) is None
+
+
+def test_what_follows_a_key_does_not_count(small: Ghosts) -> None:
+    small.note(key(1) + b"checksum", 5.0, Reason.ROOM)
+    assert small.find(key(1)) == Ghost(5.0, Reason.ROOM)

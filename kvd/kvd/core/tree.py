@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from kvd.core.commits import Commit, Source
 
 FILLING, ADOPTED, SEALED, GONE = "filling", "adopted", "sealed", "gone"
-NO_SLOT = -1
 
 _CHECKSUM_BYTES = 8
 
@@ -46,12 +45,12 @@ class Block(Place):
     """
 
     __slots__ = (
-        "_key_and_checksum",
         "arena",
         "family",
         "generation",
         "holds",
         "in_flight",
+        "key_and_checksum",
         "last_use",
         "parent",
         "pins",
@@ -70,7 +69,7 @@ class Block(Place):
         self.arena = arena
         self.parent = parent
         self.tokens = tokens
-        self._key_and_checksum = key + bytes(_CHECKSUM_BYTES)
+        self.key_and_checksum = key + bytes(_CHECKSUM_BYTES)
         """Together they take as much memory as the key would alone."""
         self.slot = slot
         start = parent.end if parent else 0
@@ -92,16 +91,16 @@ class Block(Place):
 
     @property
     def key(self) -> bytes:
-        return self._key_and_checksum[:-_CHECKSUM_BYTES]
+        return self.key_and_checksum[:-_CHECKSUM_BYTES]
 
     @property
     def checksum(self) -> int:
         """Of its bytes in the arena: once it is sealed, or adopted."""
-        return int.from_bytes(self._key_and_checksum[-_CHECKSUM_BYTES:], "little")
+        return int.from_bytes(self.key_and_checksum[-_CHECKSUM_BYTES:], "little")
 
     @checksum.setter
     def checksum(self, checksum: int) -> None:
-        self._key_and_checksum = self.key + checksum.to_bytes(_CHECKSUM_BYTES, "little")
+        self.key_and_checksum = self.key + checksum.to_bytes(_CHECKSUM_BYTES, "little")
 
     @property
     def children(self) -> "Sequence[Block]":
@@ -294,7 +293,7 @@ def match(node: Block, tokens: bytes, block_bytes: int, most: int) -> Match:
         node = child
     else:
         return Match(full, None, node.end, end < len(tokens))
-    agreement = node.longest_agreeing(chunk) if node.family else None
+    agreement = node.longest_agreeing(chunk) if node.family is not None else None
     if agreement is None:
         return Match(full, None, position // TOKEN_BYTES)
     return Match(full, agreement.block, position // TOKEN_BYTES + agreement.n_tokens)

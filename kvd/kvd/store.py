@@ -34,6 +34,7 @@ from kvd.copier import (
     TakeJob,
 )
 from kvd.core.events import (
+    NO_SLOT,
     ArenaAdopted,
     Back,
     Backed,
@@ -245,7 +246,10 @@ class Store:
         self.arenas[effect.arena].directory.use(effect.slot, effect.last_use)
 
     def drop_record(self, effect: DropRecord) -> None:
-        self.arenas[effect.arena].directory.drop(effect.slot)
+        directory = self.arenas[effect.arena].directory
+        if effect.heir != NO_SLOT:
+            directory.use(effect.heir, effect.last_use)
+        directory.drop(effect.slot)
 
     def write_pin(self, effect: WritePin) -> None:
         self.arenas[effect.arena].directory.write_pin(effect)

@@ -24,6 +24,7 @@ from kvd.core import (
 from kvd.core.arenas import Arena
 from kvd.core.cache import Counters, Limits, sum_of
 from kvd.core.events import (
+    NO_SLOT,
     ArenaFound,
     Back,
     Backed,
@@ -163,7 +164,10 @@ class Driver:
             case UseRecord(number, slot, last_use):
                 record = self.records[number][slot]
                 self.records[number][slot] = record._replace(last_use=last_use)
-            case DropRecord(number, slot):
+            case DropRecord(number, slot, heir, last_use):
+                if heir != NO_SLOT:
+                    record = self.records[number][heir]
+                    self.records[number][heir] = record._replace(last_use=last_use)
                 del self.records[number][slot]
             case WritePin(number, place):
                 assert place not in self.pins[number], "the place has a pin already"

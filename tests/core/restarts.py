@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from kvd.core.cache import Checking
 from kvd.core.events import (
+    NO_SLOT,
     ArenaAdopted,
     ArenaFailed,
     ArenaFound,
@@ -182,6 +183,8 @@ class DurableShell(FakeShell):
         disk.recorded[effect.slot] = Recorded(path, effect.last_use)
 
     def drop_record(self, effect: DropRecord) -> None:
+        if effect.heir != NO_SLOT:
+            self.use_record(UseRecord(effect.arena, effect.heir, effect.last_use))
         super().drop_record(effect)
         self.erase(self.disks[effect.arena], effect.slot)
 

@@ -408,7 +408,7 @@ def test_a_damaged_slot_is_set_aside_while_they_may_read_it(chain: Driver) -> No
     chain.restart(chain.found(has_readers=True))
     chain.check(1)
     assert chain.blocks() == {A: 0}
-    assert chain.of_kind(DropRecord) == [DropRecord(1, 2), DropRecord(1, 1)]
+    assert [effect.slot for effect in chain.of_kind(DropRecord)] == [2, 1]
     assert chain.counts() == {"active": 1, "filling": 2}
     # And after one more crash.
     chain.restart(chain.found(has_readers=True, unrecorded=[1, 2]))

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from kvd.core.arenas import Arena
 from kvd.core.budget import Budget
-from kvd.core.events import DropRecord, Effect, Punch, UseRecord
+from kvd.core.events import DropRecord, Effect, Punch
 from kvd.core.reasons import Reason
 from kvd.core.tree import FILLING, SEALED, Block
 from kvd_proto.errors import AllLeased, BudgetTooSmall
@@ -92,7 +92,7 @@ def test_of_one_sequence_the_last_block_goes_first() -> None:
     bench = Bench(1 << 20, 1)
     a, b, c = bench.chain(bench.arenas[0], 1, 2, 3)
     assert bench.evict(3) == [c.slot, b.slot, a.slot]
-    assert bench.happened(DropRecord) == [DropRecord(1, each.slot) for each in (c, b, a)]
+    assert [each.slot for each in bench.happened(DropRecord)] == [c.slot, b.slot, a.slot]
 
 
 def test_what_was_used_last_goes_last() -> None:
@@ -400,8 +400,9 @@ def test_evict_takes_the_oldest_of_one_model_and_gives_their_memory_back() -> No
     bench.effects.clear()
     assert bench.budget.evict("m1", 1, bench.effects) == 1
     assert bench.effects == [
-        UseRecord(1, a.slot, b.last_use), DropRecord(1, b.slot), Punch(1, [b.slot, free]),
-    ]  # fmt: skip
+        DropRecord(1, b.slot, heir=a.slot, last_use=b.last_use),
+        Punch(1, [b.slot, free]),
+    ]
     assert list(bench.budget.oldest_first()) == [a, c]
     bench.effects.clear()
     assert bench.budget.evict("", 99, bench.effects) == 2

@@ -19,7 +19,7 @@ from tests.shell.raw import BLOCK_TOKENS, STRIDE, Raw, make_alloc, many_tokens, 
 from tests.shell.scraping import Series, get, scrape, value
 from tests.support import Daemon, running_daemon
 
-N_BLOCKS = 20
+N_BLOCKS = SAMPLED + 4
 TOKENS = many_tokens(0, N_BLOCKS * BLOCK_TOKENS)
 MAX_MODELS = 4
 STATES = ("free", "filling", "active", "cached", "pinned")
@@ -140,7 +140,7 @@ def test_evictions_are_counted_by_reason_and_timed(daemon: Daemon, client: Raw) 
     assert reasons == {reason.value for reason in Reason}
     assert value(series, "kvd_eviction_duration_seconds_count") == 1
     assert 0 < value(series, "kvd_eviction_duration_seconds_sum") < 1
-    # One in sixteen is looked at, and the first.
+    # One in SAMPLED is looked at, and the first.
     for name in ("lifetime", "idle_before_eviction"):
         assert value(series, f"kvd_block_{name}_seconds_count") == 1
         assert 0 <= value(series, f"kvd_block_{name}_seconds_sum") < 20

@@ -25,7 +25,7 @@ MOST_MOMENTS = 4096
 """When there are so many, they are thinned out."""
 RESOLUTION = 128
 """The age of what is older is known to a 128th of it."""
-SAMPLED = 16
+SAMPLED = 32
 """One eviction, and one reuse, in so many is looked at, the first among them."""
 BOUNDS = (1, 5, 15, 30, 60, 300, 900, 3600, 4 * 3600, 12 * 3600, 24 * 3600, 72 * 3600, 168 * 3600)
 """Seconds, to a week."""

@@ -18,11 +18,12 @@ sealed before it has been checked.
 Who holds a slot and makes room for it: budget.py.
 """
 
+from kvd.core.events import NO_SLOT
 from kvd.core.eviction import LRU, Policy
 from kvd.core.pins import PinTable
 from kvd.core.shares import ModelShare
 from kvd.core.tenants import Tenant
-from kvd.core.tree import NO_SLOT, SEALED, Block
+from kvd.core.tree import SEALED, Block
 from kvd_proto.geometry import Geometry, round_up
 from kvd_proto.keys import TOKEN_BYTES
 from kvd_proto.layout import DIRECTORY_CHUNK, DIRECTORY_HEADER_BYTES, directory_bytes_for

@@ -15,10 +15,10 @@ from operator import attrgetter
 from typing import NamedTuple
 
 from kvd.core.budget import Budget
-from kvd.core.events import CopyItem, Effect, WriteRecord
+from kvd.core.events import NO_SLOT, CopyItem, Effect, WriteRecord
 from kvd.core.reasons import Reason
 from kvd.core.sequences import Sequence, Session
-from kvd.core.tree import FILLING, GONE, NO_SLOT, SEALED, Block
+from kvd.core.tree import FILLING, GONE, SEALED, Block
 from kvd_proto.errors import KvdError
 from kvd_proto.happenings import Kind
 from kvd_proto.keys import block_key

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from kvd.core.cache import Limits
 
 SessionId = bytes
+NO_SLOT = -1
 
 # --- events
 
@@ -344,10 +345,13 @@ class WriteRecord(NamedTuple):
 
 
 class DropRecord(NamedTuple):
-    """A block is gone: its record leaves the directory before the slot is used again."""
+    """A block is gone: its record leaves the directory before the slot is used again. If it has an
+    `heir`, `last_use` has entered the record of that slot before."""
 
     arena: int
     slot: int
+    heir: int = NO_SLOT
+    last_use: int = 0
 
 
 class WritePin(NamedTuple):

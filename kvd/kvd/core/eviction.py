@@ -49,6 +49,9 @@ class Policy(Protocol):
     def remove(self, block: "Block", above: "Block") -> None:
         """Strike out `block` and its ancestors below `above`, which are listed."""
 
+    def drop(self, block: "Block") -> None:
+        """Strike out one that is listed, and is gone."""
+
     def oldest(self) -> "Block | None":
         """The block that goes next. It stays listed."""
 
@@ -87,6 +90,12 @@ class LRU:
             younger.older = older
             node.older = node.younger = nowhere
             node = node.parent
+
+    def drop(self, block: "Block") -> None:
+        older, younger = block.older, block.younger
+        older.younger = younger
+        younger.older = older
+        block.older = block.younger = NOWHERE
 
     def oldest(self) -> "Block | None":
         first = self._ends.younger

@@ -13,7 +13,7 @@ from kvd.core.commits import (
     seal,
     sequences_below,
 )
-from kvd.core.events import Backed, Completed, Copied, Copy, Effect
+from kvd.core.events import NO_SLOT, Backed, Completed, Copied, Copy, Effect
 from kvd.core.reasons import Reason
 from kvd.core.sequences import (
     Failure,
@@ -24,7 +24,7 @@ from kvd.core.sequences import (
     find_context,
     find_sequence,
 )
-from kvd.core.tree import GONE, NO_SLOT, Block
+from kvd.core.tree import GONE, Block
 from kvd_proto.errors import (
     BadMessage,
     BadPosition,

@@ -1,5 +1,7 @@
 """Ghosts: what is remembered of dropped blocks, for how long, and at which price."""
 
+from random import Random
+
 import pytest
 
 from kvd.core import ghosts
@@ -71,10 +73,11 @@ def test_so_many_blocks_are_remembered_and_no_more() -> None:
 def test_models_that_gave_way_are_remembered_a_bounded_number_of_them() -> None:
     found = Ghosts()
     for number in range(200):
-        found.note_arena(key(number), float(number))
+        found.note_arena(key(number), float(number), 3)
     assert len(found.arenas) == ghosts.MAX_ARENAS
     assert found.arenas[key(199)] == 199.0
     assert key(0) not in found.arenas
+    assert found.counts[Reason.ARENA] == 600
 
 
 def test_who_asks_again_and_again_does_not_make_them_live_longer(small: Ghosts) -> None:
@@ -88,3 +91,21 @@ def test_who_asks_again_and_again_does_not_make_them_live_longer(small: Ghosts) 
 def test_what_follows_a_key_does_not_count(small: Ghosts) -> None:
     small.note(key(1) + b"checksum", 5.0, Reason.ROOM)
     assert small.find(key(1)) == Ghost(5.0, Reason.ROOM)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_each_is_counted_once_whenever_one_asks(small: Ghosts, seed: int) -> None:
+    random = Random(seed)
+    counts = dict.fromkeys(Reason, 0)
+    when = 0.0
+    for number in range(300):
+        reason = random.choice((Reason.ROOM, Reason.QUOTA))
+        if random.random() < 0.3:
+            when = float(number)
+        small.note(key(number), when, reason)
+        counts[reason] += 1
+        if random.random() < 0.2:
+            assert small.find(key(number)) == Ghost(when, reason)
+        if random.random() < 0.2:
+            assert small.counts == counts
+    assert small.counts == counts

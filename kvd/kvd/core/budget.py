@@ -230,8 +230,7 @@ class Budget(Holds):
             arena.evictable.remove(block, block.parent)
             block.state = GONE
         if arena.cached:
-            arena.tenant.evicted[Reason.ARENA] += arena.cached
-            arena.tenant.ghosts.note_arena(arena.fingerprint, self.journal.now)
+            arena.tenant.ghosts.note_arena(arena.fingerprint, self.journal.now, arena.cached)
         self.journal.note(Kind.MODEL_GONE, arena.tenant.name, arena.name, arena.cached)
         self.spend(arena.tenant, -arena.memory_beside - arena.backed * arena.stride, arena)
 
@@ -337,7 +336,6 @@ class Budget(Holds):
         if len(block.tokens) < arena.token_bytes:
             arena.cached_lacks -= arena.lack_of(block)
         tenant, journal, slot = arena.tenant, self.journal, block.slot
-        tenant.evicted[reason] += 1
         tenant.ghosts.note(block.key_and_checksum, journal.now, reason)
         if journal.is_followed:
             values = (reason, block.start, block.n_tokens, slot)

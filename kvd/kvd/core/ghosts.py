@@ -11,9 +11,10 @@ does anybody ask: so it is an append to a list, and a dict is made of that when 
     8,192    8,192    ...    8,192    young
       └ goes when the young one is full
 
-Not kept over a restart.
+They are counted there, too: by their runs, not one by one. Not kept over a restart.
 """
 
+import math
 from collections import deque
 from itertools import pairwise
 from operator import itemgetter
@@ -40,7 +41,7 @@ class Ghost(NamedTuple):
 
 
 class _Generation:
-    __slots__ = ("_found", "_runs", "first", "noted", "room")
+    __slots__ = ("_found", "_runs", "first", "noted", "room", "run_start")
 
     def __init__(self) -> None:
         self._found: dict[bytes, Ghost] = {}
@@ -50,39 +51,50 @@ class _Generation:
         """When so many are noted, it is full."""
         self._runs: list[tuple[int, Ghost]] = []
         """From this index of `noted` on, each is like this one."""
+        self.run_start = 0
+        """Of the last run, the index of the first that `end_run` has not counted."""
         self.first: float | None = None
         """When its first was noted."""
 
     def __len__(self) -> int:
         return len(self._found) + len(self.noted)
 
-    def begin(self, ghost: Ghost) -> None:
+    def begin_run(self, ghost: Ghost) -> None:
         """What is noted from now on is like this one."""
         if self.first is None:
             self.first = ghost.when
         self._runs.append((len(self.noted), ghost))
 
+    def end_run(self) -> int:
+        """How many were noted since this was asked last."""
+        n_noted = len(self.noted) - self.run_start
+        self.run_start = len(self.noted)
+        return n_noted
+
     def find(self, key: bytes) -> Ghost | None:
+        """Only when the last run has been counted."""
         if self.noted:
             (_, last) = self._runs[-1]
             for (start, ghost), (end, _) in pairwise([*self._runs, (len(self.noted), last)]):
                 self._found |= dict.fromkeys(map(_key, self.noted[start:end]), ghost)
             self.noted.clear()
+            self.run_start = 0
             self.room = GENERATION - len(self._found)
             self._runs = [(0, last)]
         return self._found.get(key)
 
 
 class Ghosts:
-    """Those of one tenant."""
+    """Those of one tenant, and how many there ever were."""
 
-    __slots__ = ("_old", "_reason", "_when", "_young", "arenas", "complete_since")
+    __slots__ = ("_counts", "_old", "_reason", "_when", "_young", "arenas", "complete_since")
 
     def __init__(self) -> None:
+        self._counts = dict.fromkeys(Reason, 0)
         self._young = _Generation()
         self._old: deque[_Generation] = deque()
-        self._when: float | None = None
-        self._reason: Reason | None = None
+        self._when = math.nan
+        self._reason = Reason.ROOM
         self.complete_since: float | None = None
         """From when on every block that was dropped is here; None: from the beginning."""
         self.arenas: dict[bytes, float] = {}
@@ -91,20 +103,28 @@ class Ghosts:
     def __len__(self) -> int:
         return len(self._young) + sum(map(len, self._old))
 
+    @property
+    def counts(self) -> dict[Reason, int]:
+        """How many blocks were ever dropped, by the reason."""
+        self._count()
+        return dict(self._counts)
+
     def note(self, key: bytes, when: float, reason: Reason) -> None:
         """A block is dropped; `key` may go on after its key. It is in the way of every eviction."""
         young = self._young
         if when is not self._when or reason is not self._reason:
-            # All that one event drops shares one.
+            # All that one event drops shares one, and is counted at once.
+            self._count()
             self._when, self._reason = when, reason
-            young.begin(Ghost(when, reason))
+            young.begin_run(Ghost(when, reason))
         noted = young.noted
         noted.append(key)
         if len(noted) >= young.room:
             self._age()
 
-    def note_arena(self, fingerprint: bytes, when: float) -> None:
+    def note_arena(self, fingerprint: bytes, when: float, n_blocks: int) -> None:
         """All that was cached of a model is gone, without a word of its blocks."""
+        self._counts[Reason.ARENA] += n_blocks
         self.arenas.pop(fingerprint, None)
         self.arenas[fingerprint] = when
         if len(self.arenas) > MAX_ARENAS:
@@ -112,6 +132,7 @@ class Ghosts:
 
     def find(self, key: bytes) -> Ghost | None:
         """When and why the block of this key was dropped last, if that is remembered."""
+        self._count()
         found = self._young.find(key)
         for generation in reversed(self._old) if found is None else ():
             found = generation.find(key)
@@ -119,10 +140,14 @@ class Ghosts:
                 break
         return found
 
+    def _count(self) -> None:
+        self._counts[self._reason] += self._young.end_run()
+
     def _age(self) -> None:
+        self._count()
         self._old.append(self._young)
         self._young = _Generation()
-        self._when = None  # what comes begins anew
+        self._when = math.nan  # what comes begins anew
         if len(self._old) == GENERATIONS:
             self._old.popleft()
             self.complete_since = self._old[0].first

@@ -34,8 +34,7 @@ class Tenant:
     `held` is the running total of its directories, its backed slots and its sessions' stagings, and
     never more than `quota`. That is `limit`, what the configuration says, or the budget, whichever
     is less; but never less than what is held: resizing.py. `pins` counts those of all its arenas.
-    `evictable` has what it has cached, in the order in which it goes. `evicted` counts the blocks
-    that were dropped, by the reason.
+    `evictable` has what it has cached, in the order in which it goes.
     """
 
     def __init__(self, rule: TenantRule, budget: int) -> None:
@@ -49,7 +48,6 @@ class Tenant:
         self.pins = 0
         self.arenas: list[Arena] = []
         self.evictable: Policy = LRU()
-        self.evicted = dict.fromkeys(Reason, 0)
         self.ghosts = Ghosts()
         self.settle(budget)
 
@@ -60,6 +58,11 @@ class Tenant:
         self.quota = max(most, self.held)
         self.excess = self.quota - most
         """What it holds beyond what it is to."""
+
+    @property
+    def evicted(self) -> dict[Reason, int]:
+        """How many of its blocks were ever dropped, by the reason."""
+        return self.ghosts.counts
 
     @property
     def headroom(self) -> int:

@@ -1,6 +1,8 @@
 """Exact and token-exact matches, each beside a search that looks at every block."""
 
 from itertools import product
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -11,6 +13,7 @@ from tests.core.driver import packed, path_of
 from tests.core.reference import Path, common
 
 BLOCK_TOKENS = 3
+ARENA: Any = SimpleNamespace(token_bytes=len(packed(*range(BLOCK_TOKENS))))
 # 256 sorts before 1 as bytes do, and 1 << 24 differs from 0 only in the last byte.
 tokens = st.sampled_from((0, 1, 256, 1 << 24))
 paths = st.lists(tokens, min_size=1, max_size=BLOCK_TOKENS).map(tuple)
@@ -18,7 +21,7 @@ families = st.dictionaries(paths, st.sampled_from((SEALED, FILLING)), max_size=1
 
 
 def block(path: Path, state: str = SEALED, parent: Block | None = None) -> Block:
-    made = Block(None, parent, packed(*path), b"", 0)
+    made = Block(ARENA, parent, packed(*path), b"", 0)
     made.state = state
     if parent is not None:
         parent.add(made)

@@ -131,7 +131,7 @@ def keep_alive(cache: Cache, session: Session, message: KeepAlive, now: float) -
     return KeptAlive([each.seq_id for each in sequences if each.state is State.TIMED_OUT])
 
 
-def close_sequence(cache: Cache, sequence: Sequence, outcome: State, effects: list[Effect]) -> None:
+def close_sequence(cache: Cache, sequence: Sequence, outcome: str, effects: list[Effect]) -> None:
     """End a sequence: its leases and its reservation go, its id is free."""
     leased = sequence.leased
     cache.budget.unhold(leased, effects)

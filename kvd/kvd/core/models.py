@@ -108,7 +108,7 @@ def close_context(
     return Done()
 
 
-def drop_context(cache: Cache, context: Context, outcome: State, effects: list[Effect]) -> None:
+def drop_context(cache: Cache, context: Context, outcome: str, effects: list[Effect]) -> None:
     """Close all sequences of a context and forget it."""
     refuse_waiters(cache, context, effects)
     for sequence in list(context.open.values()):

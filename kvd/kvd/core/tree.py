@@ -132,7 +132,9 @@ class Block(Place):
 
     @property
     def is_superseded(self) -> bool:
-        """Whether a longer sibling, sealed, has all of its tokens."""
+        """Whether a longer sibling, sealed, has all of its tokens: never of a full block."""
+        if len(self.tokens) == self.arena.token_bytes:
+            return False
         assert self.parent is not None
         return self.parent.extension(self.tokens) is not None
 

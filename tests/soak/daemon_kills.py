@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,8 @@ class Outcome:
     """From the start of a process until it was ready."""
     adopted: int = 0
     damaged: int = 0
-    evicted: int = 0
+    evicted: Counter[str] = field(default_factory=Counter)
+    """By the reason."""
     looked_up: int = 0
     lost: int = 0
     """Prompts that were stored and not found whole."""
@@ -109,7 +111,7 @@ class Outcome:
         return (
             f"{self.kills} kills of the daemon; ready again after {ready[len(ready) // 2]:.2f} s, "
             f"{ready[-1]:.2f} s at most\n"
-            f"{self.adopted} blocks adopted, {self.damaged} damaged, {self.evicted} evicted; "
+            f"{self.adopted} blocks adopted, {self.damaged} damaged, {dict(+self.evicted)} evicted; "
             f"{self.looked_up} stored prompts looked up, {self.lost} not whole, "
             f"{self.pins} pinned ones\n"
             f"workers: {total['requests']} requests, {total['shared']} with the daemon, "
@@ -195,7 +197,7 @@ def _look(
         counters = client.status()["counters"]
     outcome.adopted += counters["adopted_blocks"]
     outcome.damaged += counters["damaged_blocks"]
-    outcome.evicted += counters["evicted_blocks"]
+    outcome.evicted.update(counters["evicted"])
 
 
 def _matched(context: kvd_client.Context, tokens: list[int]) -> int:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from kvd.core.reasons import Reason
 from tests.soak.daemon_kills import run
 
 KILLS = int(os.environ.get("KVD_SOAK_DAEMON_KILLS", 200))
@@ -15,7 +16,9 @@ SEED = int(os.environ.get("KVD_SEED", 1))
 def test_nothing_that_was_stored_is_lost_when_all_of_it_fits(tmp_path: Path) -> None:
     outcome = run(tmp_path, KILLS // 2, SEED, "256MiB")
     print(f"\n{outcome}")
-    assert outcome.damaged == outcome.evicted == outcome.lost == 0
+    assert outcome.damaged == outcome.lost == 0
+    # An open tail that a longer block has all of, with its tokens, is nothing lost.
+    assert set(+outcome.evicted) <= {Reason.SUPERSEDED}
     assert outcome.adopted > 0
 
 

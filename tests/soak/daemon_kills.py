@@ -111,7 +111,8 @@ class Outcome:
         return (
             f"{self.kills} kills of the daemon; ready again after {ready[len(ready) // 2]:.2f} s, "
             f"{ready[-1]:.2f} s at most\n"
-            f"{self.adopted} blocks adopted, {self.damaged} damaged, {dict(+self.evicted)} evicted; "
+            f"{self.adopted} blocks adopted, {self.damaged} damaged, "
+            f"evicted: {dict(+self.evicted)}; "
             f"{self.looked_up} stored prompts looked up, {self.lost} not whole, "
             f"{self.pins} pinned ones\n"
             f"workers: {total['requests']} requests, {total['shared']} with the daemon, "

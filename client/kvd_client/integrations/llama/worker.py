@@ -24,9 +24,10 @@ from kvd_client.asking import traits_of
 from kvd_client.client import DEFAULT_STAGING, Client, Context, Sequence
 from kvd_client.context import Commit, Model
 from kvd_client.errors import KvdError, StagingFull
-from kvd_client.integrations.llama.engine import BlockAt, LlamaEngine
+from kvd_client.integrations.llama.engine import LlamaEngine
 from kvd_client.integrations.llama.errors import ImportFailed, NotExportable
 from kvd_client.integrations.llama.fingerprint import fingerprint
+from kvd_client.integrations.llama.mover import BlockAt
 from kvd_client.integrations.llama.params import kv_type_name
 from kvd_proto.messages import MAX_APPEND_BLOCKS
 

@@ -201,7 +201,6 @@ def test_a_state_with_more_or_less_than_k_and_v_is_refused(
     ("name", "arguments", "reason", "advice"),
     [
         ("recurrent", {}, Reason.RECURRENT, "without sharing"),
-        ("sliding-window", {}, Reason.SLIDING_WINDOW, "window of 64"),
         ("m-rope", {}, Reason.M_ROPE, "without sharing"),
         ("encoder", {}, Reason.ENCODER, "without sharing"),
         ("not-causal", {}, Reason.NOT_CAUSAL, "without sharing"),

@@ -20,7 +20,6 @@ class Reason(StrEnum):
     """Why a model or context cannot share its K/V."""
 
     RECURRENT = "recurrent"
-    SLIDING_WINDOW = "sliding-window"
     M_ROPE = "m-rope"
     ENCODER = "encoder"
     NOT_CAUSAL = "not-causal"
@@ -40,7 +39,7 @@ class NotShareable(LlamaEngineError):
 
 
 class NotExportable(LlamaEngineError):
-    """The range is not in the sequence as a whole."""
+    """The range is not in the sequence as a whole, or no longer in the cache of its window."""
 
 
 class ImportFailed(LlamaEngineError):
@@ -62,3 +61,4 @@ class DecodeFailed(LlamaEngineError):
         meaning = _DECODE_CODES.get(code, "failure")
         super().__init__(f"llama_decode returned {code} ({meaning}) {detail}".rstrip())
         self.code = code
+        self.detail = detail

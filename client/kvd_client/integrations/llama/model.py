@@ -145,6 +145,12 @@ class LlamaModel:
         value = self.metadata(f"{arch}.rope.scaling.original_context_length")
         return int(value or self.metadata(f"{arch}.context_length") or 0)
 
+    @property
+    def window(self) -> int:
+        """How many tokens the layers with a sliding window see, themselves among them; 0: none.
+        Some files speak of a window that llama.cpp does not use."""
+        return int(bindings.llama_model_n_swa(self.pointer))
+
     def content_digest(self) -> bytes:
         """model_digest of the weights that were loaded: one to two seconds a GB if not cached.
 
@@ -176,13 +182,6 @@ class LlamaModel:
                 Reason.ENCODER,
                 "the model has an encoder or is a diffusion model: K/V of a token depends on what "
                 "follows it; use it without sharing",
-            )
-        n_swa = bindings.llama_model_n_swa(self.pointer)
-        if n_swa > 0:
-            return NotShareable(
-                Reason.SLIDING_WINDOW,
-                f"the model has a sliding window of {n_swa} tokens, which drops cells: a block "
-                "has no exact size; use it without sharing",
             )
         if bindings.llama_model_rope_type(self.pointer) in _M_ROPE_TYPES:
             return NotShareable(

@@ -5,9 +5,11 @@ The tiny model sees 64 tokens in every other layer. Without `swa_full` the cache
 such models through a daemon is in tests/e2e.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import llama_cpp
 import numpy as np
 import pytest
 
@@ -18,8 +20,11 @@ from kvd_client.integrations.llama.errors import (
     ImportFailed,
     LlamaEngineError,
     NotExportable,
+    NotShareable,
+    Reason,
 )
 from kvd_client.integrations.llama.fingerprint import fingerprint
+from kvd_client.integrations.llama.llama_params import read_llama
 from kvd_client.integrations.llama.model import LlamaModel
 from kvd_client.integrations.llama.worker import model_of
 from tests.llama.blocks import (
@@ -326,3 +331,22 @@ def test_an_import_without_room_in_the_windows_cache_leaves_what_was_there(
         engine.clear(1)
         import_one(engine, 2, blocks[1])
         assert same_bytes(export_all(engine, 2), blocks)
+
+
+def test_a_llama_is_shared_with_swa_full_alone(tiny_dir: Path) -> None:
+    """It cuts a sequence at the longest common prefix, whatever the window's cache has lost."""
+
+    def llama(swa_full: bool) -> llama_cpp.Llama:
+        return llama_cpp.Llama(
+            str(tiny_dir / "sliding-window.gguf"), n_ctx=512, n_batch=64, flash_attn=True,
+            swa_full=swa_full, verbose=False,
+        )  # fmt: skip
+
+    with contextlib.closing(llama(True)) as full:
+        assert read_llama(full).layout.window == WINDOW
+    with (
+        contextlib.closing(llama(False)) as other,
+        pytest.raises(NotShareable, match=r"swa_full=True") as refusal,
+    ):
+        read_llama(other)
+    assert refusal.value.reason is Reason.SLIDING_WINDOW

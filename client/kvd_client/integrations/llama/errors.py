@@ -20,6 +20,7 @@ class Reason(StrEnum):
     """Why a model or context cannot share its K/V."""
 
     RECURRENT = "recurrent"
+    SLIDING_WINDOW = "sliding-window"
     M_ROPE = "m-rope"
     ENCODER = "encoder"
     NOT_CAUSAL = "not-causal"
@@ -28,6 +29,11 @@ class Reason(StrEnum):
     LAYOUT = "layout"
     LORA = "lora"
     SEQUENCE_IDS = "sequence-ids"
+    OVERRIDES = "overrides"
+    GPU = "gpu"
+    EMBEDDINGS = "embeddings"
+    PARAMETERS = "parameters"
+    MODEL_FILE = "model-file"
 
 
 class NotShareable(LlamaEngineError):

@@ -25,11 +25,8 @@ from kvd_client.integrations.llama.model_hash import (
 
 Tokens = npt.NDArray[np.int32]
 
-_M_ROPE_TYPES = (
-    bindings.LLAMA_ROPE_TYPE_MROPE,
-    bindings.LLAMA_ROPE_TYPE_IMROPE,
-    bindings.LLAMA_ROPE_TYPE_VISION,
-)
+M_ROPE_TYPES = (bindings.LLAMA_ROPE_TYPE_MROPE, bindings.LLAMA_ROPE_TYPE_IMROPE)
+"""Those of models whose cells have positions of more dimensions."""
 
 
 class LlamaModel:
@@ -201,11 +198,10 @@ class LlamaModel:
                 "the model has an encoder or is a diffusion model: K/V of a token depends on what "
                 "follows it; use it without sharing",
             )
-        if bindings.llama_model_rope_type(self.pointer) in _M_ROPE_TYPES:
+        if bindings.llama_model_rope_type(self.pointer) == bindings.LLAMA_ROPE_TYPE_VISION:
             return NotShareable(
                 Reason.M_ROPE,
-                "the model has M-RoPE positions, which token ids alone do not determine; use it "
-                "without sharing",
+                "the model's positions are those of images; use it without sharing",
             )
         return None
 

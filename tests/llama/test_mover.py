@@ -11,7 +11,6 @@ import pytest
 from kvd_client.integrations.llama import native
 from kvd_client.integrations.llama.engine import LlamaEngine
 from kvd_client.integrations.llama.errors import NotExportable
-from kvd_client.integrations.llama.model import LlamaModel
 from kvd_client.integrations.llama.mover import BlockAt, BlockMover, ScratchSequence, read_layout
 from tests.llama.blocks import Block, export_all, prompt
 from tests.llama.tiny_models import N_VOCAB
@@ -27,9 +26,16 @@ def open_llama(path: Path) -> llama_cpp.Llama:
     )
 
 
+@pytest.fixture(params=["llama", "sliding-window", "m-rope"])
+def name(request: pytest.FixtureRequest) -> str:
+    """Of a model whose state has one part, or two, or longer cells."""
+    found: str = request.param
+    return found
+
+
 @pytest.fixture
-def llama(tiny_dir: Path) -> Iterator[llama_cpp.Llama]:
-    llama = open_llama(tiny_dir / "llama.gguf")
+def llama(tiny_dir: Path, name: str) -> Iterator[llama_cpp.Llama]:
+    llama = open_llama(tiny_dir / f"{name}.gguf")
     yield llama
     llama.close()
 
@@ -56,23 +62,26 @@ def logits(llama: llama_cpp.Llama) -> np.ndarray:
     return np.ctypeslib.as_array(llama._ctx.get_logits(), (llama.n_vocab(),)).copy()
 
 
-def test_blocks_equal_those_of_an_engine(llama: llama_cpp.Llama, tiny: LlamaModel) -> None:
+def test_blocks_equal_those_of_an_engine(llama: llama_cpp.Llama, tiny_dir: Path, name: str) -> None:
     tokens = prompt(LENGTH, N_VOCAB)
     llama.eval(tokens.tolist())
     mover = mover_of(llama)
-    with LlamaEngine(model=tiny, n_ctx=256, n_batch=64, n_threads=1) as engine:
+    path = tiny_dir / f"{name}.gguf"
+    with LlamaEngine(model_path=path, n_ctx=256, n_batch=64, n_threads=1) as engine:
         assert mover.layout == engine.layout
         engine.prefill(0, tokens, 0)
         for theirs in export_all(engine, 0):
             assert np.array_equal(export(mover, theirs.start, theirs.n).payload, theirs.payload)
 
 
-def test_imported_blocks_compute_the_same(llama: llama_cpp.Llama, tiny_dir: Path) -> None:
+def test_imported_blocks_compute_the_same(
+    llama: llama_cpp.Llama, tiny_dir: Path, name: str
+) -> None:
     tokens = prompt(LENGTH, N_VOCAB)
     llama.eval(tokens.tolist())
     mover = mover_of(llama)
     blocks = [export(mover, at, min(32, LENGTH - at)) for at in range(0, LENGTH, 32)]
-    other = open_llama(tiny_dir / "llama.gguf")
+    other = open_llama(tiny_dir / f"{name}.gguf")
     try:
         other.eval([0])
         taking = mover_of(other)
@@ -103,8 +112,9 @@ def test_cells_out_of_order_are_sorted(llama: llama_cpp.Llama) -> None:
         native.memory_seq_cp(memory, scratch, 0, -1, -1)
         native.memory_seq_rm(memory, scratch, -1, -1)
     both = export(mover, 0, 64)
-    words = both.payload[: 4 * (6 + 3 * 64)].view(np.int32)
-    assert words[4:-2:3].tolist() == list(range(64))
+    step = mover.layout.cell_words
+    words = both.payload[: 4 * (6 + step * 64)].view(np.int32)
+    assert words[4:-2:step].tolist() == list(range(64))
     again = open_llama(Path(llama.model_path))
     try:
         again.eval(tokens)
@@ -118,16 +128,16 @@ def test_a_state_in_an_unknown_form_is_refused(llama: llama_cpp.Llama) -> None:
     llama.eval(prompt(32, N_VOCAB).tolist())
     mover = mover_of(llama)
     native.memory_seq_cp(mover.scratch.memory, 0, 1, 0, 32)
-    size = mover.layout.state_bytes(32) - 4 * 32
-    state = np.zeros(4 * 32 + size, np.uint8)
-    address = state.ctypes.data + 4 * 32
+    missing = 4 * 32 * len(mover.layout.parts)
+    size = mover.layout.state_bytes(32) - missing
+    state = np.zeros(missing + size, np.uint8)
+    address = state.ctypes.data + missing
     assert native.state_seq_get_data(mover.scratch.context, address, size, 1) == size
     native.memory_seq_rm(mover.scratch.memory, 1, -1, -1)
     form = mover._form(32)
-    header = form.header(state.ctypes.data)
-    header[32 + 5] = 1
-    before = header.tobytes()
-    assert not form.widen(header)
-    assert header.tobytes() == before
+    state[missing + 4 * 5] = 1  # what says how many ids the first cell has
+    before = state.tobytes()
+    assert not form.widen(state.ctypes.data)
+    assert state.tobytes() == before
     with pytest.raises(NotExportable, match="ends at 32, before tokens"):
         mover.export_block(0, 32, 32, state.ctypes.data, len(state))

@@ -46,6 +46,11 @@ class LlamaEngine(LlamaContext):
     (attribute `n_ctx`). `n_threads` is by default all CPUs this process may use. `type_k` and
     `type_v` are names or numbers of params.KV_TYPES. Adapters of scale 0 are left out.
 
+    `swa_full`, of a model with a sliding window: whether the layers that have one keep cells for
+    n_ctx tokens too, or for little more than the windows of all sequences and a batch, which takes
+    less memory. Then blocks must be exported before the window has left them (NotExportable), and
+    `truncate` and `copy_prefix` refuse what the window has left. Both kinds share with each other.
+
     Raises NotShareable if K/V cannot be shared exactly. With `require_shareable=False` that is
     left in `not_shareable`, and only the calls that need sharing raise it (layout, export_block,
     import_blocks, check_range, copy_prefix). All is freed if the constructor raises, and by
@@ -70,6 +75,7 @@ class LlamaEngine(LlamaContext):
         loras: Sequence[LoraAdapter] = (),
         flash_attn: bool = True,
         kv_unified: bool = True,
+        swa_full: bool = True,
         require_shareable: bool = True,
     ) -> None:
         if not 1 <= n_seq_max <= MAX_SEQUENCES:
@@ -89,6 +95,7 @@ class LlamaEngine(LlamaContext):
             rope=rope or RopeParams(),
             flash_attn=flash_attn,
             kv_unified=kv_unified,
+            swa_full=swa_full,
         )
         loras = [adapter for adapter in loras if adapter.scale]
         with contextlib.ExitStack() as resources:
@@ -129,6 +136,11 @@ class LlamaEngine(LlamaContext):
         """Types and row bytes of each layer's K and V; NotShareable if they cannot be shared."""
         self._check_shareable()
         return self._mover.layout
+
+    @property
+    def drops_cells(self) -> bool:
+        """Whether a block is soon gone from the context: there is a window, and no swa_full."""
+        return bool(self.layout.window) and not self.params.swa_full
 
     def _check_shareable(self) -> None:
         if self.not_shareable is not None:

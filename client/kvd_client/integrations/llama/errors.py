@@ -45,7 +45,7 @@ class NotShareable(LlamaEngineError):
 
 
 class NotExportable(LlamaEngineError):
-    """The range is not in the sequence as a whole."""
+    """The range is not in the sequence as a whole, or no longer in the cache of its window."""
 
 
 class ImportFailed(LlamaEngineError):
@@ -67,3 +67,4 @@ class DecodeFailed(LlamaEngineError):
         meaning = _DECODE_CODES.get(code, "failure")
         super().__init__(f"llama_decode returned {code} ({meaning}) {detail}".rstrip())
         self.code = code
+        self.detail = detail

@@ -84,6 +84,14 @@ def read_llama(llama: Any) -> LlamaSource:
         raise NotShareable(
             Reason.NOT_CAUSAL, "its attention is not causal, so a prefix has no K/V of its own"
         )
+    mover = _open_mover(llama._ctx.ctx)
+    if mover.layout.window and not llama.context_params.swa_full:
+        raise NotShareable(
+            Reason.SLIDING_WINDOW,
+            f"its context keeps little more than the model's window of {mover.layout.window} "
+            "tokens, and a Llama cuts a sequence without asking whether what is left has a whole "
+            "window: construct it with Llama(..., swa_full=True)",
+        )
     loras = [LoraAdapter(str(path), llama.lora_scale) for path in paths[1:]]
     return LlamaSource(
         model,
@@ -96,7 +104,7 @@ def read_llama(llama: Any) -> LlamaSource:
         [file_digest(path) for path in paths[1:]],
         bindings.llama_n_ctx(llama._ctx.ctx),
         env_int("LLAMA_ATTN_ROT_DISABLE") != 0,
-        _open_mover(llama._ctx.ctx),
+        mover,
     )
 
 

@@ -25,11 +25,8 @@ from kvd_client.integrations.llama.model_hash import (
 
 Tokens = npt.NDArray[np.int32]
 
-_M_ROPE_TYPES = (
-    bindings.LLAMA_ROPE_TYPE_MROPE,
-    bindings.LLAMA_ROPE_TYPE_IMROPE,
-    bindings.LLAMA_ROPE_TYPE_VISION,
-)
+M_ROPE_TYPES = (bindings.LLAMA_ROPE_TYPE_MROPE, bindings.LLAMA_ROPE_TYPE_IMROPE)
+"""Those of models whose cells have positions of more dimensions."""
 
 
 class LlamaModel:
@@ -164,6 +161,12 @@ class LlamaModel:
         value = self.metadata(f"{arch}.rope.scaling.original_context_length")
         return int(value or self.metadata(f"{arch}.context_length") or 0)
 
+    @property
+    def window(self) -> int:
+        """How many tokens the layers with a sliding window see, themselves among them; 0: none.
+        Some files speak of a window that llama.cpp does not use."""
+        return int(bindings.llama_model_n_swa(self.pointer))
+
     def content_digest(self) -> bytes:
         """model_digest of the weights that were loaded: one to two seconds a GB if not cached.
 
@@ -196,18 +199,10 @@ class LlamaModel:
                 "the model has an encoder or is a diffusion model: K/V of a token depends on what "
                 "follows it; use it without sharing",
             )
-        n_swa = bindings.llama_model_n_swa(self.pointer)
-        if n_swa > 0:
-            return NotShareable(
-                Reason.SLIDING_WINDOW,
-                f"the model has a sliding window of {n_swa} tokens, which drops cells: a block "
-                "has no exact size; use it without sharing",
-            )
-        if bindings.llama_model_rope_type(self.pointer) in _M_ROPE_TYPES:
+        if bindings.llama_model_rope_type(self.pointer) == bindings.LLAMA_ROPE_TYPE_VISION:
             return NotShareable(
                 Reason.M_ROPE,
-                "the model has M-RoPE positions, which token ids alone do not determine; use it "
-                "without sharing",
+                "the model's positions are those of images; use it without sharing",
             )
         return None
 

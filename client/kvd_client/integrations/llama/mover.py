@@ -12,6 +12,12 @@ The scratch id may be one more than the context was made for (n_seq_max): a cont
 has cells for all LLAMA_MAX_SEQ ids, and only llama_decode refuses the others. Such a state
 comes without the ids of its cells (state.py, `narrow`), and is widened where it lies.
 
+Of a model with a sliding window llama.cpp keeps the layers that have one in a second cache, and may
+give cells there that nobody sees any more to other tokens: always without `swa_full`, whose cache
+has room for the window alone, and now and then with it. So a block can be exported only as
+long as the window cache has all of it, and a sequence can be continued from where all is there that
+its next token sees; an import of a whole sequence ends like that. Both are checked here.
+
 A mover belongs to the thread that uses its context.
 """
 
@@ -19,18 +25,19 @@ import ctypes
 from collections.abc import Iterable
 from typing import NamedTuple
 
+import llama_cpp.llama_cpp as bindings
+
 from kvd_client.integrations.llama import native
 from kvd_client.integrations.llama.errors import (
     ImportFailed,
     LlamaEngineError,
     NotExportable,
 )
+from kvd_client.integrations.llama.model import M_ROPE_TYPES
 from kvd_client.integrations.llama.state import (
     BlockForm,
     KvLayout,
-    narrow_bytes,
     parse_layout,
-    widen_token,
 )
 
 
@@ -65,23 +72,27 @@ def read_layout(scratch: ScratchSequence) -> KvLayout:
     native.memory_seq_rm(scratch.memory, scratch.seq, -1, -1)
     if not size or got != size:
         raise LlamaEngineError(f"cannot read the state of a token: {native.take_errors()}")
-    return parse_layout(widen_token(state.raw) if scratch.is_narrow else state.raw)
+    model = bindings.llama_get_model(scratch.context)
+    window = bindings.llama_model_n_swa(model)
+    m_rope = bindings.llama_model_rope_type(model) in M_ROPE_TYPES
+    return parse_layout(state.raw, window, m_rope=m_rope, is_narrow=scratch.is_narrow)
 
 
 class BlockMover:
-    """Moves blocks of `layout` through `scratch`; a block has 1 to `n_ctx` tokens."""
+    """Moves blocks of `layout` through `scratch`; a block has 1 to `n_ctx` tokens, and no more than
+    a window has."""
 
     def __init__(self, scratch: ScratchSequence, layout: KvLayout, n_ctx: int) -> None:
         self.scratch = scratch
         self.layout = layout
-        self._n_ctx = n_ctx
+        self._max_tokens = min(n_ctx, layout.window or n_ctx)
         self._forms: dict[int, BlockForm] = {}
 
     def _form(self, n: int) -> BlockForm:
         form = self._forms.get(n)
         if form is None:
-            if not 1 <= n <= self._n_ctx:
-                raise ValueError(f"a block has 1 to {self._n_ctx} tokens here, not {n}")
+            if not 1 <= n <= self._max_tokens:
+                raise ValueError(f"a block has 1 to {self._max_tokens} tokens here, not {n}")
             form = self._forms[n] = BlockForm(self.layout, n)
         return form
 
@@ -91,8 +102,9 @@ class BlockMover:
         That is always layout.state_bytes(n), in the canonical form of state.py; `capacity` must
         be enough (ValueError, nothing written). Cells that lie in another order, as they can where
         sequences come and go, are sorted in the destination, at the cost of another copy. Raises
-        NotExportable if the range is not in the sequence as a whole; the memory's content is then
-        undefined. The sequence is not changed.
+        NotExportable if the range is not in the sequence as a whole, no longer in the window's
+        cache, or, with M-RoPE, not text alone; the memory's content is then undefined. The sequence
+        is not changed.
         """
         form = self._form(n)
         size = form.n_bytes
@@ -104,8 +116,15 @@ class BlockMover:
             raise NotExportable(
                 f"sequence {seq} ends at {end}, before tokens {start} .. {start + n - 1}"
             )
-        # The rows of a narrow state land where they belong; its header is then widened before them.
-        missing = narrow_bytes(n) if is_narrow else 0
+        kept = native.memory_seq_pos_min(memory, seq)
+        if kept > start:
+            raise NotExportable(
+                f"tokens {start} .. {start + n - 1} of sequence {seq} are no longer in the cache "
+                f"of the window, which begins at {kept}: export them earlier, or create the "
+                "context with swa_full=True"
+            )
+        # The last rows of a narrow state land where they belong, and its header before them.
+        missing = form.narrow_bytes if is_narrow else 0
         try:
             native.memory_seq_cp(memory, seq, scratch, start, start + n)
             written = native.state_seq_get_data(
@@ -114,20 +133,17 @@ class BlockMover:
         finally:
             native.memory_seq_rm(memory, scratch, -1, -1)
         if written == size - missing:
-            header = form.header(dst_address)
-            if is_narrow and not form.widen(header):
+            if is_narrow and not form.widen(dst_address):
                 raise NotExportable(
                     f"llama.cpp wrote the state of sequence {scratch}, an id beyond those the "
                     "context was made for, in a form that is not known"
                 )
-            form.canonicalise(header)
-            if form.is_canonical(header, start):
-                return size
-            if form.sort(dst_address, start) and form.is_canonical(header, start):
+            if form.canonicalise(dst_address, start):
                 return size
         native.take_errors()
         raise NotExportable(
-            f"the state of tokens {start} .. {start + n - 1} of sequence {seq} is not {n} cells"
+            f"the state of tokens {start} .. {start + n - 1} of sequence {seq} is not {n} cells of "
+            "text"
         )
 
     def import_blocks(self, seq: int, start: int, blocks: Iterable[BlockAt]) -> None:
@@ -135,7 +151,8 @@ class BlockMover:
 
         Each must be exactly what export_block wrote for its range in a context of the same
         fingerprint. ImportFailed otherwise, and when the context has not enough free cells; the
-        sequence then has what it had, the blocks before the one that failed, and nothing else.
+        sequence then has what it had, the blocks before the one that failed, and nothing else. (A
+        window's cache may have dropped what nobody sees any more, as when tokens are decoded.)
         """
         context, memory, scratch, _ = self.scratch
         end = native.memory_seq_pos_max(memory, seq) + 1
@@ -149,7 +166,7 @@ class BlockMover:
                         f"a block of {n_tokens} tokens has {form.n_bytes} bytes, not {n_bytes}"
                     )
                 end = start + n_tokens
-                if not form.is_canonical(form.header(address), start):
+                if not form.is_canonical(address, start):
                     raise ImportFailed(f"the bytes are not a block of tokens {start} .. {end - 1}")
                 # This also empties the scratch sequence of the block before.
                 if native.state_seq_set_data(context, address, n_bytes, scratch) != n_bytes:
@@ -163,17 +180,26 @@ class BlockMover:
             native.memory_seq_rm(memory, scratch, -1, -1)
 
     def check_range(self, seq: int, start: int, end: int) -> None:
-        """Raise ImportFailed unless the sequence's first position is `start` and its last end-1."""
+        """Raise ImportFailed unless the sequence has positions `start` to end-1: its last one is
+        end-1 and its first one `start`, or, in a window's cache, one from which on all is there
+        that a token at `end` sees."""
         memory = self.scratch.memory
         first = native.memory_seq_pos_min(memory, seq)
         last = native.memory_seq_pos_max(memory, seq)
-        if (first, last) != ((start, end - 1) if start < end else (-1, -1)):
+        expected = (start, end - 1) if start < end else (-1, -1)
+        if self.layout.window and start < first <= self.layout.first_seen(end):
+            expected = (first, end - 1)
+        if (first, last) != expected:
             raise ImportFailed(
                 f"sequence {seq} has positions {first} .. {last} instead of {start} .. {end - 1}"
             )
 
     def copy_prefix(self, src: int, dst: int, n: int) -> None:
-        """Give tokens 0 .. n-1 of `src` to the empty sequence `dst` too; no bytes are copied."""
+        """Give tokens 0 .. n-1 of `src` to the empty sequence `dst` too; no bytes are copied.
+
+        NotExportable, and nothing is done, if a window's cache has no longer all that the token
+        after them sees.
+        """
         memory = self.scratch.memory
         src_end = native.memory_seq_pos_max(memory, src) + 1
         dst_end = native.memory_seq_pos_max(memory, dst) + 1
@@ -181,6 +207,12 @@ class BlockMover:
             raise ValueError(
                 f"cannot copy {n} tokens from sequence {src} ({src_end} tokens) to {dst} "
                 f"({dst_end} tokens)"
+            )
+        kept = native.memory_seq_pos_min(memory, src)
+        if n and kept > self.layout.first_seen(n):
+            raise NotExportable(
+                f"sequence {src} cannot be copied up to {n}: the cache of the window begins at "
+                f"{kept}, and the next token sees {self.layout.first_seen(n)} and what follows"
             )
         if n:
             native.memory_seq_cp(memory, src, dst, 0, n)

@@ -29,6 +29,7 @@ from kvd_client.integrations.llama.fingerprint import KvSource, fingerprint
 from kvd_client.integrations.llama.mover import BlockAt
 from kvd_client.integrations.llama.params import kv_type_name
 from kvd_client.integrations.llama.storing import Storer, blocks_at_once
+from kvd_proto.payload import llama_state_name
 
 logger = logging.getLogger("kvd_client")
 
@@ -40,16 +41,23 @@ _NO_WAIT = 0.0
 
 
 def model_of(engine: KvSource, block_tokens: int = 32) -> Model:
-    """What the daemon must know of an engine's K/V. Raises NotShareable if it cannot be shared."""
+    """What the daemon must know of an engine's K/V. Raises NotShareable if it cannot be shared, and
+    ValueError if a block is longer than the model's window."""
+    layout = engine.layout
+    if layout.window and block_tokens > layout.window:
+        raise ValueError(
+            f"block_tokens must be at most {layout.window}, the model's window, not {block_tokens}"
+        )
     layers = tuple(
         (kv_type_name(row.k_type), row.k_row_bytes, kv_type_name(row.v_type), row.v_row_bytes)
-        for row in engine.layout.layers
+        for part in layout.parts
+        for row in part
     )
     found = fingerprint(engine)
     return Model(
         engine.model.path.name,
         found.digest,
-        "llama-state",
+        llama_state_name(len(layout.window_layers), layout.m_rope),
         layers,
         block_tokens,
         traits_of(found.fields),
@@ -247,7 +255,10 @@ class LlamaSequence:
     def prefill(self) -> npt.NDArray[np.float32]:
         """Decode what of the prompt is not in the context; returns the last token's logits."""
         rest = self._buffer[self.length : self._n_tokens]
-        if rest.size:
+        if self._engine.drops_cells:
+            while self.prefill_some():
+                pass
+        elif rest.size:
             self._engine.prefill(self.seq_id, rest, self.length)
             self.length = self._n_tokens
             self.logits = self._engine.logits()
@@ -256,7 +267,13 @@ class LlamaSequence:
 
     def prefill_some(self) -> int:
         """Decode the next batch of what `prefill` would decode, the same batches as it makes;
-        returns how many tokens of the prompt are left. For who shows its progress."""
+        returns how many tokens of the prompt are left. For who shows its progress.
+
+        Of an engine that drops cells (`drops_cells`) the full blocks are stored before another
+        batch is decoded, as long as they are there.
+        """
+        if self._engine.drops_cells:
+            self.store(wait=_NO_WAIT)
         end = min(self._n_tokens, self.length + self._engine.n_batch)
         if self.length < end:
             is_last = end == self._n_tokens

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from kvd_client.integrations.llama import native
-from kvd_client.integrations.llama.engine import BlockAt, LlamaEngine
+from kvd_client.integrations.llama.engine import LlamaEngine
 from kvd_client.integrations.llama.errors import (
     DecodeFailed,
     ImportFailed,
@@ -22,6 +22,7 @@ from kvd_client.integrations.llama.errors import (
     Reason,
 )
 from kvd_client.integrations.llama.model import LlamaModel
+from kvd_client.integrations.llama.mover import BlockAt
 from kvd_client.integrations.llama.params import LoraAdapter, RopeParams
 from kvd_client.integrations.llama.state import parse_layout
 from tests.llama.blocks import (

@@ -29,6 +29,11 @@ class Reason(StrEnum):
     LAYOUT = "layout"
     LORA = "lora"
     SEQUENCE_IDS = "sequence-ids"
+    OVERRIDES = "overrides"
+    GPU = "gpu"
+    EMBEDDINGS = "embeddings"
+    PARAMETERS = "parameters"
+    MODEL_FILE = "model-file"
 
 
 class NotShareable(LlamaEngineError):

@@ -10,6 +10,9 @@
           K of each of the L layers: i32 ggml type | u64 row bytes | N rows
           V of each of the L layers: the same form
 
+A context writes no id for a cell whose sequence id is not below its n_seq_max, and n_seq_id 0: a
+narrow state, 4 N bytes shorter, of which all else is the same.
+
 The canonical form has both ignored ids 0, positions start .. start+N-1 in this order, one stream,
 and V not transposed. So all before the rows follows from (start, N, L), and equal K/V is equal
 bytes.
@@ -111,6 +114,19 @@ def parse_layout(state: bytes) -> KvLayout:
     )
 
 
+def narrow_bytes(n_tokens: int) -> int:
+    """By how many bytes a narrow state of so many tokens is shorter."""
+    return 4 * n_tokens
+
+
+def widen_token(state: bytes) -> bytes:
+    """The state of one token from a narrow one; unchanged if it is not one."""
+    at = 4 * (_HEAD_WORDS + 1)
+    if state[at : at + 4] != bytes(4):
+        return state
+    return state[:at] + struct.pack("<Ii", 1, 0) + state[at + 4 :]
+
+
 class BlockForm:
     """The size of a block of `n_tokens` in one layout, and the words before its rows.
 
@@ -143,6 +159,20 @@ class BlockForm:
         """The words at `address`, not a copy; valid as long as that memory is mapped."""
         words: Words = np.frombuffer(self._array_type.from_address(address), dtype=np.int32)
         return words
+
+    def widen(self, header: Words) -> bool:
+        """Make of a narrow state's header, which ends where this one does, the header of the
+        same cells, in place. False, and nothing is changed, if it is not a narrow state's."""
+        n = self._from_zero.size
+        narrow = header[n:].copy()
+        cells = narrow[_HEAD_WORDS:-_TAIL_WORDS].reshape(n, _CELL_WORDS - 1)
+        if cells[:, 1].any():
+            return False
+        header[:_HEAD_WORDS] = narrow[:_HEAD_WORDS]
+        wide = header[_HEAD_WORDS:-_TAIL_WORDS].reshape(n, _CELL_WORDS)
+        wide[:, 0] = cells[:, 0]
+        wide[:, 1] = 1
+        return True
 
     def canonicalise(self, header: Words) -> None:
         """Set the ignored ids to 0, in place."""

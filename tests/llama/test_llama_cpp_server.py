@@ -12,7 +12,8 @@ import pytest
 from llama_cpp.server.model import LlamaProxy
 from llama_cpp.server.settings import ModelSettings
 
-from kvd_client.integrations.llama_cpp_server import Options, SharingLoader
+from kvd_client.integrations.llama_cpp_server import Options, load_and_share
+from tests.support import running_daemon
 
 pytestmark = pytest.mark.model
 
@@ -22,15 +23,15 @@ Load = Callable[..., Any]
 @pytest.fixture
 def load(tiny_dir: Path, tmp_path: Path) -> Iterator[Load]:
     """Loads a tiny model by name with settings; all is closed at the end."""
-    loader = SharingLoader(
-        LlamaProxy.load_llama_from_model_settings, Options(str(tmp_path / "nobody"), 0.05, 32)
-    )
     loaded = []
 
-    def load_one(name: str = "llama", **settings: Any) -> Any:
+    def load_one(name: str = "llama", block_tokens: int = 32, **changes: Any) -> Any:
+        options = Options(str(tmp_path / "kvd"), 10.0, block_tokens)
         path = str(tiny_dir / f"{name}.gguf")
-        loaded.append(loader.load(ModelSettings(model=path, n_ctx=256, verbose=False, **settings)))
-        return loaded[-1]
+        settings = ModelSettings(model=path, n_ctx=256, verbose=False, **changes)
+        llama = load_and_share(LlamaProxy.load_llama_from_model_settings, settings, options)
+        loaded.append(llama)
+        return llama
 
     yield load_one
     for llama in loaded:
@@ -58,6 +59,26 @@ def test_what_cannot_be_shared_is_loaded_as_it_was_asked_for(
     (warning,) = ours(caplog)
     assert "not-causal.gguf is served without sharing: " in warning
     assert isinstance(llama.cache, llama_cpp.LlamaRAMCache)
+
+
+def test_who_switches_flash_attention_off_is_told_what_it_costs(
+    load: Load, caplog: pytest.LogCaptureFixture
+) -> None:
+    load(flash_attn=False)
+    (warning,) = ours(caplog)
+    assert warning.endswith("its flash_attn is set to false: set it to true, or leave it out")
+
+
+def test_a_daemon_without_room_does_not_keep_a_model_from_being_served(
+    load: Load, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    f32 = llama_cpp.GGML_TYPE_F32
+    with running_daemon("--max-memory", "1MiB", runtime_dir=tmp_path / "kvd"):
+        llama = load(block_tokens=1024, type_k=f32, type_v=f32, cache=True)
+    (warning,) = ours(caplog)
+    assert "is served without sharing: " in warning
+    assert "1048576" in warning
+    assert llama.cache is not None
 
 
 def test_a_cache_of_the_server_gives_way_and_it_says_so(

@@ -16,18 +16,14 @@ the daemon back when it is unloaded. How a `Llama` shares is in llama/sharing.py
 import argparse
 import logging
 import sys
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 from kvd_client.errors import KvdError
 from kvd_client.integrations.llama import share
-from kvd_client.integrations.llama.errors import NotShareable
+from kvd_client.integrations.llama.errors import NotShareable, Reason
 from kvd_client.kvctl.command import positive, seconds
 from kvd_proto.messages import MAX_BLOCK_TOKENS
-
-if TYPE_CHECKING:
-    from kvd_client.integrations.llama.sharing import LlamaShare
 
 logger = logging.getLogger("kvd_client.llama_cpp_server")
 
@@ -42,67 +38,38 @@ class Options(NamedTuple):
     block_tokens: int
 
 
-class SharingLoader:
-    """Loads a model as llama_cpp.server does, and makes it share. One model is loaded at a time."""
+def load_and_share(load: Callable[[Any], Any], settings: Any, options: Options) -> Any:
+    """The Llama that `load` makes of llama_cpp.server's ModelSettings, sharing if it can.
 
-    def __init__(self, load: Callable[[Any], Any], options: Options) -> None:
-        """`load` makes a Llama of llama_cpp.server's ModelSettings."""
-        self._load = load
-        self._options = options
-        self._share: LlamaShare | None = None
-
-    def load(self, settings: Any) -> Any:
-        """The Llama of `settings`; its `close` ends the sharing first."""
-        if "flash_attn" not in settings.model_fields_set:
-            settings = settings.model_copy(update={"flash_attn": True})
-        llama = self._load(settings)
-        cache = llama.cache
-        llama.set_cache(None)
-        name = settings.model_alias or settings.model
-        try:
-            self._share = share(llama, name="llama_cpp.server", **self._options._asdict())
-        except (NotShareable, KvdError) as reason:
-            llama.set_cache(cache)
-            logger.warning("%s is served without sharing: %s", name, reason)
-            return llama
-        if cache is not None:
-            logger.warning(
-                "%s: the setting cache is left out, since kvd takes its place: remove it, or "
-                "start llama_cpp.server to have that cache instead",
-                name,
-            )
-        return llama
-
-    def close(self) -> None:
-        """Give back what the loaded model has at the daemon."""
-        if self._share is not None:
-            self._share.close()
-
-
-def closing_at_shutdown(
-    create_app: Callable[..., Any], close: Callable[[], None]
-) -> Callable[..., Any]:
-    """`create_app` whose application calls `close` when it has answered its last request.
-
-    The end of `main` would be too late: uvicorn ends the process by the signal that it was sent.
+    What it has at the daemon it gives back when the server closes it to load another one, and when
+    the process ends.
     """
+    if "flash_attn" not in settings.model_fields_set:
+        settings = settings.model_copy(update={"flash_attn": True})
+    llama = load(settings)
+    cache = llama.cache
+    llama.set_cache(None)
+    name = settings.model_alias or settings.model
+    try:
+        share(llama, name="llama_cpp.server", **options._asdict())
+    except (NotShareable, KvdError) as error:
+        llama.set_cache(cache)
+        logger.warning("%s is served without sharing: %s", name, _why(error))
+        return llama
+    if cache is not None:
+        logger.warning(
+            "%s: the setting cache is left out, since kvd takes its place: remove it, or start "
+            "llama_cpp.server to have that cache instead",
+            name,
+        )
+    return llama
 
-    def create(**settings: Any) -> Any:
-        app = create_app(**settings)
-        lifespan = app.router.lifespan_context
 
-        @asynccontextmanager
-        async def until_closed(running: Any) -> AsyncIterator[Any]:
-            async with lifespan(running) as state:
-                try:
-                    yield state
-                finally:
-                    close()
-
-        app.router.lifespan_context = until_closed
-        return app
-
-    return create
+def _why(error: NotShareable | KvdError) -> str:
+    """In the words of who has flags and a config file, and no Llama to construct."""
+    if isinstance(error, NotShareable) and error.reason is Reason.FLASH_ATTENTION:
+        return "its flash_attn is set to false: set it to true, or leave it out"
+    return str(error)
 
 
 def parser_of_our_flags() -> argparse.ArgumentParser:
@@ -161,9 +128,10 @@ def main(arguments: Sequence[str]) -> None:
         )
 
     log_as_uvicorn_does()
-    loader = SharingLoader(LlamaProxy.load_llama_from_model_settings, options)
-    LlamaProxy.load_llama_from_model_settings = staticmethod(loader.load)
-    server.create_app = closing_at_shutdown(server.create_app, loader.close)
+    load = LlamaProxy.load_llama_from_model_settings
+    LlamaProxy.load_llama_from_model_settings = staticmethod(
+        lambda settings: load_and_share(load, settings, options)
+    )
     sys.argv = [PROGRAM, *theirs]
     try:
         server.main()

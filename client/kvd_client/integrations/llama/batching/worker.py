@@ -87,8 +87,7 @@ class BatchingWorker:
         So many requests are computed at once as the engine has sequences: `n_seq_max`, for one that
         is made here. `n_batch` of the engine is also how many tokens of others' prompts may come
         between two tokens of a request: a smaller one makes text flow more evenly, and prompts
-        take longer. `client` and what else there is: see LlamaWorker. Raises NotShareable, and
-        ValueError if n_batch is below n_seq_max.
+        take longer. `client` and what else there is: see LlamaWorker. Raises NotShareable.
         """
         if engine is None:
             engine_options["n_seq_max"] = n_seq_max
@@ -104,15 +103,11 @@ class BatchingWorker:
         )
         self.engine = self.llama.engine
         self.blocks_a_step = blocks_a_step
-        try:
-            self._schedule = Schedule(
-                n_ctx=self.engine.n_ctx,
-                n_batch=self.engine.n_batch,
-                n_seq_max=self.engine.n_seq_max,
-            )
-        except ValueError:
-            self.llama.close()
-            raise
+        self._schedule = Schedule(
+            n_ctx=self.engine.n_ctx,
+            n_batch=self.engine.n_batch,
+            n_seq_max=self.engine.n_seq_max,
+        )
         self._live: dict[Job, _Live] = {}
         self._orders: deque[Callable[[], None]] = deque()
         """What other threads have asked for, to be done by the next step."""

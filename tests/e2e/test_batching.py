@@ -1,6 +1,9 @@
 """The batching worker on a tiny model: what it shares, how it ends, and life without a daemon."""
 
 import itertools
+import re
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -273,6 +276,25 @@ def test_what_is_stored_has_the_right_tokens(
             assert result.matched_tokens == len(text) - 1
             assert difference(alone, text, result.tokens, pick.logits) < LAST_BITS
         assert other.checked_blocks >= 8
+
+
+@pytest.mark.timeout(330)
+def test_the_example_answers_the_second_process_from_the_cache(
+    daemon: Daemon, smollm2: Path
+) -> None:
+    example = Path(__file__).parents[2] / "examples" / "batching_worker.py"
+    command = [sys.executable, str(example), str(smollm2), "--runtime-dir", str(daemon.runtime_dir)]
+    said = subprocess.run(
+        [*command, "--tokens", "4"], check=True, capture_output=True, text=True, timeout=300
+    ).stdout
+    rows = re.findall(r"(\w+) +matched +(\d+)  shared +(\d+)  computed +(\d+)", said)
+    assert [row[0] for row in rows] == ["length"] * 16, said
+    matched, shared, computed = ([int(row[column]) for row in rows] for column in (1, 2, 3))
+    assert computed[0] > 500, "the document, once"
+    assert max(computed[1:]) < 60
+    assert min(shared[1:8] + shared[9:]) > 500
+    assert min(matched[8:]) > 500
+    assert said.count("first token after") == 2
 
 
 # -- the end ------------------------------------------------------------------------------------

@@ -80,8 +80,8 @@ def test_nothing_is_wrong_cut_or_left_whatever_happens(
     with capsys.disabled():
         print(
             f"\nbatching, seed {SEED}: {dict(totals.ended)}; {kills} workers and {outages} daemons "
-            f"killed;\n{totals.checked_blocks} imported blocks exact, {totals.compared_tokens} tokens "
-            f"as if alone; {totals.matched_tokens} matched,\n{totals.copied_tokens} shared; "
+            f"killed;\n{totals.checked_blocks} imported blocks exact, {totals.compared_tokens} "
+            f"tokens as if alone; {totals.matched_tokens} matched,\n{totals.copied_tokens} shared; "
             f"{totals.put_back} times put back; {evicted} blocks evicted at last"
         )
     assert kills > 0

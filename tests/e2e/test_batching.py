@@ -16,7 +16,7 @@ import pytest
 from kvd_client.integrations.llama.batching.request import Request, RequestFailed
 from kvd_client.integrations.llama.batching.worker import BatchingWorker
 from kvd_client.integrations.llama.engine import LlamaEngine
-from kvd_client.integrations.llama.errors import DecodeFailed
+from kvd_client.integrations.llama.errors import DecodeFailed, ImportFailed
 from kvd_client.integrations.llama.worker import LlamaWorker
 from tests.e2e.batching import BLOCK, LAST_BITS, TINY, ExactWorker, Recorder, difference
 from tests.llama import tiny_models
@@ -208,6 +208,31 @@ def test_what_goes_beyond_the_shared_cells_is_imported(
         assert difference(alone, prompt, result.tokens, pick.logits) < LAST_BITS
 
 
+def test_what_another_sequence_cannot_share_is_imported(
+    worker: BatchingWorker, alone: LlamaEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    document = fresh(3 * BLOCK)
+    first = worker.submit(document, 100)
+    worker.step()
+    step_until(worker, lambda: worker.llama.explain(document)["matched_tokens"] == 95)
+    real, refused = worker.engine.check_range, []
+
+    def check_range(seq: int, start: int, end: int) -> None:
+        if not refused:
+            refused.append(end)
+            raise ImportFailed("a window has moved on")
+        real(seq, start, end)
+
+    monkeypatch.setattr(worker.engine, "check_range", check_range)
+    pick, prompt = Recorder(), np.append(document, fresh(5))
+    second = worker.submit(prompt, 4, pick=pick)
+    finish(worker, first, second)
+    assert refused == [96]
+    result = second.result()
+    assert (result.copied_tokens, result.matched_tokens, result.computed_tokens) == (0, 96, 5 + 3)
+    assert difference(alone, prompt, result.tokens, pick.logits) < LAST_BITS
+
+
 def test_a_common_prefix_is_computed_once_without_a_daemon(
     tiny: Path, tmp_path: Path, alone: LlamaEngine
 ) -> None:
@@ -295,6 +320,25 @@ def test_the_example_answers_the_second_process_from_the_cache(
     assert min(shared[1:8] + shared[9:]) > 500
     assert min(matched[8:]) > 500
     assert said.count("first token after") == 2
+
+
+def test_requests_wait_while_others_have_all_ids_of_the_daemon(tiny: Path, tmp_path: Path) -> None:
+    runtime_dir = tmp_path / "run"
+    with (
+        running_daemon("--max-sequences", "8", runtime_dir=runtime_dir),
+        open_worker(tiny, runtime_dir) as one,
+        open_worker(tiny, runtime_dir) as other,
+    ):
+        first = [one.submit(fresh(5), 40) for _ in range(8)]
+        one.step()
+        waiting = other.submit(fresh(5), 3)
+        late = other.submit(fresh(5), 3, timeout=0.05)
+        assert not other.step()
+        step_until(other, lambda: late.ended is not None)
+        assert (waiting.ended, late.ended) == (None, "timeout")
+        finish(one, *first)
+        finish(other, waiting)
+        assert len(waiting.result().tokens) == 3
 
 
 # -- the end ------------------------------------------------------------------------------------
@@ -421,6 +465,30 @@ def test_who_would_wait_for_ever_is_told(worker: BatchingWorker) -> None:
         next(iter(request))
     worker.start()
     assert len(request.result(30).tokens) == 5
+
+
+def test_a_thread_of_the_callers_can_run_it_and_nobody_steps_beside_it(
+    worker: BatchingWorker,
+) -> None:
+    runner = threading.Thread(target=worker.run)
+    inside, go_on = threading.Event(), threading.Event()
+
+    def on_token(_: int) -> None:
+        inside.set()
+        assert go_on.wait(30)
+
+    request = worker.submit(fresh(10), 3, on_token=on_token)
+    runner.start()
+    assert inside.wait(30)
+    with pytest.raises(RuntimeError, match="another thread steps this worker"):
+        worker.step()
+    go_on.set()
+    assert len(request.result(30).tokens) == 3
+    worker.stop()
+    runner.join(30)
+    assert not runner.is_alive()
+    assert worker.submit(fresh(5), 2).ended is None
+    worker.step()
 
 
 def test_the_end_of_a_worker_is_told_to_who_waits(daemon: Daemon, tiny: Path) -> None:

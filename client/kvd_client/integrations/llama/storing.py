@@ -46,14 +46,24 @@ class Storer:
     def __init__(self, leased: Sequence, exporter: Exporter, seq_id: int) -> None:
         self.leased = leased
         self.problem = ""
+        self.posted_tokens = 0
+        """Up to here it is in the cache, or on its way, by this hand."""
         self.not_exportable: str | None = None
         self._exporter = exporter
         self._seq_id = seq_id
         self._block_tokens = leased.context.model.block_tokens
         self._commit: Commit | None = None
 
-    def store(self, tokens: Tokens, *, tail: bool = False, wait: float | None = None) -> None:
-        """Export the full blocks that are new in `tokens`, and with `tail` the open one.
+    def store(
+        self,
+        tokens: Tokens,
+        *,
+        tail: bool = False,
+        wait: float | None = None,
+        most: int | None = None,
+    ) -> int:
+        """Export the full blocks that are new in `tokens`, and with `tail` the open one; `most`
+        blocks at most (None: all). Returns how many were exported.
 
         `tokens` (int32 [n]) are those whose K/V the context has at positions 0 .. n-1; up to
         `leased.full_tokens` they are those that were matched or stored before. Waits up to `wait`
@@ -64,20 +74,25 @@ class Storer:
         leased = self.leased
         if self._commit is not None and self._commit.error is not None:
             self._give_up(self._commit.error)
+        exported = 0
         if self.problem or not leased.shared or not leased.stores:
-            return
+            return exported
         block_tokens = self._block_tokens
         try:
-            while leased.shared:
+            while leased.shared and (most is None or exported < most):
                 new = len(tokens) - leased.full_tokens
                 if new < block_tokens and not (tail and new > 0):
-                    return
-                batch = min(new, blocks_at_once(leased.context) * block_tokens)
+                    break
+                n_blocks = blocks_at_once(leased.context)
+                if most is not None:
+                    n_blocks = min(n_blocks, most - exported)
+                batch = min(new, n_blocks * block_tokens)
                 if new >= block_tokens:
                     batch -= batch % block_tokens
                 self._export(tokens, leased.full_tokens, batch, wait)
+                exported += -(-batch // block_tokens)
                 if batch < block_tokens:
-                    return
+                    break
         except StagingFull as error:
             context = leased.context
             if context.payload.max_bytes > context.client.staging_room:
@@ -87,6 +102,7 @@ class Storer:
             if isinstance(error, NotExportable):
                 self.not_exportable = str(error)
             self._give_up(error)
+        return exported
 
     def _give_up(self, error: Exception) -> None:
         if not self.problem:
@@ -106,3 +122,4 @@ class Storer:
             leased.unstage(staged)
             raise
         self._commit = leased.post_append(tokens[start : start + n_tokens], staged, start=start)
+        self.posted_tokens = start + n_tokens

@@ -143,19 +143,21 @@ class LlamaWorker:
         wait: float = 0.0,
         use: bool = True,
         store: bool = True,
+        like: "LlamaSequence | None" = None,
     ) -> "LlamaSequence":
         """A sequence for a prompt (int [n], n >= 1), with as much of it as is cached.
 
         At least the last token is left to decode, since logits are not cached. `wait` seconds for
         a free sequence id. `use` False: all of it is computed, whatever is cached. `store` False:
-        nothing of it is stored, neither by `store` nor at its end. Raises NoSequenceFree,
-        SequenceLimit.
+        nothing of it is stored, neither by `store` nor at its end. With `like`, an open sequence of
+        this worker, the two share the cells of what they have in common, of which nothing is
+        imported. Raises NoSequenceFree, SequenceLimit.
         """
         prompt = _checked_prompt(tokens)
         leased = self.context.alloc(prompt[:-1], request=request, wait=wait, use=use, store=store)
         sequence = LlamaSequence(self, leased, prompt)
         try:
-            sequence.import_prefix()
+            sequence.import_prefix(like)
         except BaseException:
             sequence.close(store=False, failed=True)
             raise
@@ -201,7 +203,9 @@ class LlamaSequence:
     """One sequence of a worker. A context manager; its end stores what is new and frees the id.
 
     `tokens` is the prompt and what came after; `length` of them are in the context.
-    `matched_tokens` came from the cache. `logits` are those after the last decoded token, float32
+    `matched_tokens` were found in the cache, and `copied_tokens` of all, matched or not, in another
+    sequence of the worker, whose cells they share: what was imported is the rest of the matched
+    ones. `logits` are those after the last decoded token, float32
     [n_vocab].
     """
 
@@ -215,6 +219,7 @@ class LlamaSequence:
         self.seq_id = leased.seq_id
         self.length = 0
         self.matched_tokens = 0
+        self.copied_tokens = 0
         self.logits: npt.NDArray[np.float32] | None = None
         self._closed = False
         self._storer = Storer(leased, self._engine, leased.seq_id)
@@ -231,26 +236,51 @@ class LlamaSequence:
         view.flags.writeable = False
         return view
 
-    def import_prefix(self) -> None:
+    def import_prefix(self, like: "LlamaSequence | None" = None) -> None:
         """Bring the leased blocks into the context; called once, by LlamaWorker.open.
 
-        If llama.cpp does not take a block the sequence is emptied, and everything is computed.
+        What an open sequence, `like`, has of them, and beyond them of the prompt, is shared with it
+        instead. If llama.cpp does not take a block the sequence is emptied, and everything is
+        computed.
         """
         leased, engine = self.leased, self._engine
         block_tokens = self.worker.context.model.block_tokens
+        matched, copied = leased.matched_tokens, self._common(like)
+        if copied < matched:
+            copied -= copied % block_tokens  # blocks are imported as a whole
+        end = max(matched, copied)
         try:
-            if leased.n_blocks:
+            if like is not None:
+                engine.copy_prefix(like.seq_id, self.seq_id, copied)
+            if copied < matched:
+                first = copied // block_tokens
                 payloads = leased.payloads()
                 counts = [block_tokens] * (leased.n_blocks - 1) + [leased.last_block_tokens]
-                blocks = map(BlockAt, payloads.addresses, payloads.sizes, counts)
-                engine.import_blocks(self.seq_id, 0, blocks)
-                engine.truncate(self.seq_id, leased.matched_tokens)
-            engine.check_range(self.seq_id, 0, leased.matched_tokens)
+                blocks = map(
+                    BlockAt, payloads.addresses[first:], payloads.sizes[first:], counts[first:]
+                )
+                engine.import_blocks(self.seq_id, copied, blocks)
+                engine.truncate(self.seq_id, matched)
+            engine.check_range(self.seq_id, 0, end)
         except ImportFailed as error:
-            logger.warning("computing a cached prefix again: %s", error)
             engine.clear(self.seq_id)
+            if copied:
+                # Not all that a sequence has computed need be there to be shared.
+                self.import_prefix()
+                return
+            logger.warning("computing a cached prefix again: %s", error)
             return
-        self.length = self.matched_tokens = leased.matched_tokens
+        self.length = end
+        self.matched_tokens = self._storer.posted_tokens = matched
+        self.copied_tokens = copied
+
+    def _common(self, like: "LlamaSequence | None") -> int:
+        """How many tokens of the prompt, but for its last one, `like` has in the context."""
+        if like is None:
+            return 0
+        n = min(self._n_tokens - 1, like.length)
+        differs = self._buffer[:n] != like.tokens[:n]
+        return int(differs.argmax()) if differs.any() else n
 
     def prefill(self) -> npt.NDArray[np.float32]:
         """Decode what of the prompt is not in the context; returns the last token's logits."""
@@ -290,7 +320,7 @@ class LlamaSequence:
         assert self.logits is not None
         return self.logits
 
-    def took(self, token: int, logits: npt.NDArray[np.float32]) -> None:
+    def took(self, token: int, logits: npt.NDArray[np.float32] | None) -> None:
         """A token was decoded for this sequence, by LlamaWorker.decode_each."""
         self._buffer[self.length] = token
         self.length += 1
@@ -314,14 +344,27 @@ class LlamaSequence:
             if left:
                 logits = self.decode(token)
 
-    def store(self, *, tail: bool = False, wait: float | None = None) -> None:
-        """Export the full blocks that are new, and with `tail` the open one: Storer.store.
+    @property
+    def unstored_tokens(self) -> int:
+        """Tokens in the context that are not in the cache, nor on their way to it; 0 if nothing
+        more of this sequence is stored."""
+        leased = self.leased
+        if self.problem or not leased.shared or not leased.stores:
+            return 0
+        return max(0, self.length - self._storer.posted_tokens)
+
+    def store(
+        self, *, tail: bool = False, wait: float | None = None, most: int | None = None
+    ) -> int:
+        """Export the full blocks that are new, and with `tail` the open one; `most` blocks at most
+        (None: all). Returns how many were exported: Storer.store.
 
         After a commit that failed the sequence goes on and is stored no further.
         """
-        self._storer.store(self._buffer[: self.length], tail=tail, wait=wait)
+        exported = self._storer.store(self._buffer[: self.length], tail=tail, wait=wait, most=most)
         if self._storer.not_exportable is not None:
             self.worker.not_exportable = self._storer.not_exportable
+        return exported
 
     def close(self, *, store: bool = True, failed: bool = False) -> None:
         """Store what is new, the open tail included; empty the sequence, and free its id."""

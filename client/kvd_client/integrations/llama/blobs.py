@@ -198,7 +198,7 @@ class SequenceState:
     def write_block(self, start: int, n: int, target: Any) -> None:
         """Write the block of positions start .. start+n-1 to `target`, writable and of exactly
         layout.state_bytes(n) bytes. ValueError if it is not, or the positions are not there."""
-        if not (0 <= start and 1 <= n and start + n <= self.n_tokens):
+        if start < 0 or n < 1 or start + n > self.n_tokens:
             raise ValueError(f"{start} .. {start + n - 1} are not in 0 .. {self.n_tokens - 1}")
         out: Bytes = np.frombuffer(target, np.uint8)
         where = _block_map(StateForm(self.form.layout), n)

@@ -27,18 +27,19 @@ contexts on both sides of that length. GPUs do not occur: models are loaded for 
 
 import hashlib
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Protocol
 
 import llama_cpp
 import llama_cpp.llama_cpp as bindings
 
 from kvd_client.integrations.llama import native
-from kvd_client.integrations.llama.engine import LlamaEngine
-from kvd_client.integrations.llama.errors import LlamaEngineError
+from kvd_client.integrations.llama.errors import LlamaEngineError, NotShareable
+from kvd_client.integrations.llama.model import LlamaModel
 from kvd_client.integrations.llama.model_hash import file_digest
-from kvd_client.integrations.llama.params import RopeParams
+from kvd_client.integrations.llama.params import LoraAdapter, RopeParams
 from kvd_client.integrations.llama.state import N_STREAM, V_TRANS
 
 FORMAT = "kvd llama-state 1"
@@ -64,7 +65,33 @@ class Fingerprint:
         return cls(state.digest(), dict(fields))
 
 
-def fingerprint(engine: LlamaEngine) -> Fingerprint:
+class _Params(Protocol):
+    @property
+    def type_k(self) -> str: ...
+    @property
+    def type_v(self) -> str: ...
+    @property
+    def rope(self) -> RopeParams: ...
+
+
+class Computing(Protocol):
+    """What computes K/V: a LlamaEngine, or a context that somebody else has made (foreign.py)."""
+
+    not_shareable: NotShareable | None
+    attn_rot_disabled: bool
+    n_ctx: int
+
+    @property
+    def model(self) -> LlamaModel: ...
+    @property
+    def params(self) -> _Params: ...
+    @property
+    def loras(self) -> Sequence[LoraAdapter]: ...
+    @property
+    def lora_digests(self) -> Sequence[bytes]: ...
+
+
+def fingerprint(engine: Computing) -> Fingerprint:
     """The fingerprint of an engine's K/V.
 
     Hashes the model's file if that is not cached (one to two seconds a GB). Raises NotShareable if

@@ -324,10 +324,10 @@ def engines(
 ) -> Iterator[tuple[LlamaEngine, LlamaEngine, LlamaEngine]]:
     """One that computes, and two that restore."""
     name, options = KINDS[request.param]
-    with LlamaModel(
-        tiny_dir / "llama.gguf" if name == "smollm2" else tiny_dir / f"{name}.gguf"
-    ) as m:
-        model = smollm2 if name == "smollm2" else m
+    with contextlib.ExitStack() as resources:
+        model = smollm2
+        if name != "smollm2":
+            model = resources.enter_context(LlamaModel(tiny_dir / f"{name}.gguf"))
         made = [
             LlamaEngine(
                 model=model,

@@ -176,6 +176,8 @@ def put_cache_into(script: ModuleType, block_tokens: int, **client_options: Any)
                 return
             try:
                 self.sequence_cache.save(tokens[:length], state, None)
+                # Whoever has the answer may ask another process for the next turn at once.
+                self.sequence_cache.settle()
             except Exception as error:  # as the script does with what a cache raises
                 logger.warning("a completion was not stored: %s", error)
                 self.metrics.sequence_cache_save_failures_total += 1

@@ -172,7 +172,7 @@ def _refuse(
     if model_params.load_mtp:
         raise NotShareable(
             Reason.LAYOUT,
-            "a model with its draft layers keeps K/V of another form: set no draft-mtp",
+            "a model with its draft layers keeps K/V of another form: do without draft-mtp",
         )
     if bindings.llama_supports_gpu_offload() and (
         model_params.n_gpu_layers or context_params.offload_kqv or context_params.op_offload

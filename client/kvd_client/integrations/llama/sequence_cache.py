@@ -142,6 +142,10 @@ class SequenceCache:
                 if leased.matched_tokens < text.size:
                     self._store(leased, text, state)
 
+    def settle(self) -> None:
+        """Wait until others can find what was saved, but no longer than for any answer."""
+        self.client.flush(timeout=self.client.timeout)
+
     def close(self) -> None:
         """Give everything back. Closing twice does nothing."""
         with self._changed:

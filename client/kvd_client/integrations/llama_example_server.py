@@ -164,7 +164,7 @@ def put_cache_into(script: ModuleType, block_tokens: int, **client_options: Any)
             super().finalize_request_if_ready(request)
 
         def save_completion(self, request: Any, completion: Any) -> None:
-            """Save what was generated, too; its last token has not been decoded."""
+            """Save what was generated, too, as far as it has been decoded."""
             if self.model.draft_provider is not None:
                 return  # drafts that were not taken may still be in the sequence
             length = self.radix_trie.length(completion.seq_id)
@@ -205,6 +205,11 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--runtime-dir", help="where the daemon's sockets are")
     parser.add_argument("--instance", default="default", help="the daemon's instance name")
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        help="seconds that a request waits for the daemon, before it does without (0.05)",
+    )
     parser.add_argument("--block-tokens", type=int, default=32, help="as all who share have it")
     parser.add_argument("script", type=Path, help="the path of server.py")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the script's own flags")
@@ -221,6 +226,7 @@ def main(arguments: list[str] | None = None) -> None:
         options.block_tokens,
         runtime_dir=options.runtime_dir,
         instance=options.instance,
+        timeout=options.timeout,
         name="llama-example-server",
     )
     sys.argv = [str(options.script), *options.arguments]

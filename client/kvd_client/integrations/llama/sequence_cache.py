@@ -20,6 +20,7 @@ import logging
 import threading
 import time
 from collections.abc import Sequence as SequenceOf
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -28,6 +29,7 @@ import numpy.typing as npt
 
 from kvd_client.client import Client, Sequence
 from kvd_client.context import Model
+from kvd_client.errors import KvdError
 from kvd_client.integrations.llama.blobs import Block, SequenceState, StateForm, merge
 from kvd_proto.messages import MAX_APPEND_BLOCKS
 
@@ -144,7 +146,8 @@ class SequenceCache:
 
     def settle(self) -> None:
         """Wait until others can find what was saved, but no longer than for any answer."""
-        self.client.flush(timeout=self.client.timeout)
+        with suppress(KvdError):
+            self.client.flush(timeout=self.client.timeout)
 
     def close(self) -> None:
         """Give everything back. Closing twice does nothing."""

@@ -1,5 +1,6 @@
 """Two processes of llama-cpp-python's example server, the real script, with SmolLM2."""
 
+import json
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ from tests.support import Daemon, running_daemon
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(600)]
 
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 TEXT = (
     "The lighthouse keeper wrote down the weather every evening, as his father had done before "
     "him, and sent the book to the harbour master at the end of each year. "
@@ -208,6 +210,27 @@ def test_its_disk_cache_is_not_used(daemon: Daemon, smollm2: Path, tmp_path: Pat
         server.complete("On disk or not. " + 4 * TEXT, 1)
         assert "kvd takes its place" in server.said
     assert not folder.exists()
+
+
+def test_the_example_configuration_serves_a_chat(
+    daemon: Daemon, smollm2: Path, tmp_path: Path
+) -> None:
+    """As it stands in examples/, but for the port and the model's path."""
+    config = json.loads((EXAMPLES / "llama_example_server.json").read_text())
+    assert config["model"].pop("path") == "model.gguf"
+    (tmp_path / "model.gguf").symlink_to(smollm2)
+    messages = [{"role": "user", "content": "Who was here? " + TEXT}]
+    with example_server(
+        tmp_path, tmp_path / "model.gguf", daemon.runtime_dir, **config["model"]
+    ) as server:
+        answer = server.ask("/v1/chat/completions", messages=messages, max_tokens=8)
+        messages.append(answer["choices"][0]["message"])
+        messages.append({"role": "user", "content": "And then?"})
+    with example_server(
+        tmp_path, tmp_path / "model.gguf", daemon.runtime_dir, **config["model"]
+    ) as server:
+        answer = server.ask("/v1/chat/completions", messages=messages, max_tokens=8)
+        assert server.decoded() < answer["usage"]["prompt_tokens"] // 2
 
 
 def test_the_script_is_not_in_the_tree() -> None:

@@ -197,7 +197,13 @@ def test_what_cannot_be_shared_is_refused_with_what_to_change(
 def test_another_script_is_refused(tmp_path: Path) -> None:
     other = tmp_path / "server.py"
     other.write_text("def main() -> None: ...\n")
-    for path, said in [(other, "has no Model"), (tmp_path / "none.py", "not a Python file")]:
+    needs = tmp_path / "needs.py"
+    needs.write_text("import no_such_package\n")
+    for path, said in [
+        (other, "has no Model"),
+        (tmp_path / "none.py", "not a Python file"),
+        (needs, "pip install fastapi uvicorn openai"),
+    ]:
         command = [sys.executable, "-m", "kvd_client.integrations.llama_example_server"]
         result = subprocess.run([*command, str(path)], capture_output=True, text=True, check=False)
         assert result.returncode == 1

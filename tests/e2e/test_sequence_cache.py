@@ -1,12 +1,15 @@
 """The SequenceCache protocol on a daemon, used as the example server's scheduler uses it: with
 states of real contexts, by two caches that stand for two processes."""
 
+import contextlib
 import itertools
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import llama_cpp.llama_cpp as bindings
 import numpy as np
 import pytest
 
@@ -15,6 +18,7 @@ from kvd_client.errors import KvdError
 from kvd_client.integrations.llama import native
 from kvd_client.integrations.llama.blobs import BadState, StateForm
 from kvd_client.integrations.llama.engine import LlamaEngine
+from kvd_client.integrations.llama.foreign import Before, ForeignContext
 from kvd_client.integrations.llama.sequence_cache import Match, SequenceCache
 from kvd_client.integrations.llama.worker import LlamaWorker, model_of
 from tests.e2e.workers import TINY_OPTIONS
@@ -194,6 +198,58 @@ def test_a_worker_finds_what_the_cache_has_saved_and_the_other_way_round(
     assert np.array_equal(loaded.state_bytes, compute(engine, others).state)
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("llama", {"flash_attn": False}),
+        ("heads-by-layer", {"type_k": "q8_0", "type_v": "q4_0"}),
+        ("m-rope", {}),
+        ("m-rope", {"flash_attn": False, "type_k": "q8_0"}),
+    ],
+)
+def test_contexts_of_every_form_share_among_themselves(
+    daemon: Daemon, tmp_path: Path, name: str, options: dict[str, Any]
+) -> None:
+    """Two contexts that somebody else has made, each with a cache of its own."""
+    path = tmp_path / f"{name}.gguf"
+    write = {
+        "llama": tiny_models.write_llama,
+        "heads-by-layer": tiny_models.write_heads_by_layer,
+        "m-rope": tiny_models.write_m_rope,
+    }
+    write[name](path)
+    tokens, suffix = fresh_prompt(3 * BLOCK + 9), fresh_prompt(5)
+    with contextlib.ExitStack() as resources:
+        engines, caches = [], []
+        for _ in range(2):
+            made = LlamaEngine(model_path=path, require_shareable=False, **TINY_OPTIONS, **options)
+            engines.append(resources.enter_context(made))
+            client = Client(daemon.runtime_dir, fail_open=True, timeout=PATIENT)
+            context = foreign_of(made)
+            cache = SequenceCache(context.kvd_model(BLOCK), context.form, made.n_vocab, client)
+            caches.append(resources.enter_context(cache))
+        computed = save(caches[0], engines[0], tokens)
+        match = found(caches[1], [*tokens, 1])
+        assert match.length == len(tokens)
+        loaded = caches[1].load(match)
+        assert loaded is not None
+        # Bit for bit what the context itself goes on with, and what it would store again.
+        expected = continued(engines[0], computed.state, suffix)
+        assert np.array_equal(continued(engines[1], loaded.state_bytes, suffix), expected)
+        assert np.array_equal(loaded.state_bytes, computed.state)
+
+
+def foreign_of(engine: LlamaEngine) -> ForeignContext:
+    return ForeignContext(
+        engine.model.path,
+        engine.model.pointer,
+        bindings.llama_model_default_params(),
+        engine._context,
+        engine.params.to_native(),
+        Before.now(engine.model.path, ()),
+    )
+
+
 # ---------------------------------------------------------------------------------------- leases
 
 
@@ -310,6 +366,33 @@ def test_without_a_daemon_nothing_is_found_and_nothing_fails(
                 assert cache.load(found(cache, tokens)) is not None
                 assert in_use(cache) == 0
                 assert cache.client.verify()["ok"]
+
+
+def test_a_hung_daemon_costs_little(engine: LlamaEngine, tmp_path: Path) -> None:
+    runtime_dir = tmp_path / "kvd"
+    tokens = fresh_prompt(2 * BLOCK)
+    computed = compute(engine, tokens)
+    with (
+        running_daemon(runtime_dir=runtime_dir) as daemon,
+        open_cache(runtime_dir, engine, timeout=0.2) as cache,
+    ):
+
+        def is_there() -> bool:
+            cache.save(tokens, computed.state, None)
+            return cache.lookup(tokens) is not None
+
+        wait_until(is_there)
+        daemon.process.send_signal(signal.SIGSTOP)
+        started = time.monotonic()
+        for _ in range(20):
+            assert cache.lookup(fresh_prompt(40)) is None
+            cache.save(tokens, computed.state, None)
+            cache.settle()
+        waited = time.monotonic() - started
+        daemon.process.send_signal(signal.SIGCONT)
+        # One answer is waited for, and perhaps one new session; not each of 60 calls.
+        assert waited < 5
+        wait_until(is_there)
 
 
 def found(cache: SequenceCache, tokens: list[int]) -> Match:

@@ -4,8 +4,8 @@
 
 The script is `examples/server/server.py` of llama-cpp-python's source distribution. It is loaded as
 it is, with its own flags and configuration file, and gets kvd in place of its `SequenceCache`; its
-`disk_cache` is not used. It needs the extra `llama` and what the script itself imports: the extra
-`llama-server`. Without a daemon it serves as without a cache, and comes back to one by itself.
+`disk_cache` is not used. It needs the extra `llama`, and what the script itself imports: fastapi,
+uvicorn and openai. Without a daemon it serves as without a cache, and comes back by itself.
 
 Beside the cache two things are added where the script would make little of it:
 
@@ -219,7 +219,9 @@ def main(arguments: list[str] | None = None) -> None:
     bindings.llama_log_set(llama_log_callback, ctypes.c_void_p(0))
     try:
         script = load_script(options.script)
-    except (NotTheScript, ImportError, OSError) as error:
+    except ImportError as error:
+        _give_up(f"{error}: {options.script} needs it (pip install fastapi uvicorn openai)")
+    except (NotTheScript, OSError) as error:
         _give_up(error)
     put_cache_into(
         script,
@@ -236,7 +238,7 @@ def main(arguments: list[str] | None = None) -> None:
         _give_up(error)
 
 
-def _give_up(error: Exception) -> NoReturn:
+def _give_up(error: object) -> NoReturn:
     print(f"llama_example_server: {error}", file=sys.stderr, flush=True)
     raise SystemExit(1)
 

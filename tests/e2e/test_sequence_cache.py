@@ -395,6 +395,28 @@ def test_a_hung_daemon_costs_little(engine: LlamaEngine, tmp_path: Path) -> None
         wait_until(is_there)
 
 
+def test_what_the_daemon_refuses_is_logged(
+    tiny: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A prompt that is larger than the budget."""
+    runtime_dir = tmp_path / "kvd"
+    tokens = fresh_prompt(500)
+    with (
+        LlamaEngine(model_path=tiny, type_k="f32", type_v="f32", **TINY_OPTIONS) as engine,
+        running_daemon("--max-memory", "1MiB", runtime_dir=runtime_dir),
+        open_cache(runtime_dir, engine, staging=256 << 10) as cache,
+        Client(runtime_dir, staging_bytes=256 << 10),  # half of it is staging then
+    ):
+        save(cache, engine, tokens)
+        assert any("a prompt was not stored" in line for line in caplog.messages)
+        caplog.clear()
+        save(cache, engine, fresh_prompt(BLOCK))
+        assert not caplog.messages
+        match = cache.lookup(tokens)
+        assert match is None or match.length < len(tokens) - 1
+        assert cache.client.verify()["ok"]
+
+
 def found(cache: SequenceCache, tokens: list[int]) -> Match:
     match = cache.lookup(tokens)
     assert match is not None

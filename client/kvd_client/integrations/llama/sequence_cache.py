@@ -28,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvd_client.client import Client, Sequence
-from kvd_client.context import Model
+from kvd_client.context import Commit, Model
 from kvd_client.errors import KvdError
 from kvd_client.integrations.llama.blobs import Block, SequenceState, StateForm, merge
 from kvd_proto.messages import MAX_APPEND_BLOCKS
@@ -89,6 +89,7 @@ class SequenceCache:
         self._context = client.open_context(model, n_seq_max=2)
         self._changed = threading.Condition()
         self._held: _Held | None = None
+        self._posted: list[Commit] = []
         self._closed = False
         self._reaper = threading.Thread(target=self._reap, name="kvd-leases", daemon=True)
         self._reaper.start()
@@ -133,13 +134,15 @@ class SequenceCache:
         self, tokens: SequenceOf[int], state_bytes: npt.ArrayLike, prompt_logits: Any = None
     ) -> None:
         """Store the blocks of a sequence's state that are not cached yet; `tokens` are all that it
-        holds. Logits are not stored. Raises BadState, and KvdError if the daemon refuses."""
+        holds. Logits are not stored. Others can find it after `settle`, or a moment later; what the
+        daemon refuses is logged. Raises BadState, StagingFull."""
         text = self._text(tokens)
         if not text.size or text.size < len(tokens):
             return
         state = SequenceState(np.asarray(state_bytes, np.uint8), self._form, text)
         with self._changed:
             self._let_go()
+            self._tell_failures()
             with self._context.alloc(text) as leased:
                 if leased.matched_tokens < text.size:
                     self._store(leased, text, state)
@@ -148,6 +151,8 @@ class SequenceCache:
         """Wait until others can find what was saved, but no longer than for any answer."""
         with suppress(KvdError):
             self.client.flush(timeout=self.client.timeout)
+        with self._changed:
+            self._tell_failures()
 
     def close(self) -> None:
         """Give everything back. Closing twice does nothing."""
@@ -182,8 +187,16 @@ class SequenceCache:
             except BaseException:
                 leased.unstage(staged)
                 raise
-            leased.append(tokens[start:end], staged, start=start)
+            # Not waited for: the first token of the prompt is.
+            self._posted.append(leased.post_append(tokens[start:end], staged, start=start))
             start = end
+
+    def _tell_failures(self) -> None:
+        """Log what of the posted appends has failed, and forget those that are answered."""
+        for commit in self._posted:
+            if commit.error is not None:
+                logger.warning("a prompt was not stored: %s", commit.error)
+        self._posted = [c for c in self._posted if not c.answered and c.session.lost is None]
 
     def _let_go(self) -> None:
         held, self._held = self._held, None

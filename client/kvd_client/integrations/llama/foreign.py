@@ -21,16 +21,13 @@ from kvd_client.integrations.llama.batch import Batch
 from kvd_client.integrations.llama.blobs import StateForm, parse_form
 from kvd_client.integrations.llama.errors import LlamaEngineError, NotShareable, Reason
 from kvd_client.integrations.llama.fingerprint import Fingerprint, fingerprint
+from kvd_client.integrations.llama.llama_params import LlamaKvParams, kv_type, rope_params
 from kvd_client.integrations.llama.model import LlamaModel
 from kvd_client.integrations.llama.model_hash import FileStamp, file_digest, file_stamp, model_files
-from kvd_client.integrations.llama.params import (
-    ROPE_SCALING_TYPES,
-    LoraAdapter,
-    RopeParams,
-    env_int,
-    kv_type_name,
-)
+from kvd_client.integrations.llama.params import LoraAdapter, env_int, kv_type_name
 from kvd_client.integrations.llama.state import KvLayout
+
+_M_ROPE = (bindings.LLAMA_ROPE_TYPE_MROPE, bindings.LLAMA_ROPE_TYPE_IMROPE)
 
 
 class Before(NamedTuple):
@@ -53,28 +50,6 @@ class Before(NamedTuple):
         )
 
 
-class _LoadedModel(LlamaModel):
-    """A model that its owner frees."""
-
-    def __init__(self, path: Path, pointer: int, stamps: tuple[FileStamp, ...]) -> None:
-        self.path = path
-        self._stamps = stamps
-        self._pointer = pointer
-        self._engines = 0
-        self.n_vocab = bindings.llama_vocab_n_tokens(self._vocab)
-        self.bos = bindings.llama_vocab_bos(self._vocab)
-        self.eos = bindings.llama_vocab_eos(self._vocab)
-
-    def close(self) -> None:
-        self._pointer = 0
-
-
-class _Params(NamedTuple):
-    type_k: str
-    type_v: str
-    rope: RopeParams
-
-
 class ForeignContext:
     """A model and a context, empty and not in use by another thread while this is made.
 
@@ -93,18 +68,18 @@ class ForeignContext:
         context_params: "bindings.llama_context_params",
         before: Before,
     ) -> None:
-        self.model = _LoadedModel(path, model, before.stamps)
+        self.model = LlamaModel.of_loaded(model, path)
         self.loras = before.loras
         self.lora_digests = before.lora_digests
         self.attn_rot_disabled = before.attn_rot_disabled
         self.n_ctx: int = bindings.llama_n_ctx(context)
         _refuse(self.model, model_params, context, context_params, before)
-        self.params = _Params(
-            kv_type_name(context_params.type_k),
-            kv_type_name(context_params.type_v),
-            rope_of(context_params),
+        self.params = LlamaKvParams(
+            kv_type(context_params.type_k),
+            kv_type(context_params.type_v),
+            rope_params(context_params),
         )
-        self.form: StateForm = _probe(context)
+        self.form: StateForm = _probe(self.model, context)
 
     @property
     def layout(self) -> KvLayout:
@@ -141,8 +116,12 @@ def _refuse(
     """Raise NotShareable for what the fingerprint does not cover, or blocks cannot be made of."""
     unshareable = model.unshareable_kind()
     # States of M-RoPE models are checked cell by cell: only positions of text are ever stored.
-    if unshareable is not None and unshareable.reason is not Reason.M_ROPE:
+    if unshareable is not None and bindings.llama_model_rope_type(model.pointer) not in _M_ROPE:
         raise unshareable
+    if tuple(file_stamp(part) for part in model_files(model.path)) != before.stamps:
+        raise NotShareable(
+            Reason.MODEL_FILE, f"{model.path} has changed since it was loaded: start anew"
+        )
     if len(before.loras) > 1:
         raise NotShareable(
             Reason.LORA,
@@ -161,11 +140,11 @@ def _refuse(
         )
     if context_params.embeddings:
         raise NotShareable(
-            Reason.NOT_CAUSAL, "the context is for embeddings, and no prompt of them goes on"
+            Reason.EMBEDDINGS, "the context is for embeddings, which no K/V is kept of"
         )
     if model_params.kv_overrides:
         raise NotShareable(
-            Reason.LAYOUT,
+            Reason.OVERRIDES,
             "kv_overrides change the model's metadata, which its file's hash does not tell: write "
             "them into the file (gguf-set-metadata), or use them without sharing",
         )
@@ -178,36 +157,13 @@ def _refuse(
         model_params.n_gpu_layers or context_params.offload_kqv or context_params.op_offload
     ):
         raise NotShareable(
-            Reason.LAYOUT,
+            Reason.GPU,
             "K/V that a GPU computes differs in its last bits: set n_gpu_layers to 0, offload_kqv "
             "and op_offload to false, or use it without sharing",
         )
 
 
-def rope_of(given: "bindings.llama_context_params") -> RopeParams:
-    """The RoPE and YaRN parameters of llama.cpp's structure; what is at its default is None."""
-    default = bindings.llama_context_default_params()
-    names = {number: name for name, number in ROPE_SCALING_TYPES.items()}
-
-    def value(name: str) -> float | None:
-        found = getattr(given, name)
-        return None if found == getattr(default, name) else found
-
-    scaling = value("rope_scaling_type")
-    original = value("yarn_orig_ctx")
-    return RopeParams(
-        scaling_type=None if scaling is None else names[int(scaling)],
-        freq_base=value("rope_freq_base"),
-        freq_scale=value("rope_freq_scale"),
-        yarn_ext_factor=value("yarn_ext_factor"),
-        yarn_attn_factor=value("yarn_attn_factor"),
-        yarn_beta_fast=value("yarn_beta_fast"),
-        yarn_beta_slow=value("yarn_beta_slow"),
-        yarn_orig_ctx=None if original is None else int(original),
-    )
-
-
-def _probe(context: int) -> StateForm:
+def _probe(model: LlamaModel, context: int) -> StateForm:
     """Decode two tokens, read their state, and empty the context again."""
     memory = bindings.llama_get_memory(context)
     tokens = np.array([0, 0], np.int32)
@@ -223,4 +179,14 @@ def _probe(context: int) -> StateForm:
         bindings.llama_memory_clear(memory, True)
     if not got or got != state.size:
         raise LlamaEngineError("cannot read the state of two tokens")
-    return parse_form(state.tobytes(), tokens)
+    try:
+        return parse_form(state.tobytes(), tokens)
+    except NotShareable:
+        if not model.window:
+            raise
+        raise NotShareable(
+            Reason.SLIDING_WINDOW,
+            f"the model has a sliding window of {model.window} tokens: the state of a whole "
+            "sequence has no cells of those before it; share it by a LlamaWorker, or use it "
+            "without sharing",
+        ) from None

@@ -8,6 +8,7 @@ import ctypes
 import os
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 import llama_cpp.llama_cpp as bindings
 import numpy as np
@@ -39,6 +40,7 @@ class LlamaModel:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._is_owned = True
         self.path = Path(path)
         self._stamps = _stamps(self.path)
         params = bindings.llama_model_default_params()
@@ -46,7 +48,23 @@ class LlamaModel:
         pointer = bindings.llama_model_load_from_file(os.fsencode(self.path), params)
         if pointer is None:
             raise LlamaEngineError(f"cannot load the model {self.path}: {native.take_errors()}")
-        self._pointer: int = pointer
+        self._take(pointer)
+
+    @classmethod
+    def of_loaded(cls, pointer: int, path: str | os.PathLike[str]) -> Self:
+        """A model that somebody else has loaded and will free, from what `path` still is.
+
+        Valid as long as that model is; closing it here does nothing.
+        """
+        model = cls.__new__(cls)
+        model._is_owned = False
+        model.path = Path(path)
+        model._stamps = _stamps(model.path)
+        model._take(pointer)
+        return model
+
+    def _take(self, pointer: int) -> None:
+        self._pointer = pointer
         self._engines = 0
         self.n_vocab: int = bindings.llama_vocab_n_tokens(self._vocab)
         self.bos: int = bindings.llama_vocab_bos(self._vocab)
@@ -145,6 +163,12 @@ class LlamaModel:
         value = self.metadata(f"{arch}.rope.scaling.original_context_length")
         return int(value or self.metadata(f"{arch}.context_length") or 0)
 
+    @property
+    def window(self) -> int:
+        """How many tokens the layers with a sliding window see, themselves among them; 0: none.
+        Some files speak of a window that llama.cpp does not use."""
+        return int(bindings.llama_model_n_swa(self.pointer))
+
     def content_digest(self) -> bytes:
         """model_digest of the weights that were loaded: one to two seconds a GB if not cached.
 
@@ -177,13 +201,6 @@ class LlamaModel:
                 "the model has an encoder or is a diffusion model: K/V of a token depends on what "
                 "follows it; use it without sharing",
             )
-        n_swa = bindings.llama_model_n_swa(self.pointer)
-        if n_swa > 0:
-            return NotShareable(
-                Reason.SLIDING_WINDOW,
-                f"the model has a sliding window of {n_swa} tokens, which drops cells: a block "
-                "has no exact size; use it without sharing",
-            )
         if bindings.llama_model_rope_type(self.pointer) in _M_ROPE_TYPES:
             return NotShareable(
                 Reason.M_ROPE,
@@ -196,9 +213,9 @@ class LlamaModel:
         """Free the weights; refused while an engine uses them. Closing twice does nothing."""
         if self._engines:
             raise LlamaEngineError(f"{self._engines} engines still use the model: close them first")
-        if self._pointer:
+        if self._pointer and self._is_owned:
             bindings.llama_model_free(self._pointer)
-            self._pointer = 0
+        self._pointer = 0
 
     def retain(self) -> None:
         """An engine starts to use the model."""

@@ -96,9 +96,9 @@ def read_llama(llama: Any) -> LlamaSource:
     return LlamaSource(
         model,
         LlamaKvParams(
-            _kv_type(llama.context_params.type_k),
-            _kv_type(llama.context_params.type_v),
-            _rope(llama.context_params),
+            kv_type(llama.context_params.type_k),
+            kv_type(llama.context_params.type_v),
+            rope_params(llama.context_params),
         ),
         loras,
         [file_digest(path) for path in paths[1:]],
@@ -162,15 +162,17 @@ def _check_parameters(llama: Any) -> None:
         )
 
 
-def _kv_type(number: int) -> str:
+def kv_type(number: int) -> str:
+    """The name of a K/V type that a context was given. Raises NotShareable for an unknown one."""
     for name, known in KV_TYPES.items():
         if known == number:
             return name
     raise NotShareable(Reason.LAYOUT, f"its type_k or type_v is {number}, which is not known here")
 
 
-def _rope(given: Any) -> RopeParams:
-    """Llama writes 0, or a negative number for YaRN's factors, where nothing is given."""
+def rope_params(given: Any) -> RopeParams:
+    """The parameters in llama.cpp's structure. There is 0 in it, or a negative number for YaRN's
+    factors, where nothing is given."""
     names = {number: name for name, number in ROPE_SCALING_TYPES.items()}
     scaling = given.rope_scaling_type
     if scaling not in names and scaling >= 0:

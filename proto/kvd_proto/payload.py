@@ -13,6 +13,14 @@ not transposed), with the ignored source sequence ids set to 0 so that equal blo
 a sliding window only. llama.cpp keeps them in a cache of their own, so the block has two parts, for
 the layers before them and for them, each from n_stream on as above, with all of the block's tokens.
 
+`llama-state:m-rope`, and `llama-state:window=W:m-rope`: of a model with M-RoPE, whose positions
+have more dimensions. Each cell says so before its sequence id:
+
+    i32 position | u32 n_seq_id = 1 | i32 x | i32 y | i32 token | i32 seq = 0
+
+For text both x and y are the position, and the token is what it is; for the embedding of a part of
+an image they are something else, and the token is -1. Only text is accepted.
+
 `array`: [layer][K|V][token][head][dim], C order, always with room for `block_tokens` tokens, so
 that an engine can fill its open block token by token in place. A block of fewer tokens uses the
 first rows.
@@ -32,6 +40,7 @@ LLAMA_MAGIC = 0xAF143CD8
 _HEAD = struct.Struct("<Ii")
 _PART = struct.Struct("<II")
 _CELL = struct.Struct("<iIi")
+_M_ROPE_CELL = struct.Struct("<iIiiii")
 _AFTER_CELLS = struct.Struct("<II")
 _ROWS = struct.Struct("<iQ")
 _CANONICAL_HEAD = _HEAD.pack(LLAMA_MAGIC, 0)
@@ -61,7 +70,13 @@ class LlamaState:
 
     name = "llama-state"
 
-    def __init__(self, geometry: Geometry, block_tokens: int, window_layers: int = 0) -> None:
+    def __init__(
+        self,
+        geometry: Geometry,
+        block_tokens: int,
+        window_layers: int = 0,
+        m_rope: bool = False,
+    ) -> None:
         """The last `window_layers` of the layers are in a part of their own, if there are any.
         Raises BadMessage."""
         layers = geometry.layers
@@ -78,14 +93,15 @@ class LlamaState:
                 layers=len(layers),
                 window_layers=window_layers,
             )
-        self.name = llama_state_name(window_layers)
+        self.name = llama_state_name(window_layers, m_rope)
         parts = (layers[:n_full], layers[n_full:]) if window_layers else (layers,)
-        self._parts = tuple(_Part(part) for part in parts)
+        self._parts = tuple(_Part(part, m_rope) for part in parts)
         self._block_tokens = block_tokens
         self.max_bytes = self.size(block_tokens)
 
     def size(self, n_tokens: int) -> int:
-        """`8 + sum over parts of (16 + 24 L + N * (12 + sum(rows)))` for N tokens and L layers."""
+        """`8 + sum over parts of (16 + 24 L + N * (12 + sum(rows)))` for N tokens and L layers;
+        with M-RoPE 24 instead of 12."""
         return _HEAD.size + sum(part.size(n_tokens) for part in self._parts)
 
     def validate(self, payload: Buffer, start: int, n_tokens: int) -> None:
@@ -114,10 +130,11 @@ class LlamaState:
 class _Part:
     """One of llama.cpp's caches: a block's cells in it, and the rows of its layers."""
 
-    def __init__(self, layers: tuple[LayerGeometry, ...]) -> None:
+    def __init__(self, layers: tuple[LayerGeometry, ...], m_rope: bool) -> None:
+        self._cell = _M_ROPE_CELL if m_rope else _CELL
         self._fixed_bytes = _PART.size + _AFTER_CELLS.size + 2 * _ROWS.size * len(layers)
         row_bytes = sum(layer.k_row_bytes + layer.v_row_bytes for layer in layers)
-        self._token_bytes = _CELL.size + row_bytes
+        self._token_bytes = self._cell.size + row_bytes
         # A few, for full blocks and the lengths in use: all of them can be 100 MB.
         self._skeleton = lru_cache(maxsize=16)(partial(_skeleton, layers))
 
@@ -127,15 +144,26 @@ class _Part:
     def validate(self, view: memoryview, at: int, start: int, n_tokens: int) -> None:
         """Raise BadPayload unless the part that begins at byte `at` is one of these tokens."""
         first = at + _PART.size
-        after = first + n_tokens * _CELL.size
+        after = first + n_tokens * self._cell.size
         cells = view[first:after].cast("i")
+        step = self._cell.size // 4
+        positions = list(range(start, start + n_tokens))
         if (
             view[at:first] != _PART.pack(1, n_tokens)
-            or cells[0::3].tolist() != list(range(start, start + n_tokens))
-            or cells[1::3].tolist() != [1] * n_tokens
-            or cells[2::3].tolist() != [0] * n_tokens
+            or cells[0::step].tolist() != positions
+            or cells[1::step].tolist() != [1] * n_tokens
+            or cells[step - 1 :: step].tolist() != [0] * n_tokens
+            or (
+                step > 3
+                and (
+                    cells[2::step].tolist() != positions
+                    or cells[3::step].tolist() != positions
+                    or min(cells[4::step].tolist()) < 0
+                )
+            )
         ):
-            raise BadPayload(_name_fault(view, at, start, n_tokens), start=start, n_tokens=n_tokens)
+            fault = _name_fault(view, at, self._cell, start, n_tokens)
+            raise BadPayload(fault, start=start, n_tokens=n_tokens)
         skeleton = self._skeleton(n_tokens)
         found = skeleton.fields.unpack_from(view, after)
         if found != skeleton.expected:
@@ -170,12 +198,14 @@ FORMATS: dict[str, type[LlamaState] | type[ArrayBlock]] = {
 }
 """By the name, or what of it is before the first colon."""
 
-_LLAMA_STATE = re.compile(r"llama-state(?::window=([1-9][0-9]{0,2}))?", re.ASCII)
+_LLAMA_STATE = re.compile(r"llama-state(?::window=([1-9][0-9]{0,2}))?(:m-rope)?", re.ASCII)
 
 
-def llama_state_name(window_layers: int = 0) -> str:
-    """The name of the format of a model of which so many layers have a sliding window."""
-    return f"{LlamaState.name}:window={window_layers}" if window_layers else LlamaState.name
+def llama_state_name(window_layers: int = 0, m_rope: bool = False) -> str:
+    """The name of the format of a model of which so many layers have a sliding window, and whose
+    cells have the positions of M-RoPE."""
+    window = f":window={window_layers}" if window_layers else ""
+    return f"{LlamaState.name}{window}{':m-rope' if m_rope else ''}"
 
 
 def make_format(name: str, geometry: Geometry, block_tokens: int) -> PayloadFormat:
@@ -184,7 +214,7 @@ def make_format(name: str, geometry: Geometry, block_tokens: int) -> PayloadForm
     if name == ArrayBlock.name:
         return ArrayBlock(geometry, block_tokens)
     if found := _LLAMA_STATE.fullmatch(name):
-        return LlamaState(geometry, block_tokens, int(found[1] or 0))
+        return LlamaState(geometry, block_tokens, int(found[1] or 0), bool(found[2]))
     raise BadMessage("unknown payload format", format=name, known=", ".join(FORMATS))
 
 
@@ -243,7 +273,9 @@ def _header_fault(found: tuple[bytes, ...], expected: tuple[bytes, ...]) -> BadP
     )
 
 
-def _name_fault(payload: memoryview, at: int, start: int, n_tokens: int) -> str:
+def _name_fault(
+    payload: memoryview, at: int, cell: struct.Struct, start: int, n_tokens: int
+) -> str:
     """Say which field of a part's head or cells is wrong; called only when one is."""
     n_stream, n_cells = _PART.unpack_from(payload, at)
     if n_stream != 1:
@@ -251,11 +283,16 @@ def _name_fault(payload: memoryview, at: int, start: int, n_tokens: int) -> str:
     if n_cells != n_tokens:
         return f"the block holds {n_cells} cells, not {n_tokens}"
     for index in range(n_tokens):
-        offset = at + _PART.size + index * _CELL.size
-        position, n_seq, seq = _CELL.unpack_from(payload, offset)
+        offset = at + _PART.size + index * cell.size
+        position, n_seq, *where, seq = cell.unpack_from(payload, offset)
         if (position, n_seq, seq) != (start + index, 1, 0):
             return (
                 f"cell {index} is position {position}, {n_seq} sequences, seq {seq}; "
                 f"expected position {start + index}, 1, 0"
+            )
+        if where and (where[:2] != [position, position] or where[2] < 0):
+            return (
+                f"cell {index} is at x {where[0]}, y {where[1]} with token {where[2]}, which is "
+                f"not text: there x and y are {position}, and a token is not negative"
             )
     return "the block changed while it was validated"

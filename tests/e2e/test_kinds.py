@@ -75,6 +75,7 @@ KINDS = {
         tiny_models.write_llama,
         {"rope": RopeParams("yarn", freq_scale=0.25, yarn_orig_ctx=512)},
     ),
+    "M-RoPE": Kind(tiny_models.write_m_rope),
     "window": Kind(tiny_models.write_sliding_window),
     "window, swa_full off": Kind(
         tiny_models.write_sliding_window,

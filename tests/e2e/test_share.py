@@ -4,11 +4,16 @@ What a plain Llama says is compared where it computes the same batches: one that
 prompts in turn, and keeps their common prefixes in its context, as shared ones fetch them.
 """
 
+import contextlib
 import gc
 import itertools
+import re
+import subprocess
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +23,21 @@ import pytest
 from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 
 from kvd_client import connect
-from kvd_client.integrations.llama import native
+from kvd_client.integrations.llama import native, share
 from kvd_client.integrations.llama.batch import Batch
 from kvd_client.integrations.llama.known import common_prefix
+from kvd_client.integrations.llama.params import LoraAdapter
 from kvd_client.integrations.llama.sharing import LlamaShare
 from kvd_client.integrations.llama.worker import LlamaWorker
 from tests.e2e.llamas import BLOCK, PATIENT, first_logits, logits, open_llama, run, settled, shared
 from tests.e2e.test_worker import wait_until
-from tests.e2e.workers import TINY_OPTIONS
+from tests.e2e.workers import TINY_OPTIONS, worker_process
 from tests.llama import tiny_models
 from tests.support import Daemon, running_daemon
 
 pytestmark = pytest.mark.model
 
+ROOT = Path(__file__).parents[2]
 _numbers = itertools.count()
 Make = Callable[..., llama_cpp.Llama]
 
@@ -230,8 +237,6 @@ def test_a_llama_and_a_worker_share_one_cache(
     daemon: Daemon, make: Make, tiny: Path, lora: Path, adapted: bool
 ) -> None:
     """Each finds what the other has stored, byte for byte what it would have computed."""
-    from kvd_client.integrations.llama.params import LoraAdapter
-
     loras = [LoraAdapter(str(lora), 0.5)] if adapted else []
     llama = make(**({"lora_path": str(lora), "lora_scale": 0.5} if adapted else {}))
     options = {**TINY_OPTIONS, "runtime_dir": daemon.runtime_dir, "timeout": PATIENT}
@@ -571,8 +576,6 @@ def test_without_a_daemon_a_llama_goes_on_as_ever(
     runtime_dir = tmp_path / "run"
     prompt = fresh_prompt(80)
     plain, llama = make(), make()
-    from kvd_client.integrations.llama import share
-
     handle = share(llama, runtime_dir=runtime_dir, timeout=PATIENT)
     for _ in range(2):
         assert run(llama, prompt) == run(plain, prompt)
@@ -686,3 +689,55 @@ def test_a_block_that_is_not_taken_is_computed(
     assert run(other, prompt) == run(plain, prompt)
     assert handle.counters.imported_tokens == 0
     assert handle.counters.decoded_tokens == 4 * BLOCK + 7
+
+
+# -- two processes ---------------------------------------------------------------------------------
+
+
+def test_the_example_runs_as_its_docstring_says(daemon: Daemon, smollm2: Path) -> None:
+    command = [sys.executable, "examples/llama_share.py", str(smollm2)]
+    command += ["--runtime-dir", str(daemon.runtime_dir)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    said = [
+        re.match(r"worker (\d) found (\d+) of (\d+)", line) for line in done.stdout.splitlines()
+    ]
+    found = [tuple(map(int, match.groups())) for match in said if match is not None]
+    assert [worker for worker, _, _ in found] == [1, 2, 1]
+    assert found[0][1] < 10, "how every chat begins"
+    for _, matched_tokens, prompt_tokens in found[1:]:
+        # All but the question, and at the most an answer that was tokenised otherwise.
+        assert prompt_tokens - 60 < matched_tokens < prompt_tokens
+
+
+def chat_in_turns(pipe: Connection, model: Path, runtime_dir: Path) -> None:
+    """For each prompt that comes: its greedy text, and what was found and decoded of it."""
+    llama = open_llama(model)
+    handle = share(llama, runtime_dir=runtime_dir, timeout=PATIENT)
+    with contextlib.suppress(EOFError):
+        while True:
+            prompt: list[int] = pipe.recv()
+            decoded = handle.counters.decoded_tokens
+            text = run(llama, prompt, 12)
+            handle.client.flush()
+            pipe.send((text, handle.matched_tokens, handle.counters.decoded_tokens - decoded))
+    llama.close()
+
+
+def test_a_chat_of_ten_turns_goes_from_process_to_process(
+    daemon: Daemon, make: Make, tiny: Path
+) -> None:
+    plain = make()
+    chat, before = fresh_prompt(100), np.empty(0, np.int32)
+    with (
+        worker_process(chat_in_turns, tiny, daemon.runtime_dir) as one,
+        worker_process(chat_in_turns, tiny, daemon.runtime_dir) as other,
+    ):
+        for turn in range(10):
+            pipe = (one, other)[turn % 2]
+            pipe.send(chat)
+            text, found, decoded = pipe.recv()
+            common = common_prefix(before, np.array(chat, np.int32))
+            assert (found, decoded) == (common, len(chat) - common + 11)
+            assert text == run(plain, chat, 12)
+            before = np.array([*chat, *text[:-1]], np.int32)
+            chat = [*chat, *text, *fresh_prompt(9)]

@@ -26,9 +26,9 @@ def open_llama(path: Path) -> llama_cpp.Llama:
     )
 
 
-@pytest.fixture(params=["llama", "sliding-window"])
+@pytest.fixture(params=["llama", "sliding-window", "m-rope"])
 def name(request: pytest.FixtureRequest) -> str:
-    """Of a model whose state has one part, or two."""
+    """Of a model whose state has one part, or two, or longer cells."""
     found: str = request.param
     return found
 
@@ -112,8 +112,9 @@ def test_cells_out_of_order_are_sorted(llama: llama_cpp.Llama) -> None:
         native.memory_seq_cp(memory, scratch, 0, -1, -1)
         native.memory_seq_rm(memory, scratch, -1, -1)
     both = export(mover, 0, 64)
-    words = both.payload[: 4 * (6 + 3 * 64)].view(np.int32)
-    assert words[4:-2:3].tolist() == list(range(64))
+    step = mover.layout.cell_words
+    words = both.payload[: 4 * (6 + step * 64)].view(np.int32)
+    assert words[4:-2:step].tolist() == list(range(64))
     again = open_llama(Path(llama.model_path))
     try:
         again.eval(tokens)

@@ -8,14 +8,23 @@ MAGIC = 0xAF143CD8
 
 
 def llama_block(
-    geometry: Geometry, start: int, n_tokens: int, fill: int = 0x11, window_layers: int = 0
+    geometry: Geometry,
+    start: int,
+    n_tokens: int,
+    fill: int = 0x11,
+    window_layers: int = 0,
+    m_rope: bool = False,
 ) -> bytearray:
-    """A valid block of positions start .. start+n_tokens-1, its rows all `fill`."""
+    """A valid block of positions start .. start+n_tokens-1, its rows all `fill`. With M-RoPE its
+    tokens are 100 + position."""
     block = bytearray(struct.pack("<Ii", MAGIC, 0))
     for layers in _parts(geometry, window_layers):
         block += struct.pack("<II", 1, n_tokens)
         for position in range(start, start + n_tokens):
-            block += struct.pack("<iIi", position, 1, 0)
+            block += struct.pack("<iI", position, 1)
+            if m_rope:
+                block += struct.pack("<iii", position, position, 100 + position)
+            block += struct.pack("<i", 0)
         block += struct.pack("<II", 0, len(layers))
         for layer in layers:
             block += struct.pack("<iQ", GGML_TYPES[layer.k_type].ggml_id, layer.k_row_bytes)

@@ -258,6 +258,8 @@ def payloads() -> dict[str, Any]:
         ("layers that differ", differing, "llama-state", (1, 64)),
         ("Gemma 3 270M, f16", GEMMA3, "llama-state:window=15", (1, 32, 64)),
         ("the second layer with a window", differing, "llama-state:window=1", (1, 64)),
+        ("with M-RoPE", differing, "llama-state:m-rope", (1, 64)),
+        ("with both", differing, "llama-state:window=1:m-rope", (1, 64)),
     ):
         geometry = Geometry.from_wire(rows)
         form = make_format(payload_format, geometry, 64)
@@ -272,14 +274,17 @@ def payloads() -> dict[str, Any]:
             }
         )
     forms = []
-    for payload_format, rows, window_layers in (
-        ("llama-state", TINY, 0),
-        ("llama-state:window=1", [*TINY, ["f32", 4, "bf16", 2]], 1),
+    for payload_format, rows, window_layers, m_rope in (
+        ("llama-state", TINY, 0, False),
+        ("llama-state:window=1", [*TINY, ["f32", 4, "bf16", 2]], 1, False),
+        ("llama-state:m-rope", TINY, 0, True),
     ):
         blocks = []
         for start, n_tokens in ((0, 1), (32, 2)):
             geometry = Geometry.from_wire(rows)
-            block = bytes(llama_block(geometry, start, n_tokens, window_layers=window_layers))
+            block = bytes(
+                llama_block(geometry, start, n_tokens, window_layers=window_layers, m_rope=m_rope)
+            )
             blocks.append(
                 {
                     "start": start,

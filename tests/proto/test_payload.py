@@ -157,6 +157,47 @@ def test_every_lie_in_the_second_part_is_refused_by_name(lie: str) -> None:
     assert caught.value.details
 
 
+M_ROPE_LIES = {
+    "x": (16 + 8, START - 1, "cell 0 is at x 63, y 64"),
+    "y of a later cell": (16 + 2 * 24 + 12, 0, "cell 2 is at x 66, y 0"),
+    "embedding": (16 + 24 + 16, -1, "cell 1 is at x 65, y 65 with token -1, which is not text"),
+    "position": (16 + 4 * 24, START, "cell 4 is position 64"),
+    "seq id": (16 + 4 * 24 + 20, 3, "cell 4 .* seq 3"),
+    "n_seq": (16 + 4, 0, "0 sequences"),
+}
+
+
+@pytest.mark.parametrize("lie", M_ROPE_LIES)
+def test_what_is_not_text_is_refused_by_name(lie: str) -> None:
+    offset, value, named = M_ROPE_LIES[lie]
+    form = make_format("llama-state:m-rope", GEOMETRY, 8)
+    wrong = llama_block(GEOMETRY, START, N_TOKENS, m_rope=True)
+    form.validate(wrong, START, N_TOKENS)
+    assert len(wrong) == form.size(N_TOKENS) == FORMAT.size(N_TOKENS) + 12 * N_TOKENS
+    struct.pack_into("<i", wrong, offset, value)
+    with pytest.raises(BadPayload, match=named):
+        form.validate(wrong, START, N_TOKENS)
+
+
+def test_any_token_is_text() -> None:
+    form = make_format("llama-state:m-rope", GEOMETRY, 8)
+    found = llama_block(GEOMETRY, START, N_TOKENS, m_rope=True)
+    for token in (0, (1 << 31) - 1):
+        struct.pack_into("<i", found, 16 + 24 + 16, token)
+        form.validate(found, START, N_TOKENS)
+
+
+def test_a_window_and_m_rope() -> None:
+    form = make_format("llama-state:window=1:m-rope", GEOMETRY, 8)
+    found = llama_block(GEOMETRY, START, N_TOKENS, window_layers=1, m_rope=True)
+    assert form.name == "llama-state:window=1:m-rope"
+    form.validate(found, START, N_TOKENS)
+    second = len(llama_block(Geometry(GEOMETRY.layers[:2]), START, N_TOKENS, m_rope=True))
+    struct.pack_into("<i", found, second + 8 + 8, 0)
+    with pytest.raises(BadPayload, match="cell 0 is at x 0"):
+        form.validate(found, START, N_TOKENS)
+
+
 def test_the_block_of_another_geometry_of_the_same_size_is_refused() -> None:
     rows = [LayerGeometry("f16", 8, "f16", 6), LayerGeometry("f16", 6, "f16", 8)]
     wanted, other = Geometry(tuple(rows)), Geometry(tuple(reversed(rows)))
@@ -222,6 +263,7 @@ def test_formats_by_name() -> None:
         "LLAMA-STATE", "llama-state:", "llama-state:window=0", "llama-state:window=02",
         "llama-state:window=2 ", "llama-state:window=2:window=2", "llama-state:window=1000",
         "llama-state:window=\uff12", "array:window=2",
+        "llama-state:m-rope:window=2", "llama-state:M-ROPE",
     ):  # fmt: skip
         with pytest.raises(BadMessage, match="unknown payload format"):
             make_format(name, GEOMETRY, 8)

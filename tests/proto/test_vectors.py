@@ -130,9 +130,9 @@ def test_payload_sizes() -> None:
 
 
 def test_payload_blocks() -> None:
-    for found, window_layers in zip(
-        load("payloads.json")["llama_state_blocks"], (0, 1), strict=True
-    ):
+    forms = load("payloads.json")["llama_state_blocks"]
+    kinds = ((0, False), (1, False), (0, True))
+    for found, (window_layers, m_rope) in zip(forms, kinds, strict=True):
         geometry = Geometry.from_wire(found["layers"])
         form = make_format(found["payload_format"], geometry, 32)
         for vector in found["blocks"]:
@@ -140,7 +140,9 @@ def test_payload_blocks() -> None:
             block = bytes.fromhex(vector["hex"])
             assert len(block) == vector["bytes"] == form.size(n_tokens)
             form.validate(block, start, n_tokens)
-            assert block == llama_block(geometry, start, n_tokens, window_layers=window_layers)
+            assert block == llama_block(
+                geometry, start, n_tokens, window_layers=window_layers, m_rope=m_rope
+            )
             assert f"{xxhash.xxh3_64_intdigest(block):016x}" == vector["xxh3_64"]
 
 

@@ -214,7 +214,7 @@ def _check_files(llama: Any, paths: Sequence[Path]) -> None:
                         "what K/V was computed with; make the Llama anew",
                     )
         # With `verbose` each completion sets llama.cpp's clocks back, that of the beginning too.
-        if llama.verbose and llama._sampler is not None and not _is_mapped(paths):
+        if llama.verbose and llama._sampler is not None:
             raise NotShareable(
                 Reason.MODEL_FILE,
                 "nothing tells any more when its model was loaded: share it before its first "
@@ -241,19 +241,6 @@ def _last_change(path: Path) -> float:
         link = links[-1]  # the outermost; what it leads to may lie below further ones
         changed = max(changed, link.lstat().st_ctime)
         path = link.parent / link.readlink() / path.relative_to(link)
-
-
-def _is_mapped(paths: Sequence[Path]) -> bool:
-    """Whether this process has all the files mapped, which were loaded so. False may be wrong."""
-    with open("/proc/self/maps") as maps:
-        found = {tuple(line.split(maxsplit=5)[3:5]) for line in maps}
-    for path in paths:
-        for part in model_files(path):
-            stat = part.stat()
-            device = f"{os.major(stat.st_dev):02x}:{os.minor(stat.st_dev):02x}"
-            if (device, str(stat.st_ino)) not in found:
-                return False
-    return True
 
 
 def _open_mover(context: int) -> BlockMover:

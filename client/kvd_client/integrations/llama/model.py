@@ -25,11 +25,8 @@ from kvd_client.integrations.llama.model_hash import (
 
 Tokens = npt.NDArray[np.int32]
 
-_M_ROPE_TYPES = (
-    bindings.LLAMA_ROPE_TYPE_MROPE,
-    bindings.LLAMA_ROPE_TYPE_IMROPE,
-    bindings.LLAMA_ROPE_TYPE_VISION,
-)
+M_ROPE_TYPES = (bindings.LLAMA_ROPE_TYPE_MROPE, bindings.LLAMA_ROPE_TYPE_IMROPE)
+"""Those of models whose cells have positions of more dimensions."""
 
 
 class LlamaModel:
@@ -39,8 +36,9 @@ class LlamaModel:
     (tokenize, detokenize) is safe from several threads, closing is not.
     """
 
+    _is_owned = True
+
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._is_owned = True
         self.path = Path(path)
         self._stamps = _stamps(self.path)
         params = bindings.llama_model_default_params()
@@ -201,11 +199,10 @@ class LlamaModel:
                 "the model has an encoder or is a diffusion model: K/V of a token depends on what "
                 "follows it; use it without sharing",
             )
-        if bindings.llama_model_rope_type(self.pointer) in _M_ROPE_TYPES:
+        if bindings.llama_model_rope_type(self.pointer) == bindings.LLAMA_ROPE_TYPE_VISION:
             return NotShareable(
                 Reason.M_ROPE,
-                "the model has M-RoPE positions, which token ids alone do not determine; use it "
-                "without sharing",
+                "the model's positions are those of images; use it without sharing",
             )
         return None
 

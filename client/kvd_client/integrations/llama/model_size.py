@@ -78,7 +78,7 @@ class ModelSize:
     @property
     def payload_format(self) -> str:
         """The name of the form of its blocks; only of a model that can be shared."""
-        return llama_state_name(len(self._seeing.rows))
+        return llama_state_name(len(self._seeing.rows), self.shape.has_positions)
 
     def state_bytes(self, n_tokens: int) -> int:
         """Of a sequence, or a block, of positions 0 .. n_tokens-1 (at least 1)."""

@@ -33,6 +33,7 @@ from kvd_client.integrations.llama.errors import (
     LlamaEngineError,
     NotExportable,
 )
+from kvd_client.integrations.llama.model import M_ROPE_TYPES
 from kvd_client.integrations.llama.state import (
     BlockForm,
     KvLayout,
@@ -73,7 +74,8 @@ def read_layout(scratch: ScratchSequence) -> KvLayout:
         raise LlamaEngineError(f"cannot read the state of a token: {native.take_errors()}")
     model = bindings.llama_get_model(scratch.context)
     window = bindings.llama_model_n_swa(model)
-    return parse_layout(state.raw, window, is_narrow=scratch.is_narrow)
+    m_rope = bindings.llama_model_rope_type(model) in M_ROPE_TYPES
+    return parse_layout(state.raw, window, m_rope=m_rope, is_narrow=scratch.is_narrow)
 
 
 class BlockMover:
@@ -100,8 +102,9 @@ class BlockMover:
         That is always layout.state_bytes(n), in the canonical form of state.py; `capacity` must
         be enough (ValueError, nothing written). Cells that lie in another order, as they can where
         sequences come and go, are sorted in the destination, at the cost of another copy. Raises
-        NotExportable if the range is not in the sequence as a whole, or no longer in the window's
-        cache; the memory's content is then undefined. The sequence is not changed.
+        NotExportable if the range is not in the sequence as a whole, no longer in the window's
+        cache, or, with M-RoPE, not text alone; the memory's content is then undefined. The sequence
+        is not changed.
         """
         form = self._form(n)
         size = form.n_bytes
@@ -139,7 +142,8 @@ class BlockMover:
                 return size
         native.take_errors()
         raise NotExportable(
-            f"the state of tokens {start} .. {start + n - 1} of sequence {seq} is not {n} cells"
+            f"the state of tokens {start} .. {start + n - 1} of sequence {seq} is not {n} cells of "
+            "text"
         )
 
     def import_blocks(self, seq: int, start: int, blocks: Iterable[BlockAt]) -> None:

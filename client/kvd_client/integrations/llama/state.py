@@ -13,13 +13,16 @@
           K of each of the L layers: i32 ggml type | u64 row bytes | N rows
           V of each of the L layers: the same form
 
+With M-RoPE a cell has three words more before its sequence id: x | y | token. Of text both x and y
+are the position; the embedding of a part of an image has other ones, and the token -1.
+
 A context writes no id for a cell whose sequence id is not below its n_seq_max, and n_seq_id 0: a
 narrow state, in each part 4 N bytes shorter, of which all else is the same.
 
 The canonical form has both ignored ids 0, in each part positions start .. start+N-1 in this order,
-one stream, and V not transposed. So all before the rows follows from (start, N, L of each part),
-and equal K/V is equal bytes. A block is no longer than the window: of a longer one llama.cpp
-writes fewer cells into the second part.
+one stream, V not transposed, and nothing but text. So all before the rows follows from (start, N, L
+of each part, and with M-RoPE the tokens), and equal K/V is equal bytes. A block is no longer than
+the window: of a longer one llama.cpp writes fewer cells into the second part.
 """
 
 import ctypes
@@ -40,6 +43,7 @@ V_TRANS = 0
 _HEAD_WORDS = 2  # of the state
 _PART_WORDS = 2  # of each part, before its cells
 _CELL_WORDS = 3
+_M_ROPE_WORDS = 3  # of a cell more
 _ID_WORDS = 1  # of a cell, the last one: what a narrow state has not
 _TAIL_WORDS = 2
 _ROW_HEADER = struct.Struct("<iQ")
@@ -58,12 +62,19 @@ class KvLayout(NamedTuple):
     """The rows of every layer that has K/V of its own, in llama.cpp's order.
 
     `layers` see the whole sequence, `window_layers` the last `window` tokens of it: a token at
-    position p sees those after p - window. Without a window: none, and 0.
+    position p sees those after p - window. Without a window: none, and 0. `m_rope`: whether cells
+    have the positions of M-RoPE.
     """
 
     layers: tuple[KvRow, ...]
     window_layers: tuple[KvRow, ...] = ()
     window: int = 0
+    m_rope: bool = False
+
+    @property
+    def cell_words(self) -> int:
+        """32-bit words of a cell, beside its rows."""
+        return _CELL_WORDS + _M_ROPE_WORDS * self.m_rope
 
     @property
     def parts(self) -> tuple[tuple[KvRow, ...], ...]:
@@ -82,7 +93,8 @@ class KvLayout(NamedTuple):
             raise ValueError(f"a block has at least one token, not {n_tokens}")
         if self.window and n_tokens > self.window:
             raise ValueError(f"a block has no more tokens than the window of {self.window}")
-        return 4 * _HEAD_WORDS + sum(_part_bytes(part, n_tokens) for part in self.parts)
+        parts = (_part_bytes(part, n_tokens, self.cell_words) for part in self.parts)
+        return 4 * _HEAD_WORDS + sum(parts)
 
     def first_seen(self, position: int) -> int:
         """From which position on a token at `position` needs all cells in every layer's cache, if
@@ -90,17 +102,19 @@ class KvLayout(NamedTuple):
         return max(0, position - self.window + 1) if self.window else 0
 
 
-def _part_bytes(layers: Sequence[KvRow], n_tokens: int) -> int:
+def _part_bytes(layers: Sequence[KvRow], n_tokens: int, cell_words: int) -> int:
     rows = sum(row.k_row_bytes + row.v_row_bytes for row in layers)
     fixed = 4 * (_PART_WORDS + _TAIL_WORDS) + 2 * _ROW_HEADER.size * len(layers)
-    return fixed + n_tokens * (4 * _CELL_WORDS + rows)
+    return fixed + n_tokens * (4 * cell_words + rows)
 
 
-def parse_layout(state: bytes, window: int = 0, *, is_narrow: bool = False) -> KvLayout:
+def parse_layout(
+    state: bytes, window: int = 0, *, m_rope: bool = False, is_narrow: bool = False
+) -> KvLayout:
     """Read the layout from the state of one token; NotShareable if such blocks cannot be shared.
 
-    `window`: what llama.cpp says of the model, 0 for none. Some models speak of one and have none;
-    of the rest a state has two parts.
+    `window` and `m_rope`: what llama.cpp says of the model. Some models speak of a window and have
+    none; of the rest a state has two parts.
     Everything in `state` must be accounted for: a model that keeps more than K and V rows (another
     cache, an extension to each cell, K without V) is told by what is left over or missing.
     """
@@ -111,22 +125,27 @@ def parse_layout(state: bytes, window: int = 0, *, is_narrow: bool = False) -> K
     )
     if len(state) < 4 * _HEAD_WORDS or struct.unpack_from("<I", state)[0] != MAGIC:
         raise odd
+    cell_words = _CELL_WORDS + _M_ROPE_WORDS * m_rope - _ID_WORDS * is_narrow
     parts: list[tuple[KvRow, ...]] = []
     at = 4 * _HEAD_WORDS
     while not parts or (at < len(state) and window and len(parts) == 1):
-        part = _parse_part(state, at, is_narrow)
+        part = _parse_part(state, at, cell_words, is_narrow)
         if part is None:
             raise odd
         parts.append(part)
-        at += _part_bytes(part, 1) - 4 * _ID_WORDS * is_narrow
+        at += _part_bytes(part, 1, cell_words)
     if at != len(state):
         raise odd
-    return KvLayout(parts[0]) if len(parts) == 1 else KvLayout(parts[0], parts[1], window)
+    if len(parts) == 1:
+        return KvLayout(parts[0], m_rope=m_rope)
+    return KvLayout(parts[0], parts[1], window, m_rope)
 
 
-def _parse_part(state: bytes, at: int, is_narrow: bool) -> tuple[KvRow, ...] | None:
+def _parse_part(
+    state: bytes, at: int, cell_words: int, is_narrow: bool
+) -> tuple[KvRow, ...] | None:
     """The layers of the part that begins at byte `at`; None if it is not one of one token."""
-    n_words = _PART_WORDS + _CELL_WORDS - _ID_WORDS * is_narrow + _TAIL_WORDS
+    n_words = _PART_WORDS + cell_words + _TAIL_WORDS
     if len(state) < at + 4 * n_words:
         return None
     words = struct.unpack_from(f"<{n_words}I", state, at)
@@ -172,8 +191,8 @@ class BlockForm:
         head = [MAGIC, 0]  # before the first part
         at = 0
         for layers in layout.parts:
-            self._parts.append(_PartForm(layers, n_tokens, at, head))
-            at += 4 * len(head) + _part_bytes(layers, n_tokens)
+            self._parts.append(_PartForm(layers, n_tokens, at, head, layout.cell_words))
+            at += 4 * len(head) + _part_bytes(layers, n_tokens, layout.cell_words)
             head = []
         self.narrow_bytes = 4 * _ID_WORDS * n_tokens * len(self._parts)
         """By how much a narrow state is shorter."""
@@ -201,23 +220,26 @@ class BlockForm:
         """Make the state at `address` canonical, in place: the ignored ids 0, and the cells, with
         their rows, in the order of positions. llama.cpp writes them as they lie in the context.
 
-        False, the content then undefined, if it is not that of positions start ..
+        False, the content then undefined, if it is not that of text at positions start ..
         start+n_tokens-1.
         """
         return all(part.canonicalise(address, start) for part in self._parts)
 
     def is_canonical(self, address: int, start: int) -> bool:
-        """Whether at `address` is a block of positions start .. start+n_tokens-1."""
+        """Whether at `address` is a block of text at positions start .. start+n_tokens-1."""
         return all(part.is_canonical(part.header(address), start) for part in self._parts)
 
 
 class _PartForm:
     """A part of a block: `at` bytes behind its begin, with `head` before its own words."""
 
-    def __init__(self, layers: Sequence[KvRow], n_tokens: int, at: int, head: list[int]) -> None:
+    def __init__(
+        self, layers: Sequence[KvRow], n_tokens: int, at: int, head: list[int], cell_words: int
+    ) -> None:
         self._at = at
+        self._cell_words = cell_words
         self._first = len(head) + _PART_WORDS  # the first cell's first word
-        self._n_words = self._first + _CELL_WORDS * n_tokens + _TAIL_WORDS
+        self._n_words = self._first + cell_words * n_tokens + _TAIL_WORDS
         self._array_type: Any = ctypes.c_int32 * self._n_words
         self._canonical = np.zeros(self._n_words, dtype=np.int32)
         words = np.array([*head, N_STREAM, n_tokens], dtype=np.uint32)
@@ -226,6 +248,7 @@ class _PartForm:
         cells = self._cells(self._canonical)
         cells[:, 1] = 1
         self._positions = cells[:, 0]
+        self._m_rope = cells[:, 2:5].T if cell_words > _CELL_WORDS else None
         self._from_zero = np.arange(n_tokens, dtype=np.int32)
         self._rows: list[tuple[int, int]] = []  # (byte offset of N rows, bytes of each)
         offset = first_row = at + 4 * self._n_words
@@ -235,9 +258,9 @@ class _PartForm:
             offset += n_tokens * size
         self._rows_at, self._row_bytes = first_row, offset - first_row
 
-    def _cells(self, header: Words, cell_words: int = _CELL_WORDS) -> Words:
-        """[n_tokens, cell_words], not a copy."""
-        return header[self._first : -_TAIL_WORDS].reshape(-1, cell_words)
+    def _cells(self, header: Words, fewer: int = 0) -> Words:
+        """[n_tokens, words of a cell, less `fewer`], not a copy."""
+        return header[self._first : -_TAIL_WORDS].reshape(-1, self._cell_words - fewer)
 
     def header(self, address: int) -> Words:
         """The words of the block at `address`, not a copy; valid as long as that memory is."""
@@ -249,7 +272,7 @@ class _PartForm:
         """A copy of the words of a narrow state, whose part begins `at` bytes behind `address`."""
         n = self._from_zero.size
         header = self.header(address)[: self._n_words - _ID_WORDS * n].copy()
-        n_seq_ids = self._cells(header, _CELL_WORDS - _ID_WORDS)[:, 1]
+        n_seq_ids = self._cells(header, _ID_WORDS)[:, 1]
         return None if n_seq_ids.any() else header
 
     def put(self, address: int, narrow: Words, shift: int) -> None:
@@ -262,7 +285,7 @@ class _PartForm:
         header[: self._first] = narrow[: self._first]
         header[-_TAIL_WORDS:] = narrow[-_TAIL_WORDS:]
         cells = self._cells(header)
-        cells[:, :-_ID_WORDS] = self._cells(narrow, _CELL_WORDS - _ID_WORDS)
+        cells[:, :-_ID_WORDS] = self._cells(narrow, _ID_WORDS)
         cells[:, 1] = 1
         cells[:, -_ID_WORDS:] = 0
 
@@ -271,7 +294,7 @@ class _PartForm:
         header = self.header(address)
         if self._at == 0:
             header[1] = 0
-        header[self._first + _CELL_WORDS - 1 : -_TAIL_WORDS : _CELL_WORDS] = 0
+        header[self._first + self._cell_words - 1 : -_TAIL_WORDS : self._cell_words] = 0
         return self.is_canonical(header, start) or (
             self._sort(address, header, start) and self.is_canonical(header, start)
         )
@@ -293,6 +316,14 @@ class _PartForm:
         return True
 
     def is_canonical(self, header: Words, start: int) -> bool:
-        """Whether this is the header of positions start .. start+n_tokens-1, in this order."""
+        """Whether this is the header of text at positions start .. start+n_tokens-1, in order."""
         np.add(self._from_zero, start, out=self._positions)
+        if self._m_rope is not None:
+            # Which token it is follows from nothing here, but only text has one.
+            tokens = self._cells(header)[:, _CELL_WORDS + 1]
+            if tokens.min() < 0:
+                return False
+            x, y, expected = self._m_rope
+            x[:] = y[:] = self._positions
+            expected[:] = tokens
         return header.tobytes() == self._canonical.tobytes()

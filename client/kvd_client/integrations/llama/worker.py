@@ -57,7 +57,7 @@ def model_of(engine: KvSource, block_tokens: int = 32) -> Model:
     return Model(
         engine.model.path.name,
         found.digest,
-        llama_state_name(len(layout.window_layers)),
+        llama_state_name(len(layout.window_layers), layout.m_rope),
         layers,
         block_tokens,
         traits_of(found.fields),

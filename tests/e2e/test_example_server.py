@@ -4,7 +4,9 @@ import json
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +141,41 @@ def test_what_it_says_is_what_the_script_says(
         expected = plain.complete(prompt, 30)
     found = pair[0].complete(prompt, 30)
     assert found["text"] == expected["text"]
+
+
+def test_many_requests_at_once_are_all_answered(
+    pair: tuple[ExampleServer, ExampleServer], words: LlamaModel
+) -> None:
+    """More than there are sequences, with a beginning in common, some given up in the middle."""
+    common_text = "All at once. " + TEXT
+    done = [0, 0]
+
+    def ask(number: int) -> int:
+        server = pair[number % 2]
+        choice = server.complete(f"{common_text} Number {number} says", 6)
+        return len(choice["text"])
+
+    def give_up(number: int) -> None:
+        body = {"prompt": f"{common_text} Leave {number}", "max_tokens": 200, "stream": True}
+        request = urllib.request.Request(
+            pair[number % 2].url + "/v1/completions",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=100) as answer:
+            answer.readline()
+            done[number % 2] += 1
+
+    with ThreadPoolExecutor(12) as pool:
+        given_up = [pool.submit(give_up, number) for number in range(4)]
+        asked = [pool.submit(ask, number) for number in range(8)]
+        assert all(each.result() for each in asked)
+        for each in given_up:
+            each.result()
+    assert done == [2, 2]
+    for server in pair:
+        failures = {k: v for k, v in server.metrics().items() if "cache" in k and "fail" in k}
+        assert not any(failures.values())
 
 
 def test_nothing_is_left_leased(daemon: Daemon, pair: tuple[ExampleServer, ExampleServer]) -> None:

@@ -39,6 +39,10 @@ BLOCK = 4
 # ------------------------------------------------------------------------------- a slow reference
 
 
+def cell_bytes(form: StateForm) -> int:
+    return 24 if form.layout.m_rope else 12
+
+
 class Made:
     """Made-up K/V of n tokens: rows[layer] is a list of (K row, V row) by position."""
 
@@ -58,7 +62,7 @@ class Made:
         out = struct.pack("<IiII", MAGIC, 7, 1, len(order))
         for position in order:
             out += struct.pack("<iI", position, 1)
-            if form.m_rope:
+            if form.layout.m_rope:
                 out += struct.pack("<iii", position, position, self.tokens[position])
             out += struct.pack("<i", 3)
         out += struct.pack("<II", form.v_trans, len(layers))
@@ -85,7 +89,7 @@ class Made:
         state = bytearray(plain.state(list(range(start, start + n))))
         struct.pack_into("<i", state, 4, 0)
         for cell in range(n):
-            struct.pack_into("<i", state, 16 + 12 * cell + 8, 0)
+            struct.pack_into("<i", state, 16 + cell_bytes(self.form) * (cell + 1) - 4, 0)
         return bytes(state)
 
 
@@ -113,8 +117,8 @@ def forms(draw: st.DrawFn) -> StateForm:
     v_trans = draw(st.booleans())
     v_rows = rows.filter(lambda row: row[0] in (F16, F32)) if v_trans else rows
     layers = draw(st.lists(st.tuples(rows, v_rows), min_size=1, max_size=3))
-    layout = KvLayout(tuple(KvRow(*k, *v) for k, v in layers))
-    return StateForm(layout, v_trans, draw(st.booleans()))
+    layout = KvLayout(tuple(KvRow(*k, *v) for k, v in layers), m_rope=draw(st.booleans()))
+    return StateForm(layout, v_trans)
 
 
 @given(forms(), st.integers(1, 3 * BLOCK + 1), st.booleans(), st.integers(0, 1000), st.data())
@@ -134,7 +138,7 @@ def test_cut_and_merged_as_the_reference_does(
     merged = merge(form, made.tokens[:wanted], blocks)
     expected = bytearray(made.state(list(range(wanted))))
     struct.pack_into("<i", expected, 4, 0)
-    cell = 24 if form.m_rope else 12
+    cell = cell_bytes(form)
     for index in range(wanted):
         struct.pack_into("<i", expected, 16 + cell * (index + 1) - 4, 0)
     assert merged.tobytes() == bytes(expected)
@@ -173,7 +177,7 @@ def test_a_damaged_state_is_refused_or_the_damage_is_in_the_rows(
 def may_differ(form: StateForm, n: int, where: int) -> bool:
     if 4 <= where < 8:
         return True  # the source's sequence id
-    cell = 24 if form.m_rope else 12
+    cell = cell_bytes(form)
     end = 16 + n * cell
     if 16 <= where < end:
         return (where - 16) % cell >= cell - 4
@@ -230,7 +234,7 @@ def test_a_wrong_header_says_which(offset: int, word: int, said: str) -> None:
 
 
 def test_a_cell_of_an_image_is_refused() -> None:
-    form = StateForm(LAYOUT, m_rope=True)
+    form = StateForm(LAYOUT._replace(m_rope=True))
     made = Made(form, 4, 0)
     state = bytearray(made.state([0, 1, 2, 3]))
     struct.pack_into("<i", state, 16 + 2 * 24 + 16, -1)  # token of cell 2: none
@@ -361,7 +365,7 @@ def test_logits_after_cutting_and_merging_are_equal_bit_for_bit(
     computing.prefill(0, tokens[60:], 60)  # partly where sequence 1 was
     state = state_of(computing, 0)
     assert len(state) == form.n_bytes(150)
-    cell = 24 if form.m_rope else 12
+    cell = cell_bytes(form)
     found = [struct.unpack_from("<i", state, 16 + cell * index)[0] for index in range(150)]
     assert found != sorted(found), "the test wants cells in another order"
     blocks = cut(state, form, tokens, 32)
@@ -400,7 +404,7 @@ def in_order(state: bytes, form: StateForm, tokens: Tokens) -> bytes:
     """The same state with its cells sorted, not by the code under test: as the reference writes it,
     from rows picked out of the original one by one."""
     n, layers = len(tokens), form.layout.layers
-    cell = 24 if form.m_rope else 12
+    cell = cell_bytes(form)
     positions = [struct.unpack_from("<i", state, 16 + cell * i)[0] for i in range(n)]
     made = Made.__new__(Made)
     made.form, made.tokens = form, tokens

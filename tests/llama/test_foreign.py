@@ -103,9 +103,16 @@ def test_without_flash_attention_it_is_another(tiny_dir: Path) -> None:
         assert off.fingerprint().digest != on.fingerprint().digest
 
 
-def test_m_rope_is_told_by_its_cells(tiny_dir: Path) -> None:
-    with foreign(tiny_dir / "m-rope.gguf") as context:
-        assert context.form.m_rope
+@pytest.mark.parametrize("name", ["heads-by-layer", "m-rope"])
+def test_other_kinds_are_shared_with_engines_too(tiny_dir: Path, name: str) -> None:
+    path = tiny_dir / f"{name}.gguf"
+    with (
+        LlamaEngine(model_path=path, n_ctx=256, n_batch=64, n_threads=1) as engine,
+        foreign(path) as context,
+    ):
+        assert context.layout == engine.layout
+        assert context.layout.m_rope == (name == "m-rope")
+        assert context.kvd_model() == model_of(engine)
 
 
 @pytest.mark.parametrize(

@@ -4,15 +4,14 @@
 keeps blocks in the canonical form of state.py. This module moves the bytes between the two, once:
 straight from the state to where the block is to be, and straight from the blocks into one state.
 
-A state may have two things that a block has not, and neither is lost:
+A state may have what a block has not, v_trans = 1: without flash attention V of a layer is
+[element][cell] instead of rows, and begins with
 
-    v_trans = 1     without flash attention V of a layer is [element][cell] instead of rows:
-                        i32 ggml type | u32 element bytes | u32 elements of a row
-                    Elements are only moved, so a block from it is exact. Quantised V has no such
-                    form: there an element is no whole number of bytes
-    M-RoPE          each cell has 12 bytes more, before its sequence id: i32 x | i32 y | i32 token.
-                    For text all three follow from the position and the token; a cell of an image,
-                    where they do not, is refused
+    i32 ggml type | u32 element bytes | u32 elements of a row
+
+Elements are only moved, so a block from it is exact. Quantised V has no such form: there an element
+is no whole number of bytes. Of models with a sliding window nothing is made here: the state of a
+whole sequence has not all cells of their layers.
 
 Bytes may come from anywhere: whatever is not as it must be raises BadState, and no block is made
 of it. Rows themselves have no wrong values.
@@ -34,8 +33,6 @@ Tokens = npt.NDArray[np.int32]
 
 _HEAD_WORDS = 4
 _TAIL_WORDS = 2
-_CELL_WORDS = 3
-_EXTENSION_WORDS = 3
 _ROW_HEADER = struct.Struct("<iQ")
 _COLUMN_HEADER = struct.Struct("<iII")
 _HEADER_BYTES = _ROW_HEADER.size
@@ -56,12 +53,10 @@ class StateForm(NamedTuple):
 
     layout: KvLayout
     v_trans: bool = False
-    m_rope: bool = False
 
     def n_bytes(self, n_tokens: int) -> int:
-        """The exact size of the state of so many tokens (at least 1)."""
-        extension = 4 * _EXTENSION_WORDS if self.m_rope else 0
-        return self.layout.state_bytes(n_tokens) + n_tokens * extension
+        """The exact size of the state of so many tokens (at least 1), transposed or not."""
+        return self.layout.state_bytes(n_tokens)
 
 
 class Block(NamedTuple):
@@ -78,7 +73,7 @@ class _Map:
         self.form = form
         self.n = n
         self.n_bytes = form.n_bytes(n)
-        self.cell_words = _CELL_WORDS + (_EXTENSION_WORDS if form.m_rope else 0)
+        self.cell_words = form.layout.cell_words
         self.n_words = _HEAD_WORDS + n * self.cell_words + _TAIL_WORDS
         layers = form.layout.layers
         self.row_bytes = [row.k_row_bytes for row in layers]
@@ -100,8 +95,8 @@ class _Map:
     def words_of(self, state: Bytes) -> npt.NDArray[np.int32]:
         return state[: 4 * self.n_words].view(np.int32)
 
-    def write_headers(self, state: Bytes, start: int, tokens: Tokens | None) -> None:
-        """All but the rows, for positions start .. start+n-1."""
+    def write_headers(self, state: Bytes, start: int, tokens: Tokens) -> None:
+        """All but the rows, for `tokens` at positions start .. start+n-1."""
         words = self.words_of(state)
         words[:_HEAD_WORDS] = self._first_words
         words[-_TAIL_WORDS:] = (self.form.v_trans, len(self.form.layout.layers))
@@ -109,15 +104,14 @@ class _Map:
         cells[:, 0] = np.arange(start, start + self.n, dtype=np.int32)
         cells[:, 1] = 1
         cells[:, -1] = 0
-        if self.form.m_rope:
-            assert tokens is not None
+        if self.form.layout.m_rope:
             cells[:, 2] = cells[:, 3] = cells[:, 0]
             cells[:, 4] = tokens
         state[self._header_places] = self._headers
 
-    def order_of(self, state: Bytes, start: int, tokens: Tokens | None) -> npt.NDArray[np.intp]:
+    def order_of(self, state: Bytes, start: int, tokens: Tokens) -> npt.NDArray[np.intp]:
         """Which cell has position start, start+1, ...; the headers of `state`, whose size is right,
-        are checked. Raises BadState."""
+        are checked. `tokens` are those of the first ones, at most n. Raises BadState."""
         words = self.words_of(state)
         magic, n_stream, n_cells = words[0].view(np.uint32), words[2], words[3]
         if magic != MAGIC:
@@ -136,14 +130,11 @@ class _Map:
                 f"the state has positions {cells[:, 0].min()} .. {cells[:, 0].max()} in {self.n} "
                 f"cells, not each of {start} .. {start + self.n - 1} once"
             )
-        if self.form.m_rope:
-            assert tokens is not None
-            text = np.stack([wanted, wanted, tokens], axis=1)
-            if not np.array_equal(cells[order, 2:5], text):
-                raise BadState(
-                    "a cell of the state is not of the text's token at its place: it is of an "
-                    "image, or of other tokens"
-                )
+        if self.form.layout.m_rope and not _is_text(cells[order], wanted, tokens):
+            raise BadState(
+                "a cell of the state is not of the text's token at its place: it is of an image, "
+                "or of other tokens"
+            )
         v_trans, n_layer = words[-_TAIL_WORDS:].tolist()
         expected = (int(self.form.v_trans), len(self.form.layout.layers))
         if (v_trans, n_layer) != expected:
@@ -159,6 +150,17 @@ class _Map:
                 f"{found[index].tobytes().hex()} instead of {self._headers[index].tobytes().hex()}"
             )
         return order
+
+
+def _is_text(cells: npt.NDArray[np.int32], wanted: npt.NDArray[np.int32], tokens: Tokens) -> bool:
+    """Whether M-RoPE's words in sorted cells are those of text, and of these tokens."""
+    found = cells[:, 4]
+    return (
+        np.array_equal(cells[:, 2], wanted)
+        and np.array_equal(cells[:, 3], wanted)
+        and np.array_equal(found[: len(tokens)], tokens)
+        and bool((found >= 0).all())
+    )
 
 
 def _v_header(row: KvRow, v_trans: bool) -> bytes:
@@ -190,6 +192,7 @@ class SequenceState:
                 f"the state of {self.n_tokens} tokens has {form.n_bytes(self.n_tokens)} bytes, "
                 f"not {self._data.size}"
             )
+        self._tokens = tokens
         self._map = _Map(form, self.n_tokens)
         order = self._map.order_of(self._data, 0, tokens)
         in_order = np.array_equal(order, np.arange(self.n_tokens))
@@ -204,7 +207,7 @@ class SequenceState:
         where = _block_map(StateForm(self.form.layout), n)
         if out.size != where.n_bytes:
             raise ValueError(f"a block of {n} tokens has {where.n_bytes} bytes, not {out.size}")
-        where.write_headers(out, start, None)
+        where.write_headers(out, start, self._tokens[start : start + n])
         cells = slice(start, start + n) if self._order is None else self._order[start : start + n]
         n_layer = len(self.form.layout.layers)
         whole = self._map
@@ -246,7 +249,7 @@ def merge(form: StateForm, tokens: Tokens, blocks: Iterable[Block]) -> Bytes:
         if count < 1 or payload.size != form.layout.state_bytes(count):
             raise BadState(f"a block of {count} tokens has not {payload.size} bytes")
         where = _block_map(plain, count)
-        order = where.order_of(payload, start, None)
+        order = where.order_of(payload, start, tokens[start : start + count])
         if not np.array_equal(order, np.arange(count)):
             raise BadState(f"the block at {start} is not in the canonical order")
         taken = min(count, n - start)
@@ -292,7 +295,7 @@ def parse_form(state: bytes, tokens: Tokens) -> StateForm:
 
 def _parse(state: bytes, n: int, m_rope: bool) -> StateForm | None:
     """Read the layers of a state of `n` cells; None if they do not end with the state."""
-    cell_words = _CELL_WORDS + (_EXTENSION_WORDS if m_rope else 0)
+    cell_words = KvLayout((), m_rope=m_rope).cell_words
     offset = 4 * (_HEAD_WORDS + n * cell_words + _TAIL_WORDS)
     if len(state) < offset:
         return None
@@ -313,5 +316,5 @@ def _parse(state: bytes, n: int, m_rope: bool) -> StateForm | None:
     if offset != len(state) or len(rows) != 2 * n_layer:
         return None
     layers = zip(rows[:n_layer], rows[n_layer:], strict=True)
-    layout = KvLayout(tuple(KvRow(*k, *v) for k, v in layers))
-    return StateForm(layout, bool(v_trans), m_rope)
+    layout = KvLayout(tuple(KvRow(*k, *v) for k, v in layers), m_rope=m_rope)
+    return StateForm(layout, bool(v_trans))

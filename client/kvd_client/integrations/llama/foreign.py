@@ -26,8 +26,7 @@ from kvd_client.integrations.llama.model import LlamaModel
 from kvd_client.integrations.llama.model_hash import FileStamp, file_digest, file_stamp, model_files
 from kvd_client.integrations.llama.params import LoraAdapter, env_int, kv_type_name
 from kvd_client.integrations.llama.state import KvLayout
-
-_M_ROPE = (bindings.LLAMA_ROPE_TYPE_MROPE, bindings.LLAMA_ROPE_TYPE_IMROPE)
+from kvd_proto.payload import llama_state_name
 
 
 class Before(NamedTuple):
@@ -102,8 +101,9 @@ class ForeignContext:
         )
         found = self.fingerprint()
         traits = traits_of(found.fields)
+        payload = llama_state_name(m_rope=self.layout.m_rope)
         name = self.model.path.name
-        return Model(name, found.digest, "llama-state", layers, block_tokens, traits)
+        return Model(name, found.digest, payload, layers, block_tokens, traits)
 
 
 def _refuse(
@@ -115,8 +115,7 @@ def _refuse(
 ) -> None:
     """Raise NotShareable for what the fingerprint does not cover, or blocks cannot be made of."""
     unshareable = model.unshareable_kind()
-    # States of M-RoPE models are checked cell by cell: only positions of text are ever stored.
-    if unshareable is not None and bindings.llama_model_rope_type(model.pointer) not in _M_ROPE:
+    if unshareable is not None:
         raise unshareable
     if tuple(file_stamp(part) for part in model_files(model.path)) != before.stamps:
         raise NotShareable(

@@ -29,7 +29,7 @@ import numpy.typing as npt
 
 from kvd_client.client import Client, Sequence
 from kvd_client.context import Commit, Model
-from kvd_client.errors import KvdError
+from kvd_client.errors import BadPosition, KvdError
 from kvd_client.integrations.llama.blobs import Block, SequenceState, StateForm, merge
 from kvd_proto.messages import MAX_APPEND_BLOCKS
 
@@ -184,11 +184,15 @@ class SequenceCache:
                     first = start + index * block_tokens
                     count = min(block_tokens, end - first)
                     state.write_block(first, count, staged.block(index))
+                # Not waited for: the first token of the prompt is.
+                commit = leased.post_append(tokens[start:end], staged, start=start)
+            except BadPosition:
+                leased.unstage(staged)
+                return  # an earlier one was refused, which is told later
             except BaseException:
                 leased.unstage(staged)
                 raise
-            # Not waited for: the first token of the prompt is.
-            self._posted.append(leased.post_append(tokens[start:end], staged, start=start))
+            self._posted.append(commit)
             start = end
 
     def _tell_failures(self) -> None:

@@ -306,7 +306,9 @@ class LlamaShare:
         native.memory_seq_rm(self._memory, _SEQ, length, -1)
 
     def _end(self, request: _Request) -> None:
-        """Its generator has ended, or was closed, or dropped."""
+        """Its generator has ended, or was closed, or dropped: perhaps by the end of Python."""
+        if sys.is_finalizing():
+            return
         if self._lock.acquire(blocking=False):
             try:
                 if self._request is request:

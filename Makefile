@@ -31,27 +31,29 @@ test: python ## All tests: the fast ones, real processes, a real model, a real s
 	@echo "== 4/4 systemd: the real service in a container, workers in containers of their own"
 	$(RUN) -m pytest tests/system
 
-soak: python ## The long ones, about 50 minutes: kills, crashes, simulations, fuzz. KVD_SEED=n replays
+soak: python ## The long ones, about an hour: kills, crashes, simulations, fuzz. KVD_SEED=n replays
 	@$(PYTHON) scripts/bootstrap.py test
-	@echo "== 1/8 500 workers killed, 100 of them with a surviving child"
+	@echo "== 1/9 500 workers killed, 100 of them with a surviving child"
 	$(RUN) -m pytest tests/soak/test_worker_deaths.py
-	@echo "== 2/8 200 daemons killed under load, and one at each point, at several times of coming there"
+	@echo "== 2/9 200 daemons killed under load, and one at each point, at several times of coming there"
 	$(RUN) -m pytest -s tests/soak/test_daemon_kills.py
 	KVD_CRASH_AT=1,2,3,5,8 $(RUN) -m pytest tests/shell/test_crash_points.py
-	@echo "== 3/8 10,000 simulations of restarts; the model of the core, 2,000 times 50 steps"
+	@echo "== 3/9 10,000 simulations of restarts; the model of the core, 2,000 times 50 steps"
 	KVD_SIMULATIONS=10000 $(RUN) -m pytest --timeout 7200 tests/core/test_restarts.py
 	KVD_EXAMPLES=2000 KVD_STEPS=50 $(RUN) -m pytest --timeout 7200 tests/core/test_model.py
-	@echo "== 4/8 1,000,000 messages to the codec, and to a daemon"
+	@echo "== 4/9 1,000,000 messages to the codec, and to a daemon"
 	KVD_FUZZ=1000000 $(RUN) -m pytest --timeout 7200 tests/proto/test_codec_fuzz.py
 	$(RUN) -m pytest -s tests/soak/test_wire_fuzz.py
-	@echo "== 5/8 what one client's load costs another"
+	@echo "== 5/9 what one client's load costs another"
 	$(RUN) -m pytest -s tests/soak/test_stall.py
-	@echo "== 6/8 1,000,000 random operations of four clients, and every byte accounted for"
+	@echo "== 6/9 1,000,000 random operations of four clients, and every byte accounted for"
 	KVD_OPERATIONS=1000000 $(RUN) -m pytest -s tests/shell/test_operations.py
-	@echo "== 7/8 a cache of 10 GiB is adopted"
+	@echo "== 7/9 a cache of 10 GiB is adopted"
 	$(RUN) -m pytest -s tests/soak/test_large_adoption.py
-	@echo "== 8/8 two batching workers for 10 minutes, which are killed, and so is the daemon"
+	@echo "== 8/9 two batching workers for 10 minutes, which are killed, and so is the daemon"
 	KVD_BATCHING_SECONDS=600 $(RUN) -m pytest -s tests/e2e/test_batching_storm.py
+	@echo "== 9/9 real models and every prompt, continued to the bit"
+	KVD_ALL_PROMPTS=1 $(RUN) -m pytest tests/e2e/test_kinds.py
 
 lint: python ## Style, format, types, and what may import what
 	@$(PYTHON) scripts/bootstrap.py lint

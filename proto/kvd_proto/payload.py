@@ -96,13 +96,15 @@ class LlamaState:
         self.name = llama_state_name(window_layers, m_rope)
         parts = (layers[:n_full], layers[n_full:]) if window_layers else (layers,)
         self._parts = tuple(_Part(part, m_rope) for part in parts)
+        self._fixed_bytes = _HEAD.size + sum(part.size(0) for part in self._parts)
+        self._token_bytes = sum(part.token_bytes for part in self._parts)
         self._block_tokens = block_tokens
         self.max_bytes = self.size(block_tokens)
 
     def size(self, n_tokens: int) -> int:
         """`8 + sum over parts of (16 + 24 L + N * (12 + sum(rows)))` for N tokens and L layers;
         with M-RoPE 24 instead of 12."""
-        return _HEAD.size + sum(part.size(n_tokens) for part in self._parts)
+        return self._fixed_bytes + n_tokens * self._token_bytes
 
     def validate(self, payload: Buffer, start: int, n_tokens: int) -> None:
         _check_tokens(n_tokens, self._block_tokens)
@@ -134,12 +136,12 @@ class _Part:
         self._cell = _M_ROPE_CELL if m_rope else _CELL
         self._fixed_bytes = _PART.size + _AFTER_CELLS.size + 2 * _ROWS.size * len(layers)
         row_bytes = sum(layer.k_row_bytes + layer.v_row_bytes for layer in layers)
-        self._token_bytes = self._cell.size + row_bytes
+        self.token_bytes = self._cell.size + row_bytes
         # A few, for full blocks and the lengths in use: all of them can be 100 MB.
         self._skeleton = lru_cache(maxsize=16)(partial(_skeleton, layers))
 
     def size(self, n_tokens: int) -> int:
-        return self._fixed_bytes + n_tokens * self._token_bytes
+        return self._fixed_bytes + n_tokens * self.token_bytes
 
     def validate(self, view: memoryview, at: int, start: int, n_tokens: int) -> None:
         """Raise BadPayload unless the part that begins at byte `at` is one of these tokens."""

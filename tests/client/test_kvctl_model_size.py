@@ -129,15 +129,29 @@ def test_for_people(tmp_path: Path, model: Path) -> None:
 
 
 def test_what_is_not_shared_is_sized_and_says_so(tmp_path: Path) -> None:
-    path = write(tmp_path / "g.gguf", "gemma3", attention__sliding_window=512)
+    path = write(tmp_path / "g.gguf", "grok")
     done = run(tmp_path, path)
     assert done.returncode == 0
     said = " ".join(done.stdout.split())
-    assert "kvd does not share it: its window of 512 tokens drops cells" in said
+    assert "kvd does not share it: llama.cpp computes it without flash attention" in said
     assert max(map(len, done.stdout.splitlines())) <= 80
     report = json.loads(run(tmp_path, path, "--json").stdout)
-    assert (report["shared"], report["reason"]) == (False, "sliding-window")
-    assert report["window_tokens"] == 512
+    assert (report["shared"], report["reason"]) == (False, "flash-attention")
+    assert report["window_tokens"] is None
+
+
+def test_a_window_bounds_the_blocks(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "g.gguf", "gemma3",
+        attention__sliding_window=96, attention__sliding_window_pattern=2,
+    )  # fmt: skip
+    report = json.loads(run(tmp_path, path, "--json", "--block-tokens", "96").stdout)
+    assert report["shared"]
+    assert report["window_tokens"] == 96
+    assert {group["has_window"] for group in report["layers"]} == {True, False}
+    done = run(tmp_path, path, "--block-tokens", "97")
+    assert done.returncode == 2
+    assert "at most 96, the model's window, not 97" in done.stderr
 
 
 def test_what_has_no_size_a_token_says_why(tmp_path: Path) -> None:

@@ -228,6 +228,19 @@ class DurableShell(FakeShell):
         return event
 
 
+def _have_ties(disks: list[Disk]) -> bool:
+    """Whether two blocks have the same last use, of which none is above the other: it was spoilt,
+    now or for an earlier daemon, and nothing says which one goes first."""
+    last: dict[int, tuple[Disk, Path]] = {}
+    everything = [(disk, each) for disk in disks for each in disk.recorded.values()]
+    for disk, (path, last_use) in sorted(everything, key=lambda place: len(place[1].path)):
+        above, shorter = last.setdefault(last_use, (disk, path))
+        if above is not disk or path[: len(shorter)] != shorter:
+            return True
+        last[last_use] = disk, path
+    return False
+
+
 class RestartingWorld(World):
     shell: DurableShell
 
@@ -271,7 +284,7 @@ class RestartingWorld(World):
         if spoils_uses and disks:
             self._spoil_uses(self.random.choice(disks))
         uses = [each.last_use for disk in disks for each in disk.recorded.values()]
-        if spoils_uses or max(uses, default=0) >= LATEST_USE:
+        if spoils_uses or max(uses, default=0) >= LATEST_USE or _have_ties(disks):
             order = []
         while True:
             try:

@@ -1411,10 +1411,11 @@ class World:
             self._has_cap(model) and need > self._available(taker, None, model, arena, named)
         )
 
-    def _can_never(self, taker: str, need: int) -> bool:
+    def _can_never(self, taker: str, need: int, own: int = 0) -> bool:
+        """Whether there is no room for `need` beside a directory of one's `own`, whatever goes."""
         others = sum(minimum for each, minimum in self._minima().items() if each != taker)
         budget = self.core.cache.budget
-        return need + max(budget.directories, others) > budget.n_bytes
+        return need + own + max(budget.directories - own, others) > budget.n_bytes
 
     def _check_no_room(
         self,
@@ -1449,7 +1450,7 @@ class World:
             assert beyond, "its quota had room"
         else:
             taker = self._taker_of(arena.number)
-            never = self._can_never(taker, need)
+            never = self._can_never(taker, need, real.directory_bytes)
             assert type(error) is (errors.BudgetTooSmall if never else errors.AllLeased)
             available = self._available(taker, None, None, arena, named)
             assert need > available, "refused, though there was room"

@@ -13,19 +13,27 @@ from tests.support import Daemon
 pytestmark = [pytest.mark.model, pytest.mark.timeout(300)]
 
 ROOT = Path(__file__).resolve().parents[2]
-BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+PAPERS = {"README.md": 2, "docs/llama.md": 2}
+"""And how many pieces of Python each has."""
+BLOCKS = {
+    paper: re.findall(r"```python\n(.*?)```", (ROOT / paper).read_text(), re.DOTALL)
+    for paper in PAPERS
+}
 
 
-@pytest.mark.parametrize("code", BLOCKS)
-def test_python_in_the_readme_runs(
-    code: str, daemon: Daemon, smollm2: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("paper", "index"), [(paper, index) for paper in PAPERS for index in range(PAPERS[paper])]
+)
+def test_python_in_the_papers_runs(
+    paper: str, index: int, daemon: Daemon, smollm2: Path, tmp_path: Path
 ) -> None:
+    code = BLOCKS[paper][index]
     (tmp_path / "model.gguf").symlink_to(smollm2)
     run([sys.executable, "-c", code], tmp_path, KVD_RUNTIME_DIR=str(daemon.runtime_dir))
 
 
-def test_the_readme_has_python() -> None:
-    assert len(BLOCKS) == 2
+def test_all_python_of_the_papers_is_run() -> None:
+    assert {paper: len(blocks) for paper, blocks in BLOCKS.items()} == PAPERS
 
 
 def test_commands_in_the_readme_run(daemon: Daemon, smollm2: Path, tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def test_a_worker_tells_why_its_engine_could_not_give_a_block_out(
 def test_of_a_model_that_cannot_be_shared_the_reason_is_told(
     daemon: Daemon, tmp_path: Path
 ) -> None:
-    path = tiny_models.write_sliding_window(tmp_path / "swa.gguf")
+    path = tiny_models.write_recurrent(tmp_path / "recurrent.gguf")
     options = {**TINY_OPTIONS, "require_shareable": False}
     with (
         LlamaEngine(model_path=path, **options) as engine,

@@ -278,9 +278,8 @@ class MadeModel(LlamaModel):
         assert metadata, path
         params = bindings.llama_model_default_params()
         params.n_gpu_layers = 0
-        self._pointer = _init(metadata, _zero, None, params)
+        pointer = _init(metadata, _zero, None, params)
         _gguf_free(metadata)
-        assert self._pointer, native.take_errors()
-        self._engines = 0
-        self.n_vocab = bindings.llama_vocab_n_tokens(self._vocab)
-        self.eos = -1
+        assert pointer, native.take_errors()
+        self._is_owned = True
+        self._take(pointer)

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from kvd_client.integrations.llama import native
-from kvd_client.integrations.llama.engine import BlockAt, LlamaEngine
+from kvd_client.integrations.llama.engine import LlamaEngine
 from kvd_client.integrations.llama.errors import (
     DecodeFailed,
     ImportFailed,
@@ -22,6 +22,7 @@ from kvd_client.integrations.llama.errors import (
     Reason,
 )
 from kvd_client.integrations.llama.model import LlamaModel
+from kvd_client.integrations.llama.mover import BlockAt
 from kvd_client.integrations.llama.params import LoraAdapter, RopeParams
 from kvd_client.integrations.llama.state import parse_layout
 from tests.llama.blocks import (
@@ -150,7 +151,7 @@ def test_the_imported_bytes_decide_not_the_tokens(tiny: LlamaModel) -> None:
 
 
 @pytest.mark.parametrize("kv_type", ["f32", "f16", "bf16", "q8_0", "q4_0"])
-@pytest.mark.parametrize("name", ["llama", "heads-by-layer"])
+@pytest.mark.parametrize("name", ["llama", "heads-by-layer", "m-rope"])
 def test_the_formula_is_llama_cpps_size(tiny_dir: Path, name: str, kv_type: str) -> None:
     path = tiny_dir / f"{name}.gguf"
     with LlamaEngine(
@@ -200,8 +201,6 @@ def test_a_state_with_more_or_less_than_k_and_v_is_refused(
     ("name", "arguments", "reason", "advice"),
     [
         ("recurrent", {}, Reason.RECURRENT, "without sharing"),
-        ("sliding-window", {}, Reason.SLIDING_WINDOW, "window of 64"),
-        ("m-rope", {}, Reason.M_ROPE, "without sharing"),
         ("encoder", {}, Reason.ENCODER, "without sharing"),
         ("not-causal", {}, Reason.NOT_CAUSAL, "without sharing"),
         ("llama-not-causal", {}, Reason.NOT_CAUSAL, "without sharing"),

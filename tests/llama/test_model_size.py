@@ -62,11 +62,14 @@ def check(model: LlamaModel, size: ModelSize, lengths: tuple[int, ...] = LENGTHS
         if refusal is not None:
             assert size.shape.why
             return
-        layout = [(row.k_row_bytes, row.v_row_bytes) for row in engine.layout.layers]
+        rows = [row for part in engine.layout.parts for row in part]
+        layout = [(row.k_row_bytes, row.v_row_bytes) for row in rows]
         assert [(row.k_row_bytes, row.v_row_bytes) for row in size.geometry.layers] == layout
         assert size.bytes_per_token == size.geometry.bytes_per_token
+        window = size.shape.window
+        assert engine.layout.window == (window.n_tokens if window else 0)
         # The protocol has a formula of its own, by which the daemon makes slots.
-        payload = make_format("llama-state", size.geometry, BLOCK_TOKENS)
+        payload = make_format(size.payload_format, size.geometry, BLOCK_TOKENS)
         assert payload.max_bytes == size.state_bytes(BLOCK_TOKENS)
 
 

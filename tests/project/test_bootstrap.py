@@ -3,8 +3,10 @@
 Does not cover the installing itself, which every run of the Makefile does.
 """
 
+import hashlib
 import importlib.util
 import sys
+import tarfile
 import tomllib
 from pathlib import Path
 from types import ModuleType
@@ -84,6 +86,33 @@ def test_failing_pip_ends_with_the_end_of_its_log(
 def test_lint_needs_neither_the_engine_nor_the_model(bootstrap: ModuleType) -> None:
     names = {step.name for step in bootstrap.steps_of("lint", PYPROJECT)}
     assert names == {"package", "lint"}
+
+
+def test_the_example_server_is_taken_out_of_the_right_archive_only(
+    bootstrap: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "server.py").write_text("print()")
+    downloads = tmp_path / "downloads"
+    downloads.mkdir()
+    archive = downloads / "llama_cpp_python-0.3.36.tar.gz"
+    with tarfile.open(archive, "w:gz") as made:
+        made.add(tmp_path / "server.py", f"{archive.name[:-7]}/examples/server/server.py")
+    asked = PYPROJECT["tool"]["kvd"]["example-server"]
+    target = tmp_path / "example-server" / "server.py"
+    with pytest.raises(SystemExit):
+        bootstrap.take_example_server(asked, downloads, target)
+    assert f"pyproject.toml wants {asked['sha256']}" in capsys.readouterr().err
+    assert not target.exists()
+    digest = hashlib.sha256(archive.read_bytes()).hexdigest()
+    bootstrap.take_example_server(asked | {"sha256": digest}, downloads, target)
+    assert target.read_text() == "print()"
+    assert not downloads.exists()
+
+
+def test_the_example_server_is_of_a_version_that_the_engine_takes() -> None:
+    asked = PYPROJECT["tool"]["kvd"]["example-server"]["requirement"]
+    oldest = PYPROJECT["project"]["optional-dependencies"]["llama"][0].split(">=")[1].split(",")[0]
+    assert asked == f"llama-cpp-python=={oldest}"
 
 
 def test_stamp_follows_what_is_installed_and_nothing_else(bootstrap: ModuleType) -> None:

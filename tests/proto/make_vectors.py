@@ -18,7 +18,7 @@ from kvd_proto import PROTOCOL_VERSION, codec, layout
 from kvd_proto.errors import BY_CODE
 from kvd_proto.geometry import Geometry
 from kvd_proto.keys import arena_fingerprint, block_key, root_key
-from kvd_proto.payload import LlamaState
+from kvd_proto.payload import make_format
 from tests.proto.blocks import llama_block
 from tests.proto.shapes import wire_name
 
@@ -31,6 +31,7 @@ CONTEXT = 0x0123456789ABCD81
 U32, U64 = (1 << 32) - 1, (1 << 64) - 1
 SMOLLM2 = [["f16", 384, "f16", 384]] * 30
 TINY = [["f16", 2, "f16", 2]]
+GEMMA3 = [["f16", 512, "f16", 512]] * 18
 TRAITS = [["type_k", "q8_0"], ["rope.scaling", "model"]]
 
 
@@ -248,38 +249,53 @@ def keys() -> dict[str, Any]:
 
 
 def payloads() -> dict[str, Any]:
-    """Sizes of blocks, and the smallest block byte by byte."""
+    """Sizes of blocks, and the smallest blocks of each form byte by byte."""
+    differing = [["q8_0", 34, "q4_0", 18], ["f32", 4, "bf16", 2]]
     sizes = []
-    for name, rows, lengths in (
-        ("SmolLM2-135M, f16", SMOLLM2, (1, 31, 32, 64)),
-        ("one layer of two bytes", TINY, (1, 2, 32, 64)),
-        ("layers that differ", [["q8_0", 34, "q4_0", 18], ["f32", 4, "bf16", 2]], (1, 64)),
+    for name, rows, payload_format, lengths in (
+        ("SmolLM2-135M, f16", SMOLLM2, "llama-state", (1, 31, 32, 64)),
+        ("one layer of two bytes", TINY, "llama-state", (1, 2, 32, 64)),
+        ("layers that differ", differing, "llama-state", (1, 64)),
+        ("Gemma 3 270M, f16", GEMMA3, "llama-state:window=15", (1, 32, 64)),
+        ("the second layer with a window", differing, "llama-state:window=1", (1, 64)),
+        ("with M-RoPE", differing, "llama-state:m-rope", (1, 64)),
+        ("with both", differing, "llama-state:window=1:m-rope", (1, 64)),
     ):
         geometry = Geometry.from_wire(rows)
-        form = LlamaState(geometry, 64)
+        form = make_format(payload_format, geometry, 64)
         sizes.append(
             {
                 "name": name,
                 "layers": rows,
                 "bytes_per_token": geometry.bytes_per_token,
-                "llama_state": [{"tokens": n, "bytes": form.size(n)} for n in lengths],
+                "payload_format": payload_format,
+                "payloads": [{"tokens": n, "bytes": form.size(n)} for n in lengths],
                 "array_of_64_tokens": geometry.bytes_per_token * 64,
             }
         )
-    tiny = Geometry.from_wire(TINY)
-    blocks = []
-    for start, n_tokens in ((0, 1), (32, 2)):
-        block = bytes(llama_block(tiny, start, n_tokens))
-        blocks.append(
-            {
-                "start": start,
-                "tokens": n_tokens,
-                "bytes": len(block),
-                "hex": block.hex(),
-                "xxh3_64": f"{xxhash.xxh3_64_intdigest(block):016x}",
-            }
-        )
-    return {"sizes": sizes, "llama_state_blocks": {"layers": TINY, "blocks": blocks}}
+    forms = []
+    for payload_format, rows, window_layers, m_rope in (
+        ("llama-state", TINY, 0, False),
+        ("llama-state:window=1", [*TINY, ["f32", 4, "bf16", 2]], 1, False),
+        ("llama-state:m-rope", TINY, 0, True),
+    ):
+        blocks = []
+        for start, n_tokens in ((0, 1), (32, 2)):
+            geometry = Geometry.from_wire(rows)
+            block = bytes(
+                llama_block(geometry, start, n_tokens, window_layers=window_layers, m_rope=m_rope)
+            )
+            blocks.append(
+                {
+                    "start": start,
+                    "tokens": n_tokens,
+                    "bytes": len(block),
+                    "hex": block.hex(),
+                    "xxh3_64": f"{xxhash.xxh3_64_intdigest(block):016x}",
+                }
+            )
+        forms.append({"payload_format": payload_format, "layers": rows, "blocks": blocks})
+    return {"sizes": sizes, "llama_state_blocks": forms}
 
 
 def directory() -> dict[str, Any]:

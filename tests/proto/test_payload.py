@@ -22,6 +22,8 @@ GEOMETRY = Geometry(
 )
 START, N_TOKENS = 64, 5
 FORMAT = LlamaState(GEOMETRY, 8)
+WINDOW = make_format("llama-state:window=2", GEOMETRY, 8)
+"""The last two layers have a window: a block has two parts."""
 AFTER_CELLS = 16 + 12 * N_TOKENS
 BUFFERS: list[Callable[[bytearray], bytes | bytearray | memoryview]] = [
     bytes,
@@ -69,6 +71,19 @@ def test_every_length_at_any_place_is_accepted(start: int, n_tokens: int) -> Non
         FORMAT.validate(found, start + 1, n_tokens)
 
 
+@pytest.mark.parametrize("n_tokens", range(1, 9))
+@pytest.mark.parametrize("window_layers", [1, 2])
+def test_blocks_of_two_parts(n_tokens: int, window_layers: int) -> None:
+    form = make_format(f"llama-state:window={window_layers}", GEOMETRY, 8)
+    found = llama_block(GEOMETRY, START, n_tokens, window_layers=window_layers)
+    assert len(found) == form.size(n_tokens) == FORMAT.size(n_tokens) + 16 + 12 * n_tokens
+    form.validate(found, START, n_tokens)
+    # Neither is a block of the other form, nor one with the parts divided elsewhere.
+    for other in (FORMAT, make_format(f"llama-state:window={3 - window_layers}", GEOMETRY, 8)):
+        with pytest.raises(BadPayload):
+            other.validate(found, START, n_tokens)
+
+
 @pytest.mark.parametrize("change", [-1, 1, -12, 12, -(12 + 72), 12 + 72])
 def test_wrong_sizes_are_refused(change: int) -> None:
     wrong = block() + bytes(change) if change > 0 else block()[:change]
@@ -90,9 +105,9 @@ def test_wrong_numbers_of_tokens_are_refused(n_tokens: int) -> None:
 
 LIES = {
     "magic": (0, "<I", 0, "magic is 0x0"),
-    "source seq": (4, "<i", 3, "source seq is 3"),
-    "no stream": (8, "<I", 0, "n_stream 0"),
-    "two streams": (8, "<I", 2, "n_stream 2"),
+    "source seq": (4, "<i", 3, "source seq 3"),
+    "no stream": (8, "<I", 0, "n_stream is 0"),
+    "two streams": (8, "<I", 2, "n_stream is 2"),
     "no cells": (12, "<I", 0, "0 cells, not 5"),
     "fewer cells": (12, "<I", N_TOKENS - 1, "4 cells, not 5"),
     "more cells": (12, "<I", N_TOKENS + 1, "6 cells, not 5"),
@@ -128,6 +143,61 @@ def test_every_lie_is_refused_by_name(lie: str) -> None:
     assert caught.value.details
 
 
+@pytest.mark.parametrize("lie", [name for name, lie in LIES.items() if lie[0] >= 8])
+def test_every_lie_in_the_second_part_is_refused_by_name(lie: str) -> None:
+    """The same fields of a part that begins behind another one."""
+    offset, form, value, named = LIES[lie]
+    first = Geometry((LayerGeometry("f16", 2, "f16", 4),))
+    both = Geometry((*first.layers, *GEOMETRY.layers))
+    wrong = llama_block(both, START, N_TOKENS, window_layers=3)
+    before = len(llama_block(first, START, N_TOKENS))
+    struct.pack_into(form, wrong, before + offset - 8, value)
+    with pytest.raises(BadPayload, match=named) as caught:
+        LlamaState(both, 8, window_layers=3).validate(wrong, START, N_TOKENS)
+    assert caught.value.details
+
+
+M_ROPE_LIES = {
+    "x": (16 + 8, START - 1, "cell 0 is at x 63, y 64"),
+    "y of a later cell": (16 + 2 * 24 + 12, 0, "cell 2 is at x 66, y 0"),
+    "embedding": (16 + 24 + 16, -1, "cell 1 is at x 65, y 65 with token -1, which is not text"),
+    "position": (16 + 4 * 24, START, "cell 4 is position 64"),
+    "seq id": (16 + 4 * 24 + 20, 3, "cell 4 .* seq 3"),
+    "n_seq": (16 + 4, 0, "0 sequences"),
+}
+
+
+@pytest.mark.parametrize("lie", M_ROPE_LIES)
+def test_what_is_not_text_is_refused_by_name(lie: str) -> None:
+    offset, value, named = M_ROPE_LIES[lie]
+    form = make_format("llama-state:m-rope", GEOMETRY, 8)
+    wrong = llama_block(GEOMETRY, START, N_TOKENS, m_rope=True)
+    form.validate(wrong, START, N_TOKENS)
+    assert len(wrong) == form.size(N_TOKENS) == FORMAT.size(N_TOKENS) + 12 * N_TOKENS
+    struct.pack_into("<i", wrong, offset, value)
+    with pytest.raises(BadPayload, match=named):
+        form.validate(wrong, START, N_TOKENS)
+
+
+def test_any_token_is_text() -> None:
+    form = make_format("llama-state:m-rope", GEOMETRY, 8)
+    found = llama_block(GEOMETRY, START, N_TOKENS, m_rope=True)
+    for token in (0, (1 << 31) - 1):
+        struct.pack_into("<i", found, 16 + 24 + 16, token)
+        form.validate(found, START, N_TOKENS)
+
+
+def test_a_window_and_m_rope() -> None:
+    form = make_format("llama-state:window=1:m-rope", GEOMETRY, 8)
+    found = llama_block(GEOMETRY, START, N_TOKENS, window_layers=1, m_rope=True)
+    assert form.name == "llama-state:window=1:m-rope"
+    form.validate(found, START, N_TOKENS)
+    second = len(llama_block(Geometry(GEOMETRY.layers[:2]), START, N_TOKENS, m_rope=True))
+    struct.pack_into("<i", found, second + 8 + 8, 0)
+    with pytest.raises(BadPayload, match="cell 0 is at x 0"):
+        form.validate(found, START, N_TOKENS)
+
+
 def test_the_block_of_another_geometry_of_the_same_size_is_refused() -> None:
     rows = [LayerGeometry("f16", 8, "f16", 6), LayerGeometry("f16", 6, "f16", 8)]
     wanted, other = Geometry(tuple(rows)), Geometry(tuple(reversed(rows)))
@@ -135,15 +205,17 @@ def test_the_block_of_another_geometry_of_the_same_size_is_refused() -> None:
         LlamaState(wanted, 8).validate(llama_block(other, 0, 3), 0, 3)
 
 
-def test_no_changed_header_byte_is_ever_accepted() -> None:
+@pytest.mark.parametrize("window_layers", [0, 2])
+def test_no_changed_header_byte_is_ever_accepted(window_layers: int) -> None:
     """Each bit of each byte that is not a K/V row."""
-    good = bytes(block())
-    for offset in header_bytes(GEOMETRY, N_TOKENS):
+    form = WINDOW if window_layers else FORMAT
+    good = bytes(llama_block(GEOMETRY, START, N_TOKENS, window_layers=window_layers))
+    for offset in header_bytes(GEOMETRY, N_TOKENS, window_layers):
         for bit in range(8):
             wrong = bytearray(good)
             wrong[offset] ^= 1 << bit
             with pytest.raises(BadPayload):
-                FORMAT.validate(wrong, START, N_TOKENS)
+                form.validate(wrong, START, N_TOKENS)
 
 
 def test_many_changed_header_bytes_are_never_accepted() -> None:
@@ -186,8 +258,18 @@ def test_formats_by_name() -> None:
         assert type(made) is cls
         assert made.name == name
         assert made.max_bytes == made.size(8)
-    with pytest.raises(BadMessage, match="unknown payload format"):
-        make_format("LLAMA-STATE", GEOMETRY, 8)
+    assert WINDOW.name == "llama-state:window=2"
+    for name in (
+        "LLAMA-STATE", "llama-state:", "llama-state:window=0", "llama-state:window=02",
+        "llama-state:window=2 ", "llama-state:window=2:window=2", "llama-state:window=1000",
+        "llama-state:window=\uff12", "array:window=2",
+        "llama-state:m-rope:window=2", "llama-state:M-ROPE",
+    ):  # fmt: skip
+        with pytest.raises(BadMessage, match="unknown payload format"):
+            make_format(name, GEOMETRY, 8)
+    for window_layers in (3, 4, 999):
+        with pytest.raises(BadMessage, match="no layer is left"):
+            make_format(f"llama-state:window={window_layers}", GEOMETRY, 8)
 
 
 def test_llama_state_knows_its_types_and_whole_blocks_only() -> None:

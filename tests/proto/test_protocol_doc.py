@@ -40,7 +40,7 @@ from kvd_proto.messages import (
     Operation,
 )
 from kvd_proto.payload import FORMATS, LLAMA_MAGIC, LlamaState
-from tests.proto.make_vectors import CONTEXT, SMOLLM2, VECTORS, tokens
+from tests.proto.make_vectors import CONTEXT, GEMMA3, SMOLLM2, VECTORS, tokens
 from tests.proto.protocol_doc import TEXT, Row, Section, report_keys, sections
 from tests.proto.shapes import fields_of, wire_name, wording
 
@@ -201,6 +201,10 @@ def test_payload_formats_and_types() -> None:
         LlamaState(smollm2, 64).max_bytes,
     ):
         assert f"{number:,}" in text
+    gemma3 = Geometry.from_wire(GEMMA3)
+    for n_tokens in (32, 64):
+        number = LlamaState(gemma3, n_tokens, window_layers=15).max_bytes
+        assert f"{number:,}" in SECTIONS["llama-state:window=W"].text
 
 
 def test_the_directory() -> None:

@@ -12,7 +12,7 @@ from kvd_proto import codec, layout
 from kvd_proto.errors import BY_CODE, BadMessage
 from kvd_proto.geometry import Geometry
 from kvd_proto.keys import arena_fingerprint, block_key, root_key
-from kvd_proto.payload import ArrayBlock, LlamaState
+from kvd_proto.payload import ArrayBlock, make_format
 from tests.proto.blocks import llama_block
 from tests.proto.make_vectors import VECTORS, to_json, vectors
 from tests.proto.shapes import wire_name
@@ -124,21 +124,26 @@ def test_payload_sizes() -> None:
         geometry = Geometry.from_wire(vector["layers"])
         assert geometry.bytes_per_token == vector["bytes_per_token"]
         assert ArrayBlock(geometry, 64).max_bytes == vector["array_of_64_tokens"]
-        form = LlamaState(geometry, 64)
-        for size in vector["llama_state"]:
+        form = make_format(vector["payload_format"], geometry, 64)
+        for size in vector["payloads"]:
             assert form.size(size["tokens"]) == size["bytes"]
 
 
 def test_payload_blocks() -> None:
-    found = load("payloads.json")["llama_state_blocks"]
-    geometry = Geometry.from_wire(found["layers"])
-    form = LlamaState(geometry, 32)
-    for vector in found["blocks"]:
-        block = bytes.fromhex(vector["hex"])
-        assert len(block) == vector["bytes"] == form.size(vector["tokens"])
-        form.validate(block, vector["start"], vector["tokens"])
-        assert block == llama_block(geometry, vector["start"], vector["tokens"])
-        assert f"{xxhash.xxh3_64_intdigest(block):016x}" == vector["xxh3_64"]
+    forms = load("payloads.json")["llama_state_blocks"]
+    kinds = ((0, False), (1, False), (0, True))
+    for found, (window_layers, m_rope) in zip(forms, kinds, strict=True):
+        geometry = Geometry.from_wire(found["layers"])
+        form = make_format(found["payload_format"], geometry, 32)
+        for vector in found["blocks"]:
+            start, n_tokens = vector["start"], vector["tokens"]
+            block = bytes.fromhex(vector["hex"])
+            assert len(block) == vector["bytes"] == form.size(n_tokens)
+            form.validate(block, start, n_tokens)
+            assert block == llama_block(
+                geometry, start, n_tokens, window_layers=window_layers, m_rope=m_rope
+            )
+            assert f"{xxhash.xxh3_64_intdigest(block):016x}" == vector["xxh3_64"]
 
 
 def test_directory() -> None:

@@ -57,6 +57,12 @@ def _model_size(options: argparse.Namespace) -> Answer:
         text = f"{options.file.name}: {error}"
         report = {"file": str(options.file), "shared": False, "reason": str(error.reason)}
         return Answer({**report, "why": str(error)}, lambda look: _wrap(text, look), FAILED)
+    window = found.shape.window
+    if window is not None and options.block_tokens > window.n_tokens:
+        raise BadUsage(
+            f"--block-tokens is at most {window.n_tokens}, the model's window, not "
+            f"{options.block_tokens}"
+        )
     report = _report(found, options, _budget(options))
     return Answer(report, lambda look: _show(report, look))
 

@@ -426,20 +426,22 @@ class Budget(Holds):
         if cost <= could and fresh <= arena.slots_left:
             return
         minima = sum(each.minimum for each in self.shares if each is not share)
-        directories = self.directories - arena.directory_bytes + arena.directory_for(n_slots)
+        own = arena.directory_for(n_slots)
+        directories = self.directories - arena.directory_bytes
         evidence: dict[str, Detail] = {
             "model": arena.name,
             "blocks": n_slots,
             "stride_bytes": arena.stride,
             "budget_bytes": self.n_bytes,
-            "directory_bytes": directories,
+            "directory_bytes": directories + own,
             "staging_bytes": self.staging,
             "pinned_bytes": sum(each.pinned * each.stride for each in self.arenas.values()),
             "unassigned_bytes": self.unassigned,
             "minima_bytes": minima,
             "slots": arena.slots,
         }
-        needed = n_slots * arena.stride + max(directories, minima)
+        # What others are promised has room for their directories.
+        needed = n_slots * arena.stride + own + max(directories, minima)
         if needed > self.n_bytes or n_slots > arena.slots:
             raise BudgetTooSmall("so many blocks can never fit the budget", **evidence)
         raise AllLeased("the budget is full and every block in it is in use", **evidence)

@@ -160,7 +160,10 @@ def kv_shape(header: GgufHeader) -> KvShape:
     full = tuple(layer for layer, is_windowed in kept if not is_windowed)
     seeing = tuple(layer for layer, is_windowed in kept if is_windowed)
     has_positions = _has_m_rope(metadata)
-    unshareable, why = _unshareable(metadata, layers, window, has_positions)
+    unshareable, why = _unshareable(metadata, layers)
+    if unshareable is None and window is not None and not (full and seeing):
+        unshareable = Reason.LAYOUT
+        why = f"{'none' if not full else 'each'} of its layers sees all, though there is a window"
     return KvShape(
         metadata.architecture,
         metadata.number("context_length", 0, 1 << 31, 0),
@@ -355,19 +358,9 @@ def _has_m_rope(metadata: _Metadata) -> bool:
 def _unshareable(
     metadata: _Metadata,
     layers: tuple[LayerShape, ...],
-    window: Window | None,
-    has_positions: bool,
 ) -> tuple[Reason | None, str]:
     """Why the engine would refuse this model, in the order in which it asks."""
     name = metadata.architecture
-    if window is not None:
-        return Reason.SLIDING_WINDOW, (
-            f"its window of {window.n_tokens} tokens drops cells, so that a block has no exact size"
-        )
-    if name == "exaone4" and metadata.number("attention.sliding_window", 0, 1 << 31, 0):
-        return Reason.SLIDING_WINDOW, "its file speaks of a sliding window"
-    if has_positions:
-        return Reason.M_ROPE, "token ids alone do not determine its M-RoPE positions"
     if metadata.find("attention.causal") is False:
         return Reason.NOT_CAUSAL, "its attention is not causal: K/V depends on what follows"
     if name in _NO_FLASH_ATTENTION:

@@ -140,7 +140,8 @@ class LlamaContext:
 
         They are decoded in pieces of n_batch. With `logits_last` the last token's logits are at
         row -1. If a piece fails (DecodeFailed), the pieces before it are taken out again, so the
-        sequence ends at `start_pos` as before.
+        sequence ends at `start_pos` as before; if the cache of a sliding window no longer has what
+        the next token sees there, the whole sequence is, and the error says so.
         """
         n = len(tokens)
         if n == 0:
@@ -156,8 +157,13 @@ class LlamaContext:
                 self._decode(
                     piece, np.arange(begin, begin + len(piece), dtype=np.int32), seq, flags
                 )
-        except DecodeFailed:
+        except DecodeFailed as error:
             native.memory_seq_rm(self._memory, seq, start_pos, -1)
+            if start_pos and not self._has_window(seq, start_pos):
+                native.memory_seq_rm(self._memory, seq, -1, -1)
+                raise DecodeFailed(
+                    error.code, f"{error.detail}; the sequence is emptied, its window was lost"
+                ) from error
             raise
 
     def logits(self, row: int = -1) -> npt.NDArray[np.float32]:
@@ -184,12 +190,27 @@ class LlamaContext:
         return view
 
     def truncate(self, seq: int, pos: int) -> None:
-        """Remove the tokens from position `pos` on. LlamaEngineError if the model cannot."""
+        """Remove the tokens from position `pos` on.
+
+        LlamaEngineError if the model cannot, or if the cache of a sliding window no longer has what
+        the next token sees there (nothing is removed then).
+        """
         self._check(seq)
         if pos < 0:
             raise ValueError(f"a position is not negative: {pos}")
+        if 0 < pos < self.length(seq) and not self._has_window(seq, pos):
+            raise LlamaEngineError(
+                f"sequence {seq} cannot be cut at {pos}: the cells before it have left the cache "
+                f"of the window of {self.model.window} tokens; clear it instead"
+            )
         if not native.memory_seq_rm(self._memory, seq, pos, -1):
             raise LlamaEngineError(f"sequence {seq} cannot be cut at {pos}: clear it instead")
+
+    def _has_window(self, seq: int, pos: int) -> bool:
+        """Whether all is there that a token at `pos` sees, in the layers with a window."""
+        window = self.model.window
+        kept = native.memory_seq_pos_min(self._memory, seq)
+        return not window or 0 <= kept <= max(0, pos - window + 1)
 
     def clear(self, seq: int) -> None:
         """Remove all tokens of the sequence."""

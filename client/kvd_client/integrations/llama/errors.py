@@ -29,6 +29,11 @@ class Reason(StrEnum):
     LAYOUT = "layout"
     LORA = "lora"
     SEQUENCE_IDS = "sequence-ids"
+    OVERRIDES = "overrides"
+    GPU = "gpu"
+    EMBEDDINGS = "embeddings"
+    PARAMETERS = "parameters"
+    MODEL_FILE = "model-file"
 
 
 class NotShareable(LlamaEngineError):
@@ -40,7 +45,7 @@ class NotShareable(LlamaEngineError):
 
 
 class NotExportable(LlamaEngineError):
-    """The range is not in the sequence as a whole."""
+    """The range is not in the sequence as a whole, or no longer in the cache of its window."""
 
 
 class ImportFailed(LlamaEngineError):
@@ -62,3 +67,4 @@ class DecodeFailed(LlamaEngineError):
         meaning = _DECODE_CODES.get(code, "failure")
         super().__init__(f"llama_decode returned {code} ({meaning}) {detail}".rstrip())
         self.code = code
+        self.detail = detail

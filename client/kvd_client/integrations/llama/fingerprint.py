@@ -12,14 +12,16 @@ So the fingerprint covers all that changes K/V for the same tokens at the same p
     cpu_fusion             GGML_CPU_DISABLE_FUSION: fused operations round differently
     type_k, type_v         element types; n_stream, v_trans: the form of the state
     attn_rot               LLAMA_ATTN_ROT_DISABLE: whether quantised K/V is rotated
-    rope.*                 parameters given for the context; "model" is what the model's file says
+    rope.*                 parameters given for the context; "model" is what the model's file says,
+                           and what llama.cpp takes where neither says anything
     rope.factors           "long" in a context longer than the model's original one, else "short"
     lora                   content and scale of the adapter
 
-Not in it: n_threads, n_batch, n_ubatch, which sequences lie in the context. They too change last
-bits, as they do without sharing (n_threads in one-token decodes, whose attention is split among the
-threads). n_ctx is in it through rope.factors alone: llama.cpp
-chooses between the two sets of RoPE factors of a LongRoPE model by n_ctx. Which model has such
+Not in it: n_threads, n_batch, n_ubatch, which sequences lie in the context, swa_full. They too
+change last bits, as they do without sharing (n_threads in one-token decodes, whose attention is
+split among the threads; swa_full where it makes cells lie otherwise). n_ctx is in it through
+rope.factors alone: llama.cpp chooses between the two sets of RoPE factors of a LongRoPE model by
+n_ctx. Which model has such
 factors cannot be asked, so the field counts for all of them; that costs sharing only between
 contexts on both sides of that length. GPUs do not occur: models are loaded for the CPU
 (model.py).
@@ -27,19 +29,21 @@ contexts on both sides of that length. GPUs do not occur: models are loaded for 
 
 import hashlib
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Protocol
 
 import llama_cpp
 import llama_cpp.llama_cpp as bindings
 
 from kvd_client.integrations.llama import native
-from kvd_client.integrations.llama.engine import LlamaEngine
-from kvd_client.integrations.llama.errors import LlamaEngineError
+from kvd_client.integrations.llama.architectures import ARCHITECTURES
+from kvd_client.integrations.llama.errors import LlamaEngineError, NotShareable
+from kvd_client.integrations.llama.model import LlamaModel
 from kvd_client.integrations.llama.model_hash import file_digest
-from kvd_client.integrations.llama.params import RopeParams
-from kvd_client.integrations.llama.state import N_STREAM, V_TRANS
+from kvd_client.integrations.llama.params import LoraAdapter, RopeParams
+from kvd_client.integrations.llama.state import N_STREAM, V_TRANS, KvLayout
 
 FORMAT = "kvd llama-state 1"
 _LIBRARY_PREFIXES = ("libllama", "libggml", "libm.so", "libm-")
@@ -64,7 +68,40 @@ class Fingerprint:
         return cls(state.digest(), dict(fields))
 
 
-def fingerprint(engine: LlamaEngine) -> Fingerprint:
+class KvParams(Protocol):
+    """The parameters of a context that change its K/V, as ContextParams names them."""
+
+    @property
+    def type_k(self) -> str: ...
+    @property
+    def type_v(self) -> str: ...
+    @property
+    def rope(self) -> RopeParams: ...
+
+
+class KvSource(Protocol):
+    """A context, whoever has made it, and what was known when it was made: LlamaEngine has all of
+    it, and llama_params.py finds it out of a Llama."""
+
+    @property
+    def model(self) -> LlamaModel: ...
+    @property
+    def params(self) -> KvParams: ...
+    @property
+    def loras(self) -> Sequence[LoraAdapter]: ...
+    @property
+    def lora_digests(self) -> Sequence[bytes]: ...
+    @property
+    def n_ctx(self) -> int: ...
+    @property
+    def attn_rot_disabled(self) -> bool: ...
+    @property
+    def layout(self) -> KvLayout: ...
+    @property
+    def not_shareable(self) -> NotShareable | None: ...
+
+
+def fingerprint(engine: KvSource) -> Fingerprint:
     """The fingerprint of an engine's K/V.
 
     Hashes the model's file if that is not cached (one to two seconds a GB). Raises NotShareable if
@@ -88,7 +125,7 @@ def fingerprint(engine: LlamaEngine) -> Fingerprint:
             "n_stream": str(N_STREAM),
             "v_trans": str(V_TRANS),
             "attn_rot": "off" if engine.attn_rot_disabled else "on",
-            **_rope_fields(params.rope),
+            **_rope_fields(params.rope, engine.model),
             "rope.factors": "long" if engine.n_ctx > original_context else "short",
             "lora": " ".join(
                 f"{digest.hex()}@{_float32(adapter.scale)}"
@@ -98,17 +135,32 @@ def fingerprint(engine: LlamaEngine) -> Fingerprint:
     )
 
 
-def _rope_fields(rope: RopeParams) -> dict[str, str]:
+_YARN_DEFAULTS = {"yarn_attn_factor": 1.0, "yarn_beta_fast": 32.0, "yarn_beta_slow": 1.0}
+"""llama_hparams: what llama.cpp takes if nothing is given. `Llama` always gives these numbers."""
+_YARN_DEFAULTS_OF = ("0.3.36",)
+"""The versions of llama-cpp-python whose llama.cpp was read for this."""
+_OWN_YARN_DEFAULTS = ("grok", "mistral3")
+"""The architectures of these versions that take others, or let the file say them."""
+
+
+def _rope_fields(rope: RopeParams, model: LlamaModel) -> dict[str, str]:
     """One field for each parameter, numbers as the exact value of the 32-bit float llama.cpp gets.
 
     A parameter that repeats the file's own value still differs from "model". Resolving it would
     need the model's value, which architectures may change after reading it: a wrong guess would
-    share foreign K/V, while this only fails to share.
+    share foreign K/V, while this only fails to share. The exception are the numbers of
+    _YARN_DEFAULTS, which do not come from the file.
     """
+    architecture = model.metadata("general.architecture")
+    is_known = (
+        llama_cpp.__version__ in _YARN_DEFAULTS_OF
+        and architecture in ARCHITECTURES
+        and architecture not in _OWN_YARN_DEFAULTS
+    )
     values: dict[str, str] = {}
     for field in fields(rope):
         value = getattr(rope, field.name)
-        if value is None:
+        if value is None or (is_known and value == _YARN_DEFAULTS.get(field.name)):
             text = "model"
         elif isinstance(value, str):
             text = value

@@ -8,6 +8,7 @@ import ctypes
 import os
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 import llama_cpp.llama_cpp as bindings
 import numpy as np
@@ -24,11 +25,8 @@ from kvd_client.integrations.llama.model_hash import (
 
 Tokens = npt.NDArray[np.int32]
 
-_M_ROPE_TYPES = (
-    bindings.LLAMA_ROPE_TYPE_MROPE,
-    bindings.LLAMA_ROPE_TYPE_IMROPE,
-    bindings.LLAMA_ROPE_TYPE_VISION,
-)
+M_ROPE_TYPES = (bindings.LLAMA_ROPE_TYPE_MROPE, bindings.LLAMA_ROPE_TYPE_IMROPE)
+"""Those of models whose cells have positions of more dimensions."""
 
 
 class LlamaModel:
@@ -38,6 +36,8 @@ class LlamaModel:
     (tokenize, detokenize) is safe from several threads, closing is not.
     """
 
+    _is_owned = True
+
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self._stamps = _stamps(self.path)
@@ -46,7 +46,23 @@ class LlamaModel:
         pointer = bindings.llama_model_load_from_file(os.fsencode(self.path), params)
         if pointer is None:
             raise LlamaEngineError(f"cannot load the model {self.path}: {native.take_errors()}")
-        self._pointer: int = pointer
+        self._take(pointer)
+
+    @classmethod
+    def of_loaded(cls, pointer: int, path: str | os.PathLike[str]) -> Self:
+        """A model that somebody else has loaded and will free, from what `path` still is.
+
+        Valid as long as that model is; closing it here does nothing.
+        """
+        model = cls.__new__(cls)
+        model._is_owned = False
+        model.path = Path(path)
+        model._stamps = _stamps(model.path)
+        model._take(pointer)
+        return model
+
+    def _take(self, pointer: int) -> None:
+        self._pointer = pointer
         self._engines = 0
         self.n_vocab: int = bindings.llama_vocab_n_tokens(self._vocab)
         self.bos: int = bindings.llama_vocab_bos(self._vocab)
@@ -145,6 +161,12 @@ class LlamaModel:
         value = self.metadata(f"{arch}.rope.scaling.original_context_length")
         return int(value or self.metadata(f"{arch}.context_length") or 0)
 
+    @property
+    def window(self) -> int:
+        """How many tokens the layers with a sliding window see, themselves among them; 0: none.
+        Some files speak of a window that llama.cpp does not use."""
+        return int(bindings.llama_model_n_swa(self.pointer))
+
     def content_digest(self) -> bytes:
         """model_digest of the weights that were loaded: one to two seconds a GB if not cached.
 
@@ -177,18 +199,10 @@ class LlamaModel:
                 "the model has an encoder or is a diffusion model: K/V of a token depends on what "
                 "follows it; use it without sharing",
             )
-        n_swa = bindings.llama_model_n_swa(self.pointer)
-        if n_swa > 0:
-            return NotShareable(
-                Reason.SLIDING_WINDOW,
-                f"the model has a sliding window of {n_swa} tokens, which drops cells: a block "
-                "has no exact size; use it without sharing",
-            )
-        if bindings.llama_model_rope_type(self.pointer) in _M_ROPE_TYPES:
+        if bindings.llama_model_rope_type(self.pointer) == bindings.LLAMA_ROPE_TYPE_VISION:
             return NotShareable(
                 Reason.M_ROPE,
-                "the model has M-RoPE positions, which token ids alone do not determine; use it "
-                "without sharing",
+                "the model's positions are those of images; use it without sharing",
             )
         return None
 
@@ -196,9 +210,9 @@ class LlamaModel:
         """Free the weights; refused while an engine uses them. Closing twice does nothing."""
         if self._engines:
             raise LlamaEngineError(f"{self._engines} engines still use the model: close them first")
-        if self._pointer:
+        if self._pointer and self._is_owned:
             bindings.llama_model_free(self._pointer)
-            self._pointer = 0
+        self._pointer = 0
 
     def retain(self) -> None:
         """An engine starts to use the model."""

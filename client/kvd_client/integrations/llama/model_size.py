@@ -18,6 +18,7 @@ from kvd_client.integrations.llama.architectures import KvShape, LayerShape, Win
 from kvd_client.integrations.llama.gguf_header import BadModelFile, GgufHeader, read_header
 from kvd_client.integrations.llama.model_hash import model_files
 from kvd_proto.geometry import GGML_TYPES, Geometry, LayerGeometry, round_up
+from kvd_proto.payload import llama_state_name
 
 _SEQUENCE_HEAD = 8  # magic, source sequence
 _PART_HEAD = 8  # streams, cells
@@ -70,9 +71,14 @@ class ModelSize:
         return Geometry(
             tuple(
                 LayerGeometry(self.type_k, k_bytes, self.type_v, v_bytes or 0)
-                for k_bytes, v_bytes in self._full.rows
+                for k_bytes, v_bytes in (*self._full.rows, *self._seeing.rows)
             )
         )
+
+    @property
+    def payload_format(self) -> str:
+        """The name of the form of its blocks; only of a model that can be shared."""
+        return llama_state_name(len(self._seeing.rows), self.shape.has_positions)
 
     def state_bytes(self, n_tokens: int) -> int:
         """Of a sequence, or a block, of positions 0 .. n_tokens-1 (at least 1)."""

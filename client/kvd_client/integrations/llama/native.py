@@ -11,9 +11,11 @@ error lines are kept for the message of the exception that follows.
 import ctypes
 import logging
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import llama_cpp.llama_cpp as bindings
+from llama_cpp._logger import llama_log_callback
 
 from kvd_client.integrations.llama.params import env_int
 
@@ -61,8 +63,11 @@ class _Log:
     def __init__(self) -> None:
         self._errors: deque[str] = deque(maxlen=4)
         self._last_level = 0
+        self.shown_by: Callable[[int, bytes, object], object] | None = None
 
     def __call__(self, level: int, text: bytes, _user_data: object) -> None:
+        if self.shown_by is not None:
+            self.shown_by(level, text, None)
         if level == _GGML_LOG_CONT:
             level = self._last_level
         self._last_level = level
@@ -84,6 +89,14 @@ class _Log:
 
 _log = _Log()
 take_errors = _log.take_errors
+
+
+def show_log() -> None:
+    """Let llama_cpp have the log too, which prints it as far as its `verbose` says: for who uses
+    llama_cpp itself beside this package."""
+    _log.shown_by = llama_log_callback
+
+
 # llama.cpp keeps the bare pointer: the callback object must live as long as the process.
 _log_callback = bindings.llama_log_callback(_log)
 bindings.llama_log_set(_log_callback, ctypes.c_void_p(0))

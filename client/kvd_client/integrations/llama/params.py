@@ -86,6 +86,7 @@ class ContextParams:
     rope: RopeParams
     flash_attn: bool
     kv_unified: bool
+    swa_full: bool
 
     def __post_init__(self) -> None:
         if min(self.n_ctx, self.n_batch, self.n_ubatch) < 1:
@@ -117,6 +118,7 @@ class ContextParams:
             else bindings.LLAMA_FLASH_ATTN_TYPE_DISABLED
         )
         params.kv_unified = self.kv_unified
+        params.swa_full = self.swa_full
         # All on the CPU, as the model is (model.py).
         params.offload_kqv = params.op_offload = False
         rope = self.rope

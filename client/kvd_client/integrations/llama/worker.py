@@ -5,9 +5,9 @@
             sequence.prefill()                  # imports what is cached, computes the rest
             for token in sequence.generate(64): ...
 
-Covers what happens to one sequence: match, import, decode the rest, export new blocks, release. The
-engine that moves the bytes is engine.py; what may share with what, fingerprint.py. A worker
-belongs to one thread at a time, as its engine and its client do.
+Covers what happens to one sequence: match, import, decode the rest, export new blocks (storing.py),
+release. The engine that moves the bytes is engine.py; what may share with what, fingerprint.py. A
+worker belongs to one thread at a time, as its engine and its client do.
 """
 
 import logging
@@ -22,13 +22,14 @@ import numpy.typing as npt
 
 from kvd_client.asking import traits_of
 from kvd_client.client import DEFAULT_STAGING, Client, Context, Sequence
-from kvd_client.context import Commit, Model
-from kvd_client.errors import KvdError, StagingFull
-from kvd_client.integrations.llama.engine import BlockAt, LlamaEngine
-from kvd_client.integrations.llama.errors import ImportFailed, NotExportable
-from kvd_client.integrations.llama.fingerprint import fingerprint
+from kvd_client.context import Model
+from kvd_client.integrations.llama.engine import LlamaEngine
+from kvd_client.integrations.llama.errors import ImportFailed
+from kvd_client.integrations.llama.fingerprint import KvSource, fingerprint
+from kvd_client.integrations.llama.mover import BlockAt
 from kvd_client.integrations.llama.params import kv_type_name
-from kvd_proto.messages import MAX_APPEND_BLOCKS
+from kvd_client.integrations.llama.storing import Storer, blocks_at_once
+from kvd_proto.payload import llama_state_name
 
 logger = logging.getLogger("kvd_client")
 
@@ -39,17 +40,24 @@ Pick = Callable[[npt.NDArray[np.float32]], int]
 _NO_WAIT = 0.0
 
 
-def model_of(engine: LlamaEngine, block_tokens: int = 32) -> Model:
-    """What the daemon must know of an engine's K/V. Raises NotShareable if it cannot be shared."""
+def model_of(engine: KvSource, block_tokens: int = 32) -> Model:
+    """What the daemon must know of an engine's K/V. Raises NotShareable if it cannot be shared, and
+    ValueError if a block is longer than the model's window."""
+    layout = engine.layout
+    if layout.window and block_tokens > layout.window:
+        raise ValueError(
+            f"block_tokens must be at most {layout.window}, the model's window, not {block_tokens}"
+        )
     layers = tuple(
         (kv_type_name(row.k_type), row.k_row_bytes, kv_type_name(row.v_type), row.v_row_bytes)
-        for row in engine.layout.layers
+        for part in layout.parts
+        for row in part
     )
     found = fingerprint(engine)
     return Model(
         engine.model.path.name,
         found.digest,
-        "llama-state",
+        llama_state_name(len(layout.window_layers), layout.m_rope),
         layers,
         block_tokens,
         traits_of(found.fields),
@@ -124,10 +132,8 @@ class LlamaWorker:
 
     @property
     def blocks_at_once(self) -> int:
-        """Blocks of one append: two of them fit the staging, so that one is filled while the daemon
-        copies the other. At least 1."""
-        payload = self.context.payload.max_bytes
-        return max(1, min(self.client.staging_room // 2 // payload, MAX_APPEND_BLOCKS))
+        """Blocks of one append (storing.py)."""
+        return blocks_at_once(self.context)
 
     def open(
         self,
@@ -216,10 +222,12 @@ class LlamaSequence:
         self.copied_tokens = 0
         self.logits: npt.NDArray[np.float32] | None = None
         self._closed = False
-        self._commit: Commit | None = None
-        self._posted = 0
-        self.problem = ""
+        self._storer = Storer(leased, self._engine, leased.seq_id)
+
+    @property
+    def problem(self) -> str:
         """Why nothing more of it is stored."""
+        return self._storer.problem
 
     @property
     def tokens(self) -> Tokens:
@@ -263,7 +271,7 @@ class LlamaSequence:
             logger.warning("computing a cached prefix again: %s", error)
             return
         self.length = end
-        self.matched_tokens = self._posted = matched
+        self.matched_tokens = self._storer.posted_tokens = matched
         self.copied_tokens = copied
 
     def _common(self, like: "LlamaSequence | None") -> int:
@@ -277,7 +285,10 @@ class LlamaSequence:
     def prefill(self) -> npt.NDArray[np.float32]:
         """Decode what of the prompt is not in the context; returns the last token's logits."""
         rest = self._buffer[self.length : self._n_tokens]
-        if rest.size:
+        if self._engine.drops_cells:
+            while self.prefill_some():
+                pass
+        elif rest.size:
             self._engine.prefill(self.seq_id, rest, self.length)
             self.length = self._n_tokens
             self.logits = self._engine.logits()
@@ -286,7 +297,13 @@ class LlamaSequence:
 
     def prefill_some(self) -> int:
         """Decode the next batch of what `prefill` would decode, the same batches as it makes;
-        returns how many tokens of the prompt are left. For who shows its progress."""
+        returns how many tokens of the prompt are left. For who shows its progress.
+
+        Of an engine that drops cells (`drops_cells`) the full blocks are stored before another
+        batch is decoded, as long as they are there.
+        """
+        if self._engine.drops_cells:
+            self.store(wait=_NO_WAIT)
         end = min(self._n_tokens, self.length + self._engine.n_batch)
         if self.length < end:
             is_last = end == self._n_tokens
@@ -334,49 +351,19 @@ class LlamaSequence:
         leased = self.leased
         if self.problem or not leased.shared or not leased.stores:
             return 0
-        return max(0, self.length - self._posted)
+        return max(0, self.length - self._storer.posted_tokens)
 
     def store(
         self, *, tail: bool = False, wait: float | None = None, most: int | None = None
     ) -> int:
         """Export the full blocks that are new, and with `tail` the open one; `most` blocks at most
-        (None: all). Returns how many were exported.
+        (None: all). Returns how many were exported: Storer.store.
 
-        Waits up to `wait` seconds (None: the client's timeout) if the staging is full of earlier
-        blocks, and leaves the rest for the next call then. Does nothing without a daemon, or if
-        the sequence was opened with `store` False. After a
-        commit that failed the sequence goes on and is stored no further.
+        After a commit that failed the sequence goes on and is stored no further.
         """
-        leased = self.leased
-        exported = 0
-        if self._commit is not None and self._commit.error is not None:
-            self._give_up_storing(self._commit.error)
-        if self.problem or not leased.shared or not leased.stores:
-            return 0
-        block_tokens = self.worker.context.model.block_tokens
-        try:
-            while leased.shared and (most is None or exported < most):
-                new = self.length - leased.full_tokens
-                if new < block_tokens and not (tail and new > 0):
-                    break
-                n_blocks = self.worker.blocks_at_once
-                if most is not None:
-                    n_blocks = min(n_blocks, most - exported)
-                batch = min(new, n_blocks * block_tokens)
-                if new >= block_tokens:
-                    batch -= batch % block_tokens
-                self._export(leased.full_tokens, batch, wait)
-                exported += -(-batch // block_tokens)
-                if batch < block_tokens:
-                    break
-        except StagingFull as error:
-            if self.worker.context.payload.max_bytes > self.worker.client.staging_room:
-                self._give_up_storing(error)
-            logger.debug("stored later, if at all: %s", error)
-        except (KvdError, NotExportable) as error:
-            if isinstance(error, NotExportable):
-                self.worker.not_exportable = str(error)
-            self._give_up_storing(error)
+        exported = self._storer.store(self._buffer[: self.length], tail=tail, wait=wait, most=most)
+        if self._storer.not_exportable is not None:
+            self.worker.not_exportable = self._storer.not_exportable
         return exported
 
     def close(self, *, store: bool = True, failed: bool = False) -> None:
@@ -389,28 +376,6 @@ class LlamaSequence:
         # The id may be handed out again as soon as it is released: first its K/V must be gone.
         self._engine.clear(self.seq_id)
         self.leased.release(failed=failed)
-
-    def _give_up_storing(self, error: Exception) -> None:
-        if not self.problem:
-            self.problem = str(error)
-            logger.warning("a sequence is not stored beyond %d: %s", self.leased.full_tokens, error)
-
-    def _export(self, start: int, n_tokens: int, wait: float | None) -> None:
-        leased = self.leased
-        block_tokens = self.worker.context.model.block_tokens
-        staged = leased.stage(n_tokens, wait=wait)
-        try:
-            base = np.frombuffer(staged.buffer, np.uint8).ctypes.data
-            for index, (offset, size) in enumerate(zip(staged.offsets, staged.sizes, strict=True)):
-                first = start + index * block_tokens
-                count = min(block_tokens, start + n_tokens - first)
-                self._engine.export_block(self.seq_id, first, count, base + offset, size)
-        except BaseException:
-            leased.unstage(staged)
-            raise
-        tokens = self._buffer[start : start + n_tokens]
-        self._commit = leased.post_append(tokens, staged, start=start)
-        self._posted = start + n_tokens
 
     def __enter__(self) -> Self:
         return self

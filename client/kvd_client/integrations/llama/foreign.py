@@ -1,0 +1,192 @@
+"""A llama.cpp context that somebody else has made: how its K/V is shared all the same.
+
+Covers what must be known of it: the form of its states (blobs.py) and its fingerprint, which equals
+that of a LlamaEngine with the same model and parameters. Does not cover moving its states, which
+its owner does, with llama.cpp's own calls.
+
+What counts is what llama.cpp was given, so the owner hands over llama.cpp's own structures.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import llama_cpp.llama_cpp as bindings
+import numpy as np
+
+from kvd_client.asking import traits_of
+from kvd_client.context import Model
+from kvd_client.integrations.llama import native
+from kvd_client.integrations.llama.batch import Batch
+from kvd_client.integrations.llama.blobs import StateForm, parse_form
+from kvd_client.integrations.llama.errors import LlamaEngineError, NotShareable, Reason
+from kvd_client.integrations.llama.fingerprint import Fingerprint, fingerprint
+from kvd_client.integrations.llama.llama_params import LlamaKvParams, kv_type, rope_params
+from kvd_client.integrations.llama.model import LlamaModel
+from kvd_client.integrations.llama.model_hash import FileStamp, file_digest, file_stamp, model_files
+from kvd_client.integrations.llama.params import LoraAdapter, env_int, kv_type_name
+from kvd_client.integrations.llama.state import KvLayout
+
+_M_ROPE = (bindings.LLAMA_ROPE_TYPE_MROPE, bindings.LLAMA_ROPE_TYPE_IMROPE)
+
+
+class Before(NamedTuple):
+    """What can only be known for certain before the model is loaded and the context is made."""
+
+    stamps: tuple[FileStamp, ...]
+    loras: tuple[LoraAdapter, ...]
+    lora_digests: tuple[bytes, ...]
+    attn_rot_disabled: bool
+
+    @classmethod
+    def now(cls, path: Path, loras: Sequence[LoraAdapter]) -> "Before":
+        """Look at the files that are about to be loaded. OSError if one is not there."""
+        applied = tuple(adapter for adapter in loras if adapter.scale)
+        return cls(
+            tuple(file_stamp(part) for part in model_files(path)),
+            applied,
+            tuple(file_digest(Path(adapter.path)) for adapter in applied),
+            env_int("LLAMA_ATTN_ROT_DISABLE") != 0,
+        )
+
+
+class ForeignContext:
+    """A model and a context, empty and not in use by another thread while this is made.
+
+    `model_params` and `context_params` are what llama.cpp was given for them. Raises NotShareable,
+    with what to change, if the K/V cannot be shared exactly.
+    """
+
+    not_shareable: NotShareable | None = None
+
+    def __init__(
+        self,
+        path: Path,
+        model: int,
+        model_params: "bindings.llama_model_params",
+        context: int,
+        context_params: "bindings.llama_context_params",
+        before: Before,
+    ) -> None:
+        self.model = LlamaModel.of_loaded(model, path)
+        self.loras = before.loras
+        self.lora_digests = before.lora_digests
+        self.attn_rot_disabled = before.attn_rot_disabled
+        self.n_ctx: int = bindings.llama_n_ctx(context)
+        _refuse(self.model, model_params, context, context_params, before)
+        self.params = LlamaKvParams(
+            kv_type(context_params.type_k),
+            kv_type(context_params.type_v),
+            rope_params(context_params),
+        )
+        self.form: StateForm = _probe(self.model, context)
+
+    @property
+    def layout(self) -> KvLayout:
+        """Types and row bytes of each layer's K and V."""
+        return self.form.layout
+
+    def fingerprint(self) -> Fingerprint:
+        """Like fingerprint.fingerprint. K/V that was computed without flash attention (V is kept
+        transposed then) rounds differently, and is told apart by `v_trans`."""
+        found = fingerprint(self)
+        if not self.form.v_trans:
+            return found
+        return Fingerprint.of_fields({**found.fields, "v_trans": "1"})
+
+    def kvd_model(self, block_tokens: int = 32) -> Model:
+        """What the daemon must know of this K/V; equal to worker.model_of of an equal engine."""
+        layers = tuple(
+            (kv_type_name(row.k_type), row.k_row_bytes, kv_type_name(row.v_type), row.v_row_bytes)
+            for row in self.layout.layers
+        )
+        found = self.fingerprint()
+        traits = traits_of(found.fields)
+        name = self.model.path.name
+        return Model(name, found.digest, "llama-state", layers, block_tokens, traits)
+
+
+def _refuse(
+    model: LlamaModel,
+    model_params: "bindings.llama_model_params",
+    context: int,
+    context_params: "bindings.llama_context_params",
+    before: Before,
+) -> None:
+    """Raise NotShareable for what the fingerprint does not cover, or blocks cannot be made of."""
+    unshareable = model.unshareable_kind()
+    # States of M-RoPE models are checked cell by cell: only positions of text are ever stored.
+    if unshareable is not None and bindings.llama_model_rope_type(model.pointer) not in _M_ROPE:
+        raise unshareable
+    if tuple(file_stamp(part) for part in model_files(model.path)) != before.stamps:
+        raise NotShareable(
+            Reason.MODEL_FILE, f"{model.path} has changed since it was loaded: start anew"
+        )
+    if len(before.loras) > 1:
+        raise NotShareable(
+            Reason.LORA,
+            f"{len(before.loras)} LoRA adapters at once are added in an order that differs between "
+            "processes: merge them into one, or use them without sharing",
+        )
+    if not context_params.kv_unified:
+        raise NotShareable(
+            Reason.STREAMS, "the context has a stream for each sequence: set kv_unified to true"
+        )
+    if not bindings.llama_get_memory(context) or not bindings.llama_get_causal_attn(context):
+        raise NotShareable(
+            Reason.NOT_CAUSAL,
+            "the model's attention is not causal, so a prefix has no K/V of its own; use it "
+            "without sharing",
+        )
+    if context_params.embeddings:
+        raise NotShareable(
+            Reason.EMBEDDINGS, "the context is for embeddings, which no K/V is kept of"
+        )
+    if model_params.kv_overrides:
+        raise NotShareable(
+            Reason.OVERRIDES,
+            "kv_overrides change the model's metadata, which its file's hash does not tell: write "
+            "them into the file (gguf-set-metadata), or use them without sharing",
+        )
+    if model_params.load_mtp:
+        raise NotShareable(
+            Reason.LAYOUT,
+            "a model with its draft layers keeps K/V of another form: do without draft-mtp",
+        )
+    if bindings.llama_supports_gpu_offload() and (
+        model_params.n_gpu_layers or context_params.offload_kqv or context_params.op_offload
+    ):
+        raise NotShareable(
+            Reason.GPU,
+            "K/V that a GPU computes differs in its last bits: set n_gpu_layers to 0, offload_kqv "
+            "and op_offload to false, or use it without sharing",
+        )
+
+
+def _probe(model: LlamaModel, context: int) -> StateForm:
+    """Decode two tokens, read their state, and empty the context again."""
+    memory = bindings.llama_get_memory(context)
+    tokens = np.array([0, 0], np.int32)
+    batch = Batch(len(tokens))
+    batch.fill(tokens, np.arange(len(tokens), dtype=np.int32), 0, False)
+    try:
+        code = bindings.llama_decode(context, batch.native)
+        if code:
+            raise LlamaEngineError(f"cannot decode two tokens: llama_decode returned {code}")
+        state = np.empty(native.state_seq_get_size(context, 0), np.uint8)
+        got = native.state_seq_get_data(context, state.ctypes.data, state.size, 0)
+    finally:
+        bindings.llama_memory_clear(memory, True)
+    if not got or got != state.size:
+        raise LlamaEngineError("cannot read the state of two tokens")
+    try:
+        return parse_form(state.tobytes(), tokens)
+    except NotShareable:
+        if not model.window:
+            raise
+        raise NotShareable(
+            Reason.SLIDING_WINDOW,
+            f"the model has a sliding window of {model.window} tokens: the state of a whole "
+            "sequence has no cells of those before it; share it by a LlamaWorker, or use it "
+            "without sharing",
+        ) from None

@@ -1,0 +1,148 @@
+"""Contexts that somebody else has made: the form of their states, their fingerprint, refusals."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import llama_cpp.llama_cpp as bindings
+import pytest
+
+from kvd_client.integrations.llama.engine import LlamaEngine
+from kvd_client.integrations.llama.errors import NotShareable, Reason
+from kvd_client.integrations.llama.fingerprint import fingerprint
+from kvd_client.integrations.llama.foreign import Before, ForeignContext
+from kvd_client.integrations.llama.params import KV_TYPES, LoraAdapter, RopeParams
+from kvd_client.integrations.llama.worker import model_of
+
+pytestmark = pytest.mark.model
+
+
+@contextlib.contextmanager
+def foreign(
+    path: Path,
+    *,
+    loras: tuple[LoraAdapter, ...] = (),
+    kv_overrides: Any = None,
+    load_mtp: bool = False,
+    **changes: Any,
+) -> Iterator[ForeignContext]:
+    """As somebody who does not know of kvd makes them; all else at llama.cpp's defaults."""
+    before = Before.now(path, loras)
+    model_params = bindings.llama_model_default_params()
+    model = bindings.llama_model_load_from_file(str(path).encode(), model_params)
+    if kv_overrides is not None:
+        model_params.kv_overrides = kv_overrides
+    model_params.load_mtp = load_mtp
+    params = bindings.llama_context_default_params()
+    params.n_ctx, params.n_batch, params.n_seq_max, params.kv_unified = 256, 64, 4, True
+    params.n_threads = params.n_threads_batch = 1
+    for name, value in changes.items():
+        setattr(params, name, value)
+    context = bindings.llama_init_from_model(model, params)
+    try:
+        yield ForeignContext(path, model, model_params, context, params, before)
+        # It is left as empty as it came.
+        memory = bindings.llama_get_memory(context)
+        assert bindings.llama_memory_seq_pos_max(memory, 0) == -1
+    finally:
+        bindings.llama_free(context)
+        bindings.llama_model_free(model)
+
+
+@pytest.mark.parametrize(
+    ("given", "options"),
+    [
+        ({}, {}),
+        ({"n_ctx": 1024}, {"n_ctx": 1024}),
+        ({"n_ctx": 1024}, {}),  # only beyond the original length a context is another
+        (
+            {"type_k": KV_TYPES["q8_0"], "type_v": KV_TYPES["q4_0"]},
+            {"type_k": "q8_0", "type_v": "q4_0"},
+        ),
+        (
+            {"rope_freq_base": 5e5, "rope_scaling_type": 2, "yarn_orig_ctx": 64},
+            {"rope": RopeParams(scaling_type="yarn", freq_base=5e5, yarn_orig_ctx=64)},
+        ),
+        ({"yarn_ext_factor": -1.0, "rope_freq_scale": 0.0}, {}),
+    ],
+)
+def test_its_fingerprint_is_that_of_an_engine_with_the_same_parameters(
+    tiny_dir: Path, given: dict[str, Any], options: dict[str, Any]
+) -> None:
+    path = tiny_dir / "llama.gguf"
+    arguments: dict[str, Any] = {"n_ctx": 256, "n_batch": 64, "n_threads": 1} | options
+    with LlamaEngine(model_path=path, **arguments) as engine, foreign(path, **given) as context:
+        differs = given.get("n_ctx", 256) != arguments["n_ctx"]
+        assert (fingerprint(engine) != context.fingerprint()) == differs
+        assert (model_of(engine) != context.kvd_model()) == differs
+        assert engine.layout == context.layout
+
+
+def test_an_adapter_is_part_of_it(tiny_dir: Path) -> None:
+    path = tiny_dir / "llama.gguf"
+    six, seven = (LoraAdapter(str(tiny_dir / f"lora-{n}.gguf"), 0.5) for n in (6, 7))
+    with LlamaEngine(model_path=path, n_ctx=256, n_batch=64, n_threads=1, loras=[six]) as engine:
+        expected = fingerprint(engine)
+    found = []
+    for loras in [(six,), (seven,), (), (six, LoraAdapter(seven.path, 0.0))]:
+        with foreign(path, loras=loras) as context:
+            found.append(context.fingerprint() == expected)
+    assert found == [True, False, False, True]
+
+
+def test_without_flash_attention_it_is_another(tiny_dir: Path) -> None:
+    """The blocks have the same form, and other last bits."""
+    path = tiny_dir / "llama.gguf"
+    with foreign(path) as on, foreign(path, flash_attn_type=0) as off:
+        assert off.form.v_trans
+        assert not on.form.v_trans
+        assert on.layout == off.layout
+        fields = off.fingerprint().fields
+        assert fields == {**on.fingerprint().fields, "v_trans": "1"}
+        assert off.fingerprint().digest != on.fingerprint().digest
+
+
+def test_m_rope_is_told_by_its_cells(tiny_dir: Path) -> None:
+    with foreign(tiny_dir / "m-rope.gguf") as context:
+        assert context.form.m_rope
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "reason", "said"),
+    [
+        ("recurrent", {}, Reason.RECURRENT, "recurrent"),
+        ("sliding-window", {}, Reason.SLIDING_WINDOW, "window of 64"),
+        ("llama-not-causal", {}, Reason.NOT_CAUSAL, "not causal"),
+        ("llama", {"kv_unified": False, "n_ctx": 1024}, Reason.STREAMS, "set kv_unified to true"),
+        ("llama", {"embeddings": True}, Reason.EMBEDDINGS, "for embeddings"),
+        ("llama", {"load_mtp": True}, Reason.LAYOUT, "without draft-mtp"),
+    ],
+)
+def test_what_cannot_be_shared_is_refused_with_the_reason(
+    tiny_dir: Path, name: str, given: dict[str, Any], reason: Reason, said: str
+) -> None:
+    with (
+        pytest.raises(NotShareable, match=said) as refused,
+        foreign(tiny_dir / f"{name}.gguf", **given),
+    ):
+        pass
+    assert refused.value.reason is reason
+
+
+def test_overridden_metadata_is_refused(tiny_dir: Path) -> None:
+    overrides = (bindings.llama_model_kv_override * 1)()
+    with (
+        pytest.raises(NotShareable, match="kv_overrides"),
+        foreign(tiny_dir / "llama.gguf", kv_overrides=overrides),
+    ):
+        pass
+
+
+def test_two_adapters_are_refused(tiny_dir: Path) -> None:
+    loras = tuple(LoraAdapter(str(tiny_dir / f"lora-{n}.gguf")) for n in (6, 7))
+    with (
+        pytest.raises(NotShareable, match="2 LoRA adapters"),
+        foreign(tiny_dir / "llama.gguf", loras=loras),
+    ):
+        pass

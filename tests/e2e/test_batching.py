@@ -42,7 +42,9 @@ def alone(tiny: Path) -> Iterator[LlamaEngine]:
 
 @pytest.fixture
 def worker(daemon: Daemon, tiny: Path) -> Iterator[BatchingWorker]:
+    """With an empty cache: of 95 letters, many prompts begin with the same one."""
     with open_worker(tiny, daemon.runtime_dir) as opened:
+        opened.llama.client.evict()
         yield opened
 
 
@@ -231,6 +233,62 @@ def test_what_another_sequence_cannot_share_is_imported(
     result = second.result()
     assert (result.copied_tokens, result.matched_tokens, result.computed_tokens) == (0, 96, 5 + 3)
     assert difference(alone, prompt, result.tokens, pick.logits) < LAST_BITS
+
+
+KINDS: dict[str, tuple[Callable[[Path], Path], dict[str, Any]]] = {
+    "heads-by-layer": (tiny_models.write_heads_by_layer, {}),
+    "m-rope": (tiny_models.write_m_rope, {}),
+    "window": (tiny_models.write_sliding_window, {}),
+    # So small that the cells of a window that has moved on are used again at once.
+    "window, dropped": (
+        tiny_models.write_sliding_window,
+        {"swa_full": False, "n_ubatch": 64, "n_seq_max": 2},
+    ),
+    "q8_0": (tiny_models.write_llama, {"type_k": "q8_0", "type_v": "q8_0"}),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_model_shares_in_a_worker_and_between_two(
+    daemon: Daemon, tmp_path: Path, kind: str
+) -> None:
+    write, options = KINDS[kind]
+    model = write(tmp_path / "model.gguf")
+    document = fresh(4 * BLOCK)
+    with LlamaEngine(
+        model_path=model, n_ctx=1024, n_batch=64, n_threads=1, **{"n_seq_max": 1, **options}
+    ) as private:
+        for matched in (0, 1):
+            with open_worker(model, daemon.runtime_dir, **options) as worker:
+                # The first one is far beyond the document when the others begin.
+                prompts = [np.append(document, fresh(250))]
+                prompts += [np.append(document, fresh(3 + n)) for n in range(7)]
+                picks = [Recorder(n) for n in range(8)]
+                requests = [worker.submit(prompts[0], 40, pick=picks[0])]
+                for _ in range(10):
+                    worker.step()
+                worker.llama.client.flush()
+                requests += [
+                    worker.submit(prompt, 40, pick=pick)
+                    for prompt, pick in zip(prompts[1:], picks[1:], strict=True)
+                ]
+                finish(worker, *requests)
+                worker.llama.client.flush()
+                results = [request.result() for request in requests]
+                assert (results[0].matched_tokens >= len(document)) == matched
+                found = [max(each.copied_tokens, each.matched_tokens) for each in results[1:]]
+                assert min(found) >= len(document)
+                assert (results[1].copied_tokens == 0) == (kind == "window, dropped")
+                for prompt, result, pick in zip(prompts, results, picks, strict=True):
+                    assert (result.ended, len(result.tokens)) == ("length", 40)
+                    tokens = np.append(prompt, result.tokens).astype(np.int32)
+                    private.clear(0)
+                    private.prefill(0, prompt, 0)
+                    off = []
+                    for position, logits in enumerate(pick.logits, len(prompt)):
+                        off.append(float(np.abs(private.logits() - logits).max()))
+                        private.prefill(0, tokens[position : position + 1], position)
+                    assert max(off) < LAST_BITS
 
 
 def test_a_common_prefix_is_computed_once_without_a_daemon(
@@ -440,13 +498,15 @@ def test_a_sampler_that_raises_fails_its_request_alone(worker: BatchingWorker) -
     good = worker.submit(fresh(10), 5)
     bad = worker.submit(fresh(10), 5, pick=broken)
     deaf = worker.submit(fresh(10), 5, on_token=lambda _: 1 / 0)
-    finish(worker, good, bad, deaf)
+    wild = worker.submit(fresh(10), 5, pick=lambda _: 96)
+    finish(worker, good, bad, deaf, wild)
     assert good.result().ended == "length"
     assert bad.ended == "failed: ZeroDivisionError: no"
     with pytest.raises(RequestFailed, match="ZeroDivisionError: no"):
         bad.result()
     with pytest.raises(RequestFailed, match="division by zero"):
         list(deaf)
+    assert wild.ended == "failed: ValueError: picked 96, which is no token of this model"
     assert worker.llama.client.sequences() == []
 
 
@@ -505,12 +565,14 @@ def test_the_end_of_a_worker_is_told_to_who_waits(daemon: Daemon, tiny: Path) ->
         worker.submit(fresh(5), 5)
 
 
-def test_what_was_answered_is_stored_before_the_end(daemon: Daemon, tiny: Path) -> None:
+def test_what_was_answered_is_stored_before_the_end(
+    daemon: Daemon, tiny: Path, worker: BatchingWorker
+) -> None:
     prompt = fresh(3 * BLOCK + 3)
     for matched in (0, len(prompt) - 1):
-        with open_worker(tiny, daemon.runtime_dir) as worker:
-            worker.start()
-            assert worker.submit(prompt, 1).result(30).matched_tokens == matched
+        with open_worker(tiny, daemon.runtime_dir) as other:
+            other.start()
+            assert other.submit(prompt, 1).result(30).matched_tokens == matched
 
 
 # -- outages ------------------------------------------------------------------------------------

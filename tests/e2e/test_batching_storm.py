@@ -4,9 +4,11 @@ killed, and so is the daemon, which stays away for some seconds: see storm.py.
 KVD_BATCHING_SECONDS says how long (30); KVD_SEED replays a run's choices, though not its timing.
 """
 
+import itertools
 import os
 import random
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,7 +27,11 @@ FLAGS = ("--max-memory", "8MiB")
 """So little that blocks are evicted all the time."""
 
 
-@pytest.mark.timeout(240 + 2 * SECONDS)
+PATIENCE = 120.0
+"""Seconds more until all has happened that is to happen, on a busy machine."""
+
+
+@pytest.mark.timeout(180 + PATIENCE + 2 * SECONDS)
 def test_nothing_is_wrong_cut_or_left_whatever_happens(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -34,13 +40,26 @@ def test_nothing_is_wrong_cut_or_left_whatever_happens(
     runtime_dir = tmp_path / "run"
     daemon = start_daemon(*FLAGS, runtime_dir=runtime_dir)
     totals = Told()
-    seeds = iter(range(1000 * SEED, 1000 * SEED + 1000))
+    seeds = itertools.count(1000 * SEED)
     workers = [Process(model, runtime_dir, next(seeds), totals) for _ in range(2)]
-    kills = outages = 0
+    happened: Counter[str] = Counter()
+
+    def missing() -> list[str]:
+        """What has not happened yet, and must, for this test to mean something."""
+        counts = {
+            **{name: totals.ended[name] - N_SEQ_MAX for name in ("length", "cancelled", "timeout")},
+            "imported": totals.checked_blocks,
+            "shared": totals.copied_tokens,
+            "put back": totals.put_back,
+            **{name: happened[name] for name in ("workers killed", "outages", "evicted")},
+        }
+        return [name for name, count in counts.items() if count <= 0]
+
     try:
         begun = time.monotonic()
-        kill_at, outage_at = 4.0, SECONDS / 3
-        while (now := time.monotonic() - begun) < SECONDS:
+        kill_at, outage_at = 4.0, 10.0
+        while (now := time.monotonic() - begun) < SECONDS or missing():
+            assert now < SECONDS + PATIENCE, f"these have not happened: {missing()}"
             for worker in workers:
                 worker.listen(0.1)
             if now > kill_at:
@@ -49,9 +68,11 @@ def test_nothing_is_wrong_cut_or_left_whatever_happens(
                 if workers[victim].has_told:
                     workers[victim].kill()
                     workers[victim] = Process(model, runtime_dir, next(seeds), totals)
-                    kills += 1
+                    happened["workers killed"] += 1
                     kill_at = now + 2 + 4 * chance.random()
             if now > outage_at:
+                with kvd_client.connect(runtime_dir, staging_bytes=0, timeout=20) as watcher:
+                    happened["evicted"] += watcher.status()["counters"]["evicted_blocks"]
                 answered = sum(totals.ended.values())
                 daemon.kill()
                 away_until = time.monotonic() + 3
@@ -59,10 +80,9 @@ def test_nothing_is_wrong_cut_or_left_whatever_happens(
                     for worker in workers:
                         worker.listen(0.1)
                 daemon = start_daemon(*FLAGS, runtime_dir=runtime_dir, instance=daemon.instance)
-                outages += 1
-                outage_at = time.monotonic() - begun + max(SECONDS / 3, 10)
+                happened["outages"] += 1
+                outage_at = time.monotonic() - begun + 8 + 10 * chance.random()
         with kvd_client.connect(runtime_dir, staging_bytes=0, timeout=20) as watcher:
-            evicted = watcher.status()["counters"]["evicted_blocks"]
             for worker in workers:
                 worker.stop()
             # Those that were killed as well: nothing of theirs is left.
@@ -79,18 +99,11 @@ def test_nothing_is_wrong_cut_or_left_whatever_happens(
         daemon.stop()
     with capsys.disabled():
         print(
-            f"\nbatching, seed {SEED}: {dict(totals.ended)}; {kills} workers and {outages} daemons "
-            f"killed;\n{totals.checked_blocks} imported blocks exact, {totals.compared_tokens} "
-            f"tokens as if alone; {totals.matched_tokens} matched,\n{totals.copied_tokens} shared; "
-            f"{totals.put_back} times put back; {evicted} blocks evicted at last"
+            f"\nbatching, seed {SEED}: {dict(totals.ended)}; {dict(happened)};\n"
+            f"{totals.checked_blocks} imported blocks exact, {totals.compared_tokens} tokens as if "
+            f"alone; {totals.matched_tokens} matched,\n{totals.copied_tokens} shared; "
+            f"{totals.put_back} times put back"
         )
-    assert kills > 0
-    assert outages > 0
-    assert min(totals.ended[name] for name in ("length", "cancelled", "timeout")) > N_SEQ_MAX
-    assert totals.checked_blocks > 0
-    assert totals.copied_tokens > 0
-    assert totals.put_back > 0
-    assert evicted > 0
 
 
 def wait_until(condition: Callable[[], bool]) -> None:

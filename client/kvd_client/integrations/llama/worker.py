@@ -24,7 +24,7 @@ from kvd_client.asking import traits_of
 from kvd_client.client import DEFAULT_STAGING, Client, Context, Sequence
 from kvd_client.context import Model
 from kvd_client.integrations.llama.engine import LlamaEngine
-from kvd_client.integrations.llama.errors import ImportFailed
+from kvd_client.integrations.llama.errors import ImportFailed, NotExportable
 from kvd_client.integrations.llama.fingerprint import KvSource, fingerprint
 from kvd_client.integrations.llama.mover import BlockAt
 from kvd_client.integrations.llama.params import kv_type_name
@@ -262,10 +262,10 @@ class LlamaSequence:
                 engine.import_blocks(self.seq_id, copied, blocks)
                 engine.truncate(self.seq_id, matched)
             engine.check_range(self.seq_id, 0, end)
-        except ImportFailed as error:
+        except (ImportFailed, NotExportable) as error:
             engine.clear(self.seq_id)
             if copied:
-                # Not all that a sequence has computed need be there to be shared.
+                # Not all that a sequence has computed need be there to be shared: a window moves.
                 self.import_prefix()
                 return
             logger.warning("computing a cached prefix again: %s", error)

@@ -5,11 +5,8 @@
         requests = [worker.submit(prompt, 100) for prompt in prompts]
         for token in requests[0]: ...
 
-What is decided is in schedule.py; here it is carried out. A step, in this order: take in what was
-submitted and cancelled; start who may start (an id and a leased prefix from the daemon, cells
-shared with another sequence, blocks imported); decode one token of each who has one, then pieces of
-prompts; and export some blocks of what is new. Nothing of a step waits for the daemon but the round
-trips that open and release a sequence, and no token is told later for the sake of storing it.
+What is computed next is decided in schedule.py and carried out in stepper.py; this is what users
+call, and which thread does what.
 
 Threads: `submit`, and all of a Request, from any thread. The engine and the client belong to
 whoever steps: one thread at a time.
@@ -22,50 +19,22 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
 import numpy.typing as npt
 
 from kvd_client.client import Client
-from kvd_client.errors import KvdError, NoSequenceFree, SequenceLimit, StaleHandle
 from kvd_client.integrations.llama.batching.request import OnToken, Request
-from kvd_client.integrations.llama.batching.schedule import Job, Schedule, Start, State
+from kvd_client.integrations.llama.batching.schedule import Job
+from kvd_client.integrations.llama.batching.stepper import BLOCKS_A_STEP, PAUSE, Live, Stepper
 from kvd_client.integrations.llama.engine import LlamaEngine
-from kvd_client.integrations.llama.errors import DecodeFailed, LlamaEngineError
-from kvd_client.integrations.llama.worker import LlamaSequence, LlamaWorker, Pick
+from kvd_client.integrations.llama.worker import LlamaWorker, Pick
 
 logger = logging.getLogger("kvd_client")
 
-BLOCKS_A_STEP = 4
-"""Exported after each step, of all sequences together. A block of a small model costs 0.1 ms, of a
-large one some, with steps that last as many times longer."""
-_NO_ROOM = 1
-"""The code of DecodeFailed."""
-_PAUSE = 0.01
-"""Seconds until the daemon is asked again for an id that it did not have."""
-_LINGER = 1.0
-"""Seconds after which an answered request gives up storing the rest: the daemon hangs."""
 
-
-@dataclass(eq=False, slots=True)
-class _Live:
-    """A request that is not gone, and its sequence if it has one."""
-
-    job: Job
-    request: Request
-    pick: Pick | None
-    sequence: LlamaSequence | None = None
-    ended_at: float = 0.0
-
-    @property
-    def open(self) -> LlamaSequence:
-        assert self.sequence is not None
-        return self.sequence
-
-
-class BatchingWorker:
+class BatchingWorker(Stepper):
     """An engine that answers many requests at once. A context manager."""
 
     def __init__(
@@ -91,7 +60,7 @@ class BatchingWorker:
         """
         if engine is None:
             engine_options["n_seq_max"] = n_seq_max
-        self.llama = LlamaWorker(
+        llama = LlamaWorker(
             model_path,
             engine=engine,
             client=client,
@@ -101,14 +70,7 @@ class BatchingWorker:
             name=name,
             **engine_options,
         )
-        self.engine = self.llama.engine
-        self.blocks_a_step = blocks_a_step
-        self._schedule = Schedule(
-            n_ctx=self.engine.n_ctx,
-            n_batch=self.engine.n_batch,
-            n_seq_max=self.engine.n_seq_max,
-        )
-        self._live: dict[Job, _Live] = {}
+        super().__init__(llama, blocks_a_step)
         self._orders: deque[Callable[[], None]] = deque()
         """What other threads have asked for, to be done by the next step."""
         self._news = threading.Event()
@@ -119,9 +81,6 @@ class BatchingWorker:
         self._stopping = False
         self._closed = ""
         """Why nothing can be submitted any more."""
-        self._ask_again_at = 0.0
-        self._computed = 0
-        """Tokens of this step."""
 
     # --- for any thread
 
@@ -138,9 +97,10 @@ class BatchingWorker:
         """Ask for up to `max_tokens` tokens that follow a prompt (int [n], n >= 1).
 
         Requests of higher `priority` go first; among equals, who came first. `timeout` seconds from
-        now it ends, whatever there is by then. `pick` chooses a token from logits (float32
-        [n_vocab], its own); without, the most likely one. It and `on_token`, which is told each
-        token, are called by the thread that steps; if one raises, the request fails.
+        now, or when the step ends that is being done then, it ends with what there is. `pick`
+        chooses a token from logits (float32 [n_vocab], its own); without, the most likely one. It
+        and `on_token`, which is told each token, are called by the thread that steps; if one
+        raises, the request fails.
         ValueError for what does not fit the context, even alone, and for a token that the model
         does not have; RuntimeError after the end.
         """
@@ -154,7 +114,7 @@ class BatchingWorker:
         request = Request(
             lambda _: self._order(lambda: self._cancel(job)), self._check_wait, on_token
         )
-        live = _Live(job, request, pick)
+        live = Live(job, request, pick)
         self._order(lambda: self._take(live))
         if self._closed:
             # Whoever ended it may have seen the order, or not.
@@ -177,21 +137,13 @@ class BatchingWorker:
         """
         with self._alone():
             self._take_orders()
-            self._expire()
-            self._start_some()
-            plan = self._schedule.plan()
-            self._computed = 0
-            self._decode(plan.rows)
-            for job in plan.prefills:
-                self._prefill(job)
-            exported = self._store_some()
-            return bool(self._schedule.running or self._orders or exported)
+            return self._carry_out() or bool(self._orders)
 
     def wait_for_news(self, timeout: float | None = None) -> None:
         """Wait until there may be something to do for `step`, at most so many seconds."""
         if self._schedule.waiting or self._schedule.lingering:
             # For an id of the daemon, or room in the staging.
-            timeout = _PAUSE if timeout is None else min(timeout, _PAUSE)
+            timeout = PAUSE if timeout is None else min(timeout, PAUSE)
         self._news.wait(timeout)
 
     def run(self) -> None:
@@ -216,8 +168,7 @@ class BatchingWorker:
             self.stop()
             thread.join()
         with self._lock:
-            for job in self._schedule.lingering:
-                self._live[job].open.store(tail=True)
+            self._store_rest()
             self._fail_all("the worker was closed")
         self.llama.close()
 
@@ -254,6 +205,11 @@ class BatchingWorker:
                 "this thread would wait for ever: call start(), or step() until the request ends"
             )
 
+    def _fail_all(self, reason: str) -> None:
+        self._closed = self._closed or reason
+        self._take_orders()
+        self._end_all(f"failed: {reason}")
+
     # --- what was asked for
 
     def _order(self, order: Callable[[], None]) -> None:
@@ -271,182 +227,6 @@ class BatchingWorker:
                 self._orders.popleft()
             except IndexError:
                 return
-
-    def _take(self, live: _Live) -> None:
-        self._schedule.submit(live.job)
-        self._live[live.job] = live
-
-    def _cancel(self, job: Job) -> None:
-        if job.state in (State.WAITING, State.RUNNING):
-            self._end(job, "cancelled")
-
-    def _expire(self) -> None:
-        for job in self._schedule.expired(time.monotonic()):
-            self._end(job, "timeout")
-
-    # --- starting, and ending
-
-    def _start_some(self) -> None:
-        if time.monotonic() < self._ask_again_at:
-            return
-        while True:
-            victim = self._schedule.outranked()
-            if victim is not None:
-                self._put_back(victim)
-                continue
-            start = self._schedule.next_start()
-            if start is None or not self._start(start):
-                return
-
-    def _start(self, start: Start) -> bool:
-        """Open its sequence. False if the daemon has no id for it now."""
-        job, donor = start
-        live = self._live[job]
-        like = None if donor is None else self._live[donor].open
-        try:
-            sequence = self.open_sequence(job, like)
-        except (NoSequenceFree, SequenceLimit, StaleHandle):
-            # All ids of this or of all contexts are in use, or the daemon has gone just now.
-            self._ask_again_at = time.monotonic() + _PAUSE
-            return False
-        except (KvdError, LlamaEngineError) as error:
-            self._end(job, f"failed: {error}")
-            return True
-        live.sequence = sequence
-        if not live.request.put_back:
-            live.request.matched_tokens = sequence.matched_tokens
-            live.request.copied_tokens = sequence.copied_tokens
-        copied = sequence.copied_tokens
-        self._schedule.started(job, sequence.length, donor if copied else None, copied)
-        return True
-
-    def open_sequence(self, job: Job, like: LlamaSequence | None) -> LlamaSequence:
-        """A sequence for what there is of a job, sharing cells with `like`. For classes that look
-        closer, or open it otherwise."""
-        return self.llama.open(job.tokens, like=like)
-
-    def _put_back(self, job: Job) -> None:
-        self._close_sequence(self._live[job])
-        self._schedule.put_back(job)
-        self._live[job].request.put_back += 1
-
-    def _end(self, job: Job, reason: str) -> None:
-        """It ends without its answer, and what it has is given back at once."""
-        live = self._live.pop(job)
-        self._close_sequence(live, failed=True)
-        self._schedule.end(job, reason)
-        live.request.finish(reason)
-
-    def _gone(self, job: Job) -> None:
-        self._close_sequence(self._live.pop(job))
-        self._schedule.gone(job)
-
-    def _close_sequence(self, live: _Live, failed: bool = False) -> None:
-        sequence, live.sequence = live.sequence, None
-        if sequence is not None:
-            sequence.close(store=False, failed=failed)
-
-    def _fail_all(self, reason: str) -> None:
-        self._closed = self._closed or reason
-        self._take_orders()
-        for live in list(self._live.values()):
-            if live.job.state is State.LINGERING:
-                self._gone(live.job)
-            else:
-                self._end(live.job, f"failed: {reason}")
-
-    # --- computing
-
-    def _decode(self, rows: list[Job]) -> None:
-        """One batch of one token of each."""
-        while rows:
-            opened = [self._live[job].open for job in rows]
-            tokens = [int(job.tokens[-1]) for job in rows]
-            positions = [sequence.length for sequence in opened]
-            try:
-                self.engine.decode(tokens, positions, [each.seq_id for each in opened], True)
-            except DecodeFailed as error:
-                self._could_not(rows, error)
-                rows = [job for job in rows if job.state is State.RUNNING]
-                continue
-            for job, sequence, token in zip(rows, opened, tokens, strict=True):
-                sequence.took(token, None)
-                self._note(job)
-            # All logits are read before the next batch; a callback ends nobody but its own request.
-            for row, job in enumerate(rows):
-                self._sample(job, row)
-            return
-
-    def _prefill(self, job: Job) -> None:
-        """The next piece of a prompt, as a batch of its own."""
-        while job.state is State.RUNNING:
-            sequence = self._live[job].open
-            try:
-                pending = sequence.prefill_some()
-            except DecodeFailed as error:
-                self._could_not([job], error)
-                continue
-            self._note(job)
-            if not pending:
-                self._sample(job, -1)
-            return
-
-    def _note(self, job: Job) -> None:
-        """Its row or piece was computed."""
-        before = job.length
-        self._schedule.computed(job)
-        self._computed += job.length - before
-        self._live[job].request.computed_tokens += job.length - before
-
-    def _sample(self, job: Job, row: int) -> None:
-        live = self._live[job]
-        try:
-            if live.pick is None:
-                token = self.engine.argmax(row)
-            else:
-                token = live.pick(self.engine.logits(row))
-            is_eog = self.engine.is_eog(token)
-            if not is_eog:
-                live.request.took(token)
-        except Exception as error:
-            self._end(job, f"failed: {type(error).__name__}: {error}")
-            return
-        self._schedule.sampled(job, token, is_eog)
-        if job.ended is not None:
-            live.ended_at = time.monotonic()
-            live.request.finish(job.ended)
-
-    def _could_not(self, jobs: list[Job], error: DecodeFailed) -> None:
-        """Decoding a batch of `jobs` failed: make room if that is why, or end them."""
-        victim = self._schedule.victim()
-        if error.code == _NO_ROOM and victim is not None:
-            if victim.state is State.LINGERING:
-                self._gone(victim)
-            else:
-                logger.debug("the context is full: a request is put back")
-                self._put_back(victim)
-            return
-        for job in jobs:
-            self._end(job, f"failed: {error}")
-
-    # --- storing
-
-    def _store_some(self) -> int:
-        """Export some blocks, of those first that only wait for that; returns how many.
-
-        As many as were computed in this step, if that is more than `blocks_a_step`: so a prompt is
-        stored as it is computed, in a thousandth of that time.
-        """
-        most = max(self.blocks_a_step, self._computed // self.llama.context.model.block_tokens)
-        left, now = most, time.monotonic()
-        for job in self._schedule.lingering + self._schedule.running:
-            live = self._live[job]
-            lingers = job.state is State.LINGERING
-            if left > 0:
-                left -= live.open.store(tail=lingers, wait=0.0, most=left)
-            if lingers and (not live.open.unstored_tokens or now - live.ended_at > _LINGER):
-                self._gone(job)
-        return most - left
 
     def __enter__(self) -> Self:
         return self

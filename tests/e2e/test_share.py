@@ -703,7 +703,7 @@ def test_the_example_runs_as_its_docstring_says(daemon: Daemon, smollm2: Path) -
     ]
     found = [tuple(map(int, match.groups())) for match in said if match is not None]
     assert [worker for worker, _, _ in found] == [1, 2, 1]
-    assert found[0][1] == 0
+    assert found[0][1] < 10, "how every chat begins"
     for _, matched_tokens, prompt_tokens in found[1:]:
         # All but the question, and at the most an answer that was tokenised otherwise.
         assert prompt_tokens - 60 < matched_tokens < prompt_tokens

@@ -39,8 +39,9 @@ class LlamaModel:
     (tokenize, detokenize) is safe from several threads, closing is not.
     """
 
+    _is_owned = True
+
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._is_owned = True
         self.path = Path(path)
         self._stamps = _stamps(self.path)
         params = bindings.llama_model_default_params()

@@ -292,9 +292,9 @@ class LlamaShare:
             native.memory_seq_rm(self._memory, _SEQ, matched, -1)
             self._mover.check_range(_SEQ, 0, matched)
         except ImportFailed as error:
-            # As text: a log that kept the exception would keep the arena mapped.
+            # As text: a log that kept the exception would keep the arena mapped. What was taken in
+            # goes with the next eval, which cuts the context at n_tokens.
             logger.warning("computing a cached prefix again: %s", str(error))
-            self._shorten(llama, start)
             return
         self._known.append(start, prompt[start:matched])
         llama.input_ids[start:matched] = prompt[start:matched]

@@ -147,7 +147,7 @@ def test_another_process_decodes_what_the_first_has_not(
         assert done.usage is not None
         assert common > 900
         assert matches(other, 1) == [Match(common, done.usage.prompt_tokens)]
-        assert done.usage.prompt_tokens - common < 24
+        assert 15 * (done.usage.prompt_tokens - common) < done.usage.prompt_tokens
 
 
 def test_the_daemon_dies_while_a_request_runs(smollm2: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from llama_cpp.server.model import LlamaProxy
 from llama_cpp.server.settings import ModelSettings
 
-from kvd_client.integrations.llama_cpp_server import Options, load_and_share
+from kvd_client.integrations.llama_cpp_server import Options, load_and_share, parser_of_our_flags
 from tests.support import running_daemon
 
 pytestmark = pytest.mark.model
@@ -94,6 +94,15 @@ def test_a_cache_of_the_server_gives_way_and_it_says_so(
 def ours(caplog: pytest.LogCaptureFixture) -> list[str]:
     """The launcher's warnings."""
     return [record.message for record in caplog.records if record.name.endswith("cpp_server")]
+
+
+def test_the_servers_own_flags_reach_it_as_they_were_given() -> None:
+    before = ["--n_gpu_layers", "-1", "--model=a b.gguf", "--tensor_split", "0.5", "0.5"]
+    after = ["--chat_template_kwargs", '{"a": "--kvd"}', "--kv_overrides", "a=int:1"]
+    given = [*before, "--kvd-timeout", "2.5", "--kvd-runtime-dir=run", *after]
+    found, theirs = parser_of_our_flags().parse_known_args(given)
+    assert theirs == before + after
+    assert vars(found) == {"kvd_timeout": 2.5, "kvd_runtime_dir": "run", "kvd_block_tokens": 32}
 
 
 def run(*flags: str) -> subprocess.CompletedProcess[str]:

@@ -114,7 +114,7 @@ def _check_parameters(llama: Any) -> None:
     if given.flash_attn_type != bindings.LLAMA_FLASH_ATTN_TYPE_ENABLED:
         raise NotShareable(
             Reason.FLASH_ATTENTION,
-            "its flash attention is off, so V lies transposed: moving it is many times slower, and "
+            "its flash attention is off, so V lies transposed and is computed with other last bits: "
             "it does not fit those with flash attention; construct it with "
             "Llama(..., flash_attn=True)",
         )

@@ -8,9 +8,11 @@ import contextlib
 import gc
 import itertools
 import re
+import signal
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
@@ -87,9 +89,14 @@ def matched(daemon: Daemon, make: Make, prompt: list[int], **options: Any) -> in
 # -- finding, and saying the same ----------------------------------------------------------------
 
 
-def test_what_one_has_computed_another_finds(daemon: Daemon, make: Make) -> None:
+@pytest.mark.parametrize(
+    "options", [{}, {"type_k": 8, "type_v": 8}, {"n_batch": 64, "n_ubatch": 24}, {"n_ctx": 999}]
+)
+def test_what_one_has_computed_another_finds(
+    daemon: Daemon, make: Make, options: dict[str, Any]
+) -> None:
     prompt = fresh_prompt(5 * BLOCK + 7)
-    plain, one, other = make(), make(), make()
+    plain, one, other = (make(**options) for _ in range(3))
     first, second = shared(one, daemon), shared(other, daemon)
     run(plain, prompt)
     run(one, prompt)
@@ -352,6 +359,17 @@ def test_nothing_is_stored_before_the_first_token(daemon: Daemon, make: Make) ->
     assert leased.n_appends == 2, "the fourth block has become full"
     generator.close()
     assert leased.released
+    # Nor what is in the context already, and is stored nowhere yet.
+    prompt = fresh_prompt(2 * BLOCK)
+    llama.reset()
+    llama.eval(prompt)
+    generator = llama.generate([*prompt, 1], temp=0.0)
+    next(generator)
+    assert handle._request.storer is not None
+    assert handle._request.storer.leased.n_appends == 0
+    generator.close()
+    handle.client.flush()
+    assert matched(daemon, make, prompt) == 2 * BLOCK
 
 
 def test_a_stream_that_is_left_is_stored_and_given_back(daemon: Daemon, make: Make) -> None:
@@ -507,12 +525,15 @@ def test_a_restored_state_is_not_stored(daemon: Daemon, make: Make) -> None:
     state = source.save_state()
     llama = make()
     handle = shared(llama, daemon)
-    run(llama, fresh_prompt(40), 2)
+    # The same tokens are in the context when it is loaded: its K/V is another all the same.
+    llama.eval(prompt[:60])
     llama.load_state(state)
-    text = run(llama, [*prompt, *fresh_prompt(20)], 20)
-    handle.client.flush()
+    more = fresh_prompt(20)
+    text = run(llama, [*prompt, *more], 20)
     assert handle.counters.live_tokens == 80
-    assert matched(daemon, make, [*prompt, *text]) <= 1
+    run(llama, prompt[:50], 1)
+    handle.client.flush()
+    assert matched(daemon, make, [*prompt, *more, *text]) <= 1
     fresh = fresh_prompt(50)
     run(llama, fresh, 2)
     handle.client.flush()
@@ -537,11 +558,12 @@ def test_a_shifted_context_is_not_stored(daemon: Daemon, make: Make) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        lambda context: context.kv_cache_clear(),
-        lambda context: context.kv_cache_seq_rm(-1, 0, -1),
-        lambda context: context.kv_cache_seq_shift(0, 0, -1, 1),
-        lambda context: context.kv_cache_seq_keep(1),
-        lambda context: context.kv_cache_seq_cp(1, 0, 0, -1),
+        lambda llama: llama._ctx.kv_cache_clear(),
+        lambda llama: llama._ctx.kv_cache_seq_rm(-1, 0, -1),
+        lambda llama: llama._ctx.kv_cache_seq_shift(0, 0, -1, 1),
+        lambda llama: llama._ctx.kv_cache_seq_keep(1),
+        lambda llama: llama._ctx.kv_cache_seq_cp(1, 0, 0, -1),
+        lambda llama: llama._ctx.decode(llama._batch),
     ],
 )
 def test_whoever_changes_the_context_is_noticed(
@@ -551,7 +573,8 @@ def test_whoever_changes_the_context_is_noticed(
     handle = shared(llama, daemon)
     llama.eval(fresh_prompt(10))
     assert handle._known.length == 10
-    change(llama._ctx)
+    llama._batch.set_batch(batch=[1], n_past=10, logits_all=False)
+    change(llama)
     assert handle._known.length == 0
 
 
@@ -624,6 +647,28 @@ def test_a_daemon_that_dies_takes_no_text_along(make: Make, tmp_path: Path) -> N
             with connect(again.runtime_dir) as client:
                 assert client.verify(checksums=True)["ok"]
                 assert client.sequences() == []
+
+
+def test_a_hung_daemon_costs_little(make: Make, tmp_path: Path) -> None:
+    prompt = fresh_prompt(80)
+    plain, llama = make(), make()
+    with running_daemon(runtime_dir=tmp_path / "run") as daemon:
+        handle = shared(llama, daemon, timeout=0.2)
+        run(llama, fresh_prompt(40))
+        daemon.process.send_signal(signal.SIGSTOP)
+        started = time.monotonic()
+        assert run(llama, prompt) == run(plain, prompt)
+        waited = time.monotonic() - started
+        daemon.process.send_signal(signal.SIGCONT)
+        # One answer is waited for, and perhaps one new session; not each call.
+        assert waited < 5
+
+        def is_back() -> bool:
+            llama.reset()
+            run(llama, prompt)
+            return handle.matched_tokens == 79
+
+        wait_until(is_back)
 
 
 def test_its_end_leaves_a_plain_llama(daemon: Daemon, make: Make) -> None:
@@ -741,3 +786,145 @@ def test_a_chat_of_ten_turns_goes_from_process_to_process(
             assert text == run(plain, chat, 12)
             before = np.array([*chat, *text[:-1]], np.int32)
             chat = [*chat, *text, *fresh_prompt(9)]
+
+
+def test_an_interrupt_in_an_import_leaves_nothing_wrong(
+    daemon: Daemon, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = fresh_prompt(100)
+    plain, one, other = make(), make(), make()
+    with shared(one, daemon) as handle:
+        run(one, prompt, 1)
+        handle.client.flush()
+    handle = shared(other, daemon, min_tokens=35)
+    for each in (plain, other):
+        run(each, prompt[:34], 1)
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(native, "state_seq_set_data", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(other, prompt, 1)
+    # Its context ends where the import began: those are the tokens, and not the logits.
+    assert other.n_tokens == BLOCK
+    assert run(other, prompt[:BLOCK]) == run(plain, prompt[:BLOCK])
+    assert run(other, prompt) == run(plain, prompt)
+    assert handle.counters.imported_tokens > 0
+    assert handle.client.verify()["ok"]
+
+
+# -- beside it -------------------------------------------------------------------------------------
+
+
+def test_a_client_that_was_closed_leaves_a_llama_that_computes(
+    daemon: Daemon, make: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    prompt = fresh_prompt(60)
+    plain, llama = make(), make()
+    with connect(daemon.runtime_dir, timeout=PATIENT) as client:
+        handle = shared(llama, daemon, client=client)
+        assert run(llama, prompt) == run(plain, prompt)
+    assert run(llama, prompt) == run(plain, prompt)
+    assert "without the cache" in caplog.text
+    handle.close()
+
+
+def test_an_end_in_the_middle_of_a_hook_waits(daemon: Daemon, make: Make) -> None:
+    """The garbage collector ends a generator whenever it likes: not while a hook is at work."""
+    prompt = fresh_prompt(60)
+    llama = make()
+    handle = shared(llama, daemon)
+    generator = llama.generate(prompt, temp=0.0)
+    next(generator)
+    with handle._lock:
+        generator.close()
+    assert len(handle.client.sequences()) == 1
+    run(llama, fresh_prompt(40), 1)
+    assert handle.client.sequences() == []
+    handle.client.flush()
+    assert matched(daemon, make, prompt) == 60
+
+
+def test_a_context_that_is_to_be_turned_takes_nothing_in(daemon: Daemon, make: Make) -> None:
+    """A shift turns the keys of all cells at the next decode: also of those that came meanwhile."""
+    prompt = fresh_prompt(100)
+    other, llama = make(), make()
+    with shared(other, daemon) as handle:
+        run(other, prompt, 1)
+        handle.client.flush()
+    handle = shared(llama, daemon)
+    llama.eval(fresh_prompt(30))
+    llama._ctx.kv_cache_seq_shift(0, 0, -1, 5)
+    llama.reset()
+    run(llama, prompt, 1)
+    assert (handle.matched_tokens, handle.counters.imported_tokens) == (99, 0)
+    llama.reset()
+    run(llama, prompt, 1)
+    assert handle.counters.imported_tokens == 99
+
+
+def test_a_chain_that_was_left_is_not_gone_on_with(daemon: Daemon, make: Make) -> None:
+    """In the middle of a run its user cuts the context, and goes on otherwise."""
+    prompt, otherwise = fresh_prompt(2 * BLOCK + 5), fresh_prompt(3 * BLOCK)
+    llama = make()
+    handle = shared(llama, daemon)
+    generator = llama.generate(prompt, temp=0.0)
+    for _ in range(3):
+        next(generator)
+    llama.n_tokens = 20
+    llama.eval(otherwise)
+    for _ in range(3):
+        next(generator)
+    generator.close()
+    handle.client.flush()
+    # `generate` cuts what it did not choose itself, but for what it has counted already.
+    assert matched(daemon, make, [*prompt[:20], *otherwise]) > 64
+    assert matched(daemon, make, [*prompt[:64], *otherwise[44:]]) == 64
+
+
+def test_a_verbose_llama_goes_on_saying_what_it_does(
+    daemon: Daemon,
+    make: Make,
+    tiny: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(native._log, "shown_by", None)
+    llama = make()
+    llama.verbose = True
+    with shared(llama, daemon):
+        llama_cpp._logger.set_verbose(True)
+        native._log(2, b"said by llama.cpp\n", None)
+        llama_cpp._logger.set_verbose(False)
+        native._log(2, b"not said\n", None)
+    llama.verbose = False
+    assert capsys.readouterr().err == "said by llama.cpp\n"
+
+
+def test_a_script_may_end_in_the_middle(daemon: Daemon, tiny: Path) -> None:
+    """Without closing anything. What it has stored stays, and nothing is complained of."""
+    code = """
+import sys
+from tests.e2e.llamas import open_llama
+from kvd_client.integrations.llama import share
+
+llama = open_llama(sys.argv[1])
+share(llama, runtime_dir=sys.argv[2])
+generator = llama.generate(list(range(1, 60)), temp=0.0)
+print(next(generator))
+"""
+    command = [sys.executable, "-c", code, str(tiny), str(daemon.runtime_dir)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip().isdigit()
+    assert done.stderr == ""
+    with connect(daemon.runtime_dir) as client:
+        assert client.sequences() == []
+
+
+def test_importing_share_loads_nothing() -> None:
+    code = "import sys; from kvd_client.integrations.llama import share; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "kvd_client.integrations.llama" in done.stdout.split()
+    assert "llama_cpp" not in done.stdout.split()

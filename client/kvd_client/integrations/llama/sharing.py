@@ -287,9 +287,9 @@ class LlamaShare:
             native.memory_seq_rm(self._memory, _SEQ, matched, -1)
             self._mover.check_range(_SEQ, 0, matched)
         except ImportFailed as error:
-            # As text: a log that kept the exception would keep the arena mapped.
+            # As text: a log that kept the exception would keep the arena mapped. What was taken in
+            # goes with the next eval, which cuts the context at n_tokens.
             logger.warning("computing a cached prefix again: %s", str(error))
-            self._shorten(llama, start)
             return
         self._known.append(start, prompt[start:matched])
         llama.input_ids[start:matched] = prompt[start:matched]
@@ -306,7 +306,9 @@ class LlamaShare:
         native.memory_seq_rm(self._memory, _SEQ, length, -1)
 
     def _end(self, request: _Request) -> None:
-        """Its generator has ended, or was closed, or dropped."""
+        """Its generator has ended, or was closed, or dropped: perhaps by the end of Python."""
+        if sys.is_finalizing():
+            return
         if self._lock.acquire(blocking=False):
             try:
                 if self._request is request:

@@ -97,7 +97,7 @@ KINDS = {
 @pytest.fixture(scope="module")
 def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     directory = tmp_path_factory.mktemp("run") / "kvd"
-    with running_daemon("--max-memory", "2GiB", runtime_dir=directory) as running:
+    with running_daemon("--max-memory", "1GiB", runtime_dir=directory) as running:
         yield running
 
 

@@ -104,6 +104,9 @@ _WINDOWS = {
 }
 
 
+CHUNKED_WINDOWS = frozenset(name for name, rule in _WINDOWS.items() if rule.chunked)
+
+
 def _names(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
@@ -160,7 +163,7 @@ def kv_shape(header: GgufHeader) -> KvShape:
     full = tuple(layer for layer, is_windowed in kept if not is_windowed)
     seeing = tuple(layer for layer, is_windowed in kept if is_windowed)
     has_positions = _has_m_rope(metadata)
-    unshareable, why = _unshareable(metadata, layers)
+    unshareable, why = _unshareable(metadata, layers, window)
     if unshareable is None and window is not None and not (full and seeing):
         unshareable = Reason.LAYOUT
         why = f"{'none' if not full else 'each'} of its layers sees all, though there is a window"
@@ -358,9 +361,12 @@ def _has_m_rope(metadata: _Metadata) -> bool:
 def _unshareable(
     metadata: _Metadata,
     layers: tuple[LayerShape, ...],
+    window: Window | None,
 ) -> tuple[Reason | None, str]:
     """Why the engine would refuse this model, in the order in which it asks."""
     name = metadata.architecture
+    if window is not None and window.is_chunked:
+        return Reason.SLIDING_WINDOW, "its window is chunked: all of it goes at a chunk's end"
     if metadata.find("attention.causal") is False:
         return Reason.NOT_CAUSAL, "its attention is not causal: K/V depends on what follows"
     if name in _NO_FLASH_ATTENTION:

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvd_client.integrations.llama import native
+from kvd_client.integrations.llama.architectures import CHUNKED_WINDOWS
 from kvd_client.integrations.llama.errors import LlamaEngineError, NotShareable, Reason
 from kvd_client.integrations.llama.model_hash import (
     FileStamp,
@@ -198,6 +199,13 @@ class LlamaModel:
                 Reason.ENCODER,
                 "the model has an encoder or is a diffusion model: K/V of a token depends on what "
                 "follows it; use it without sharing",
+            )
+        if self.window and self.metadata("general.architecture") in CHUNKED_WINDOWS:
+            # Each chunk would have to be tried at its end, 8,192 tokens on, before it is trusted.
+            return NotShareable(
+                Reason.SLIDING_WINDOW,
+                f"the model's window of {self.window} tokens is chunked, which is not tried with "
+                "kvd; use it without sharing",
             )
         if bindings.llama_model_rope_type(self.pointer) == bindings.LLAMA_ROPE_TYPE_VISION:
             return NotShareable(

@@ -30,8 +30,8 @@ from kvd_client.integrations.llama.params import (
 )
 from kvd_client.integrations.llama.state import KvLayout
 
-SCRATCH = 255
-"""The last of LLAMA_MAX_SEQ sequence ids, of which a Llama uses the first."""
+SCRATCH: int = bindings.llama_max_parallel_sequences() - 1
+"""The last of llama.cpp's sequence ids (LLAMA_MAX_SEQ), of which a Llama uses the first."""
 
 CLOCK_TICK = time.clock_getres(5)  # CLOCK_REALTIME_COARSE, which Python has no name for
 """Seconds by which a file's ctime may lie before the moment of the change."""
@@ -134,20 +134,13 @@ def _check_parameters(llama: Any) -> None:
             Reason.SEQUENCE_IDS, f"its context has {given.n_seq_max} sequences; a Llama has one"
         )
     # What Llama's constructor has no argument for: whoever sets it does more than is known here.
-    usual_model, usual = (
-        bindings.llama_model_default_params(),
-        bindings.llama_context_default_params(),
-    )
+    usual = bindings.llama_model_default_params()
     odd = [
         name
-        for have, default, names in (
-            (llama.model_params, usual_model, ("use_extra_bufts", "no_host", "no_alloc")),
-            (given, usual, ("ctx_type",)),
-        )
-        for name in names
-        if getattr(have, name) != getattr(default, name)
+        for name in ("use_extra_bufts", "no_host", "no_alloc")
+        if getattr(llama.model_params, name) != getattr(usual, name)
     ]
-    odd += [name for name in ("cb_eval", "ctx_other") if getattr(given, name)]
+    odd += [name for name in ("ctx_type", "cb_eval", "ctx_other") if getattr(given, name)]
     if odd:
         raise NotShareable(
             Reason.PARAMETERS, f"it has unusual parameters, which may change K/V: {', '.join(odd)}"

@@ -8,7 +8,8 @@
 Covers what happens at each prompt: ask for its longest cached prefix, bring it into the context if
 the context does not have it already, and let `Llama.generate` find it there; store what is new,
 after the first token and at the end. Methods of that one Llama are replaced for it (hooks.py). What
-may be shared is in llama_params.py, how blocks move in mover.py, how they are stored in storing.py.
+may be shared is in llama_params.py, which tokens are trusted in known.py and watching.py, how
+blocks move in mover.py, how they are stored in storing.py.
 
 Each prompt is a line in the log, at INFO: how many of its tokens are not decoded.
 
@@ -39,6 +40,7 @@ from kvd_client.integrations.llama.known import KnownTokens, Tokens, common_pref
 from kvd_client.integrations.llama.llama_params import read_llama
 from kvd_client.integrations.llama.mover import BlockAt
 from kvd_client.integrations.llama.storing import Storer
+from kvd_client.integrations.llama.watching import ContextWatch
 from kvd_client.integrations.llama.worker import model_of
 
 logger = logging.getLogger("kvd_client")
@@ -75,9 +77,9 @@ class _Request:
         self.has_asked = False
         self.has_first_token = False
 
-    def took(self, leased: Sequence, storer: Storer, tokens: Tokens) -> None:
+    def follows(self, storer: Storer, tokens: Tokens) -> None:
         self.storer = storer
-        self.chain = tokens[: leased.full_tokens].copy()
+        self.chain = tokens[: storer.leased.full_tokens].copy()
 
 
 class LlamaShare:
@@ -127,8 +129,6 @@ class LlamaShare:
         self._reads_no_scores = False
         self._is_foreign = llama.n_tokens > 0
         """Whether the context has tokens of before, which nobody saw going in."""
-        self._is_shifted = False
-        self._evaluates = False
         # Held while a hook works with the context. A generator that is dropped may be ended by the
         # garbage collector at any moment, in any thread: it then finds this taken.
         self._lock = threading.Lock()
@@ -160,18 +160,7 @@ class LlamaShare:
                 "create_completion": self._create_completion,
             },
         )
-        self._context_hooks = Hooks(
-            llama._ctx,
-            {
-                "decode": self._decode,
-                "encode": self._encode,
-                "kv_cache_clear": self._kv_cache_clear,
-                "kv_cache_seq_rm": self._kv_cache_seq_rm,
-                "kv_cache_seq_cp": self._kv_cache_seq_cp,
-                "kv_cache_seq_keep": self._kv_cache_seq_keep,
-                "kv_cache_seq_shift": self._kv_cache_seq_shift,
-            },
-        )
+        self._watch = ContextWatch(llama._ctx, self._known)
         # Called before the context is freed, since it was pushed after it.
         llama._stack.callback(self.close)
 
@@ -198,7 +187,7 @@ class LlamaShare:
         llama = self._llama()
         if llama is not None:
             self._hooks.remove(llama)
-            self._context_hooks.remove(llama._ctx)
+            self._watch.end()
         try:
             with self._lock:
                 self._finish()
@@ -268,13 +257,13 @@ class LlamaShare:
             return
         leased = self._ask(request, prompt[:-1])
         self._matched_tokens = matched = leased.matched_tokens
-        if matched > live and not self._is_shifted and not self._needs_scores(llama):
+        if matched > live and not self._watch.is_shifted and not self._needs_scores(llama):
             self._import(llama, leased, prompt, live)
 
     def _ask(self, request: _Request, tokens: Tokens) -> Sequence:
         request.has_asked = True
         leased = self.context.alloc(tokens, request=self._request_name)
-        request.took(leased, Storer(leased, self._mover, _SEQ), tokens)
+        request.follows(Storer(leased, self._mover, _SEQ), tokens)
         return leased
 
     def _import(self, llama: Any, leased: Sequence, prompt: Tokens, live: int) -> None:
@@ -311,7 +300,9 @@ class LlamaShare:
         native.memory_seq_rm(self._memory, _SEQ, length, -1)
 
     def _end(self, request: _Request) -> None:
-        """Its generator has ended, or was closed, or dropped."""
+        """Its generator has ended, or was closed, or dropped: perhaps by the end of Python."""
+        if sys.is_finalizing():
+            return
         if self._lock.acquire(blocking=False):
             try:
                 if self._request is request:
@@ -359,7 +350,7 @@ class LlamaShare:
                 return
             storer.store(tokens, tail=tail, wait=wait)
             if storer.leased.full_tokens != len(request.chain):
-                request.took(storer.leased, storer, tokens)
+                request.follows(storer, tokens)
         except KvdError as error:
             logger.warning("what a Llama computed is not stored: %s", str(error))
 
@@ -375,16 +366,14 @@ class LlamaShare:
                 self._store(request, tail=False, wait=_NO_WAIT)
             elif request is not None and request.prompt_tokens is not None:
                 logger.info("matched %d of %d tokens", start, request.prompt_tokens)
-            self._evaluates = True
             try:
-                self._hooks.call(llama, "eval", tokens)
+                with self._watch.of_known_tokens():
+                    self._hooks.call(llama, "eval", tokens)
             finally:
-                self._evaluates = False
                 done = llama.n_tokens - start
                 if done > 0:
                     self._known.append(start, tokens[:done])
                     self._counters.decoded_tokens += done
-                    self._is_shifted = False
                     self._without_scores = min(self._without_scores, start)
             if request is not None:
                 request.has_first_token = True
@@ -428,44 +417,3 @@ class LlamaShare:
             yield
         finally:
             self._reads_no_scores = before
-
-    # -- methods of its context --------------------------------------------------------------------
-
-    def _call(self, name: str, *arguments: Any) -> Any:
-        llama = self._llama()
-        assert llama is not None
-        return self._context_hooks.call(llama._ctx, name, *arguments)
-
-    def _decode(self, batch: Any) -> None:
-        if not self._evaluates:
-            self._known.cut(0)
-        self._call("decode", batch)
-
-    def _encode(self, batch: Any) -> None:
-        self._known.cut(0)
-        self._call("encode", batch)
-
-    def _kv_cache_clear(self) -> None:
-        self._known.cut(0)
-        self._call("kv_cache_clear")
-
-    def _kv_cache_seq_rm(self, seq_id: int, p0: int, p1: int) -> Any:
-        if seq_id <= 0:
-            self._known.cut(p0)
-        return self._call("kv_cache_seq_rm", seq_id, p0, p1)
-
-    def _kv_cache_seq_cp(self, seq_id_src: int, seq_id_dst: int, p0: int, p1: int) -> None:
-        if seq_id_dst == _SEQ:
-            self._known.cut(0)
-        self._call("kv_cache_seq_cp", seq_id_src, seq_id_dst, p0, p1)
-
-    def _kv_cache_seq_keep(self, seq_id: int) -> None:
-        if seq_id != _SEQ:
-            self._known.cut(0)
-        self._call("kv_cache_seq_keep", seq_id)
-
-    def _kv_cache_seq_shift(self, seq_id: int, p0: int, p1: int, shift: int) -> None:
-        # The next decode turns the keys of all cells, and rounds quantised ones anew.
-        self._known.cut(0)
-        self._is_shifted = True
-        self._call("kv_cache_seq_shift", seq_id, p0, p1, shift)

@@ -30,7 +30,8 @@ N_SEQ_MAX = 8
 OUTSTANDING = 14
 """More than there are sequences, and than there is room for in the context."""
 STAGING = 1 << 20
-_PATIENCE = 60.0
+_PATIENCE = 60
+"""Seconds, or waits of a second."""
 
 
 @dataclass
@@ -198,10 +199,11 @@ class Process:
     def stop(self) -> None:
         """Let it finish."""
         self.pipe.send("stop")
-        deadline = time.monotonic() + _PATIENCE
-        while not self.is_done:
+        for _ in range(_PATIENCE):
             self.listen(1.0)
-            assert time.monotonic() < deadline, "a worker does not finish"
+            if self.is_done:
+                break
+        assert self.is_done, "a worker does not finish"
         self._process.join(_PATIENCE)
         assert self._process.exitcode == 0
         self.pipe.close()

@@ -27,11 +27,12 @@ FLAGS = ("--max-memory", "8MiB")
 """So little that blocks are evicted all the time."""
 
 
-PATIENCE = 120.0
-"""Seconds more until all has happened that is to happen, on a busy machine."""
+PATIENCE = 1000
+"""Rounds more, of a tenth of a second or two, until all has happened that is to happen, on a busy
+machine. Not seconds: the machine may stop all of us for a while."""
 
 
-@pytest.mark.timeout(180 + PATIENCE + 2 * SECONDS)
+@pytest.mark.timeout(300 + 2 * SECONDS)
 def test_nothing_is_wrong_cut_or_left_whatever_happens(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -57,9 +58,10 @@ def test_nothing_is_wrong_cut_or_left_whatever_happens(
 
     try:
         begun = time.monotonic()
-        kill_at, outage_at = 4.0, 10.0
+        kill_at, outage_at, patience = 4.0, 10.0, PATIENCE
         while (now := time.monotonic() - begun) < SECONDS or missing():
-            assert now < SECONDS + PATIENCE, f"these have not happened: {missing()}"
+            patience -= now > SECONDS
+            assert patience, f"these have not happened: {missing()}"
             for worker in workers:
                 worker.listen(0.1)
             if now > kill_at:

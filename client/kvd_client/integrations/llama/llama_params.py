@@ -114,8 +114,8 @@ def _check_parameters(llama: Any) -> None:
     if given.flash_attn_type != bindings.LLAMA_FLASH_ATTN_TYPE_ENABLED:
         raise NotShareable(
             Reason.FLASH_ATTENTION,
-            "its flash attention is off, so V lies transposed, and has other last bits: it does"
-            "  not fit those with flash attention; construct it with "
+            "its flash attention is off, so V lies transposed, and has other last bits: it does "
+            "not fit those with flash attention; construct it with "
             "Llama(..., flash_attn=True)",
         )
     if llama.kv_overrides:

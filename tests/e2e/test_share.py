@@ -113,6 +113,27 @@ def test_what_one_has_computed_another_finds(
     assert second.client.verify()["ok"]
 
 
+@pytest.mark.parametrize(
+    "write",
+    [tiny_models.write_sliding_window, tiny_models.write_m_rope, tiny_models.write_heads_by_layer],
+)
+def test_every_kind_of_model_that_shares(
+    daemon: Daemon, make: Make, tmp_path: Path, write: Callable[[Path], Path]
+) -> None:
+    model = settled(write(tmp_path / "model.gguf"))
+    prompt = fresh_prompt(5 * BLOCK + 7)
+    plain, one, other = (make(model) for _ in range(3))
+    first, second = shared(one, daemon), shared(other, daemon)
+    run(plain, prompt)
+    run(one, prompt)
+    first.client.flush()
+    text = [*prompt, *fresh_prompt(9)]
+    assert np.array_equal(first_logits(other, text), first_logits(plain, text))
+    assert second.matched_tokens == second.counters.imported_tokens == len(prompt)
+    assert run(other, text) == run(plain, text)
+    assert second.client.verify()["ok"]
+
+
 def test_a_growing_chat_goes_from_llama_to_llama(daemon: Daemon, make: Make) -> None:
     """Each turn decodes what follows the longest common prefix with the turns before, and no more;
     each Llama has old turns in its context, and some that went on otherwise."""

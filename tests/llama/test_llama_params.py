@@ -139,9 +139,7 @@ def test_what_the_fingerprint_does_not_cover_is_refused(
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("sliding-window", Reason.SLIDING_WINDOW),
         ("recurrent", Reason.RECURRENT),
-        ("m-rope", Reason.M_ROPE),
         ("llama-not-causal", Reason.NOT_CAUSAL),
     ],
 )

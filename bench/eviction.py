@@ -29,8 +29,8 @@ PROMISED_BYTES = 500
 
 
 def measure(n_many: int) -> list[Row]:
-    """Rows for an eviction, in microseconds, and for memory, in bytes. Cycles are collected as the
-    daemon does from now on."""
+    """Rows for an eviction, in microseconds, and for memory, in bytes. For a process of its own:
+    from now on it collects cycles as the daemon does."""
     pauses.bound()
     return [_memory(), _evictions(n_many)]
 

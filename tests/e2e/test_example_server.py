@@ -217,7 +217,7 @@ def test_the_daemon_may_die_and_come_back(smollm2: Path, tmp_path: Path) -> None
     ("options", "said"),
     [
         ({"kv_unified": False, "n_ctx": 1024}, "set kv_unified to true"),
-        ({"kv_overrides": {"llama.rope.freq_base": 5000.0}}, "kv_overrides change"),
+        ({"kv_overrides": {"llama.rope.freq_base": 5000.0}}, "kv_overrides"),
     ],
 )
 def test_what_cannot_be_shared_is_refused_with_what_to_change(

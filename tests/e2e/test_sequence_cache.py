@@ -226,7 +226,7 @@ def test_contexts_of_every_form_share_among_themselves(
             engines.append(resources.enter_context(made))
             client = Client(daemon.runtime_dir, fail_open=True, timeout=PATIENT)
             context = foreign_of(made)
-            cache = SequenceCache(context.kvd_model(BLOCK), context.form, made.n_vocab, client)
+            cache = SequenceCache(model_of(context, BLOCK), context.form, made.n_vocab, client)
             caches.append(resources.enter_context(cache))
         computed = save(caches[0], engines[0], tokens)
         match = found(caches[1], [*tokens, 1])

@@ -24,16 +24,18 @@ def foreign(
     *,
     loras: tuple[LoraAdapter, ...] = (),
     kv_overrides: Any = None,
-    load_mtp: bool = False,
+    odd: dict[str, Any] | None = None,
     **changes: Any,
 ) -> Iterator[ForeignContext]:
-    """As somebody who does not know of kvd makes them; all else at llama.cpp's defaults."""
+    """As somebody who does not know of kvd makes them; all else at llama.cpp's defaults, but what
+    is `odd` among the model's parameters."""
     before = Before.now(path, loras)
     model_params = bindings.llama_model_default_params()
     model = bindings.llama_model_load_from_file(str(path).encode(), model_params)
     if kv_overrides is not None:
         model_params.kv_overrides = kv_overrides
-    model_params.load_mtp = load_mtp
+    for name, value in (odd or {}).items():
+        setattr(model_params, name, value)
     params = bindings.llama_context_default_params()
     params.n_ctx, params.n_batch, params.n_seq_max, params.kv_unified = 256, 64, 4, True
     params.n_threads = params.n_threads_batch = 1
@@ -74,8 +76,8 @@ def test_its_fingerprint_is_that_of_an_engine_with_the_same_parameters(
     arguments: dict[str, Any] = {"n_ctx": 256, "n_batch": 64, "n_threads": 1} | options
     with LlamaEngine(model_path=path, **arguments) as engine, foreign(path, **given) as context:
         differs = given.get("n_ctx", 256) != arguments["n_ctx"]
-        assert (fingerprint(engine) != context.fingerprint()) == differs
-        assert (model_of(engine) != context.kvd_model()) == differs
+        assert (fingerprint(engine) != fingerprint(context)) == differs
+        assert (model_of(engine) != model_of(context)) == differs
         assert engine.layout == context.layout
 
 
@@ -87,7 +89,7 @@ def test_an_adapter_is_part_of_it(tiny_dir: Path) -> None:
     found = []
     for loras in [(six,), (seven,), (), (six, LoraAdapter(seven.path, 0.0))]:
         with foreign(path, loras=loras) as context:
-            found.append(context.fingerprint() == expected)
+            found.append(fingerprint(context) == expected)
     assert found == [True, False, False, True]
 
 
@@ -98,9 +100,9 @@ def test_without_flash_attention_it_is_another(tiny_dir: Path) -> None:
         assert off.form.v_trans
         assert not on.form.v_trans
         assert on.layout == off.layout
-        fields = off.fingerprint().fields
-        assert fields == {**on.fingerprint().fields, "v_trans": "1"}
-        assert off.fingerprint().digest != on.fingerprint().digest
+        fields = fingerprint(off).fields
+        assert fields == {**fingerprint(on).fields, "v_trans": "1"}
+        assert fingerprint(off).digest != fingerprint(on).digest
 
 
 @pytest.mark.parametrize("name", ["heads-by-layer", "m-rope"])
@@ -112,7 +114,7 @@ def test_other_kinds_are_shared_with_engines_too(tiny_dir: Path, name: str) -> N
     ):
         assert context.layout == engine.layout
         assert context.layout.m_rope == (name == "m-rope")
-        assert context.kvd_model() == model_of(engine)
+        assert model_of(context) == model_of(engine)
 
 
 @pytest.mark.parametrize(
@@ -123,7 +125,9 @@ def test_other_kinds_are_shared_with_engines_too(tiny_dir: Path, name: str) -> N
         ("llama-not-causal", {}, Reason.NOT_CAUSAL, "not causal"),
         ("llama", {"kv_unified": False, "n_ctx": 1024}, Reason.STREAMS, "set kv_unified to true"),
         ("llama", {"embeddings": True}, Reason.EMBEDDINGS, "for embeddings"),
-        ("llama", {"load_mtp": True}, Reason.LAYOUT, "without draft-mtp"),
+        ("llama", {"odd": {"load_mtp": True}}, Reason.LAYOUT, "without draft-mtp"),
+        ("llama", {"odd": {"use_extra_bufts": False}}, Reason.PARAMETERS, "use_extra_bufts"),
+        ("llama", {"odd": {"no_host": True}}, Reason.PARAMETERS, "no_host"),
     ],
 )
 def test_what_cannot_be_shared_is_refused_with_the_reason(

@@ -36,6 +36,7 @@ from kvd_client.integrations.llama.errors import LlamaEngineError
 from kvd_client.integrations.llama.foreign import Before, ForeignContext
 from kvd_client.integrations.llama.params import LoraAdapter
 from kvd_client.integrations.llama.sequence_cache import SequenceCache
+from kvd_client.integrations.llama.worker import model_of
 
 logger = logging.getLogger("kvd_client")
 
@@ -118,7 +119,7 @@ def put_cache_into(script: ModuleType, block_tokens: int, **client_options: Any)
             client = Client(fail_open=True, staging_bytes=DEFAULT_STAGING, **client_options)
             try:
                 cache = SequenceCache(
-                    shared.kvd_model(block_tokens), shared.form, model.n_vocab, client
+                    model_of(shared, block_tokens), shared.form, model.n_vocab, client
                 )
             except BaseException:
                 client.close()

@@ -32,7 +32,7 @@ from kvd_client.integrations.llama.params import (
     RopeParams,
     kv_type_name,
 )
-from kvd_client.integrations.llama.state import KvLayout
+from kvd_client.integrations.llama.state import V_TRANS, KvLayout
 
 MAX_SEQUENCES = 255
 """LLAMA_MAX_SEQ is 256, and one id is scratch."""
@@ -58,6 +58,7 @@ class LlamaEngine(LlamaContext):
     """
 
     not_shareable: NotShareable | None
+    v_trans = V_TRANS
 
     def __init__(
         self,
@@ -105,7 +106,7 @@ class LlamaEngine(LlamaContext):
                 model = resources.enter_context(LlamaModel(model_path))
             elif model_path is not None:
                 raise ValueError("give a model or a model_path, not both")
-            self.not_shareable = _unshareable_kind(model, loras)
+            self.not_shareable = model.unshareable_kind(loras)
             if self.not_shareable is not None and require_shareable:
                 raise self.not_shareable
             super().__init__(model, params, loras, resources)
@@ -186,15 +187,3 @@ class LlamaEngine(LlamaContext):
         _traceback: TracebackType | None,
     ) -> None:
         self.close()
-
-
-def _unshareable_kind(model: LlamaModel, loras: Sequence[LoraAdapter]) -> NotShareable | None:
-    """What is known before there is a context."""
-    if len(loras) > 1:
-        # llama.cpp adds them up in the order of a hash table of pointers.
-        return NotShareable(
-            Reason.LORA,
-            f"{len(loras)} LoRA adapters at once are added in an order that differs between "
-            "processes: merge them into one, or use them without sharing",
-        )
-    return model.unshareable_kind()

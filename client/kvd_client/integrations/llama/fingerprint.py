@@ -43,7 +43,7 @@ from kvd_client.integrations.llama.errors import LlamaEngineError, NotShareable
 from kvd_client.integrations.llama.model import LlamaModel
 from kvd_client.integrations.llama.model_hash import file_digest
 from kvd_client.integrations.llama.params import LoraAdapter, RopeParams
-from kvd_client.integrations.llama.state import N_STREAM, V_TRANS, KvLayout
+from kvd_client.integrations.llama.state import N_STREAM, KvLayout
 
 FORMAT = "kvd llama-state 1"
 _LIBRARY_PREFIXES = ("libllama", "libggml", "libm.so", "libm-")
@@ -96,6 +96,11 @@ class KvSource(Protocol):
     @property
     def attn_rot_disabled(self) -> bool: ...
     @property
+    def v_trans(self) -> int:
+        """Whether V was computed transposed, as it is without flash attention: its last bits are
+        others, though blocks of it have the same form."""
+
+    @property
     def layout(self) -> KvLayout: ...
     @property
     def not_shareable(self) -> NotShareable | None: ...
@@ -123,7 +128,7 @@ def fingerprint(engine: KvSource) -> Fingerprint:
             "type_k": params.type_k,
             "type_v": params.type_v,
             "n_stream": str(N_STREAM),
-            "v_trans": str(V_TRANS),
+            "v_trans": str(engine.v_trans),
             "attn_rot": "off" if engine.attn_rot_disabled else "on",
             **_rope_fields(params.rope, engine.model),
             "rope.factors": "long" if engine.n_ctx > original_context else "short",

@@ -1,8 +1,8 @@
 """A llama.cpp context that somebody else has made: how its K/V is shared all the same.
 
-Covers what must be known of it: the form of its states (blobs.py) and its fingerprint, which equals
-that of a LlamaEngine with the same model and parameters. Does not cover moving its states, which
-its owner does, with llama.cpp's own calls.
+Covers what must be known of it: the form of its states (blobs.py), and all that its fingerprint is
+made of, which equals that of a LlamaEngine with the same model and parameters. Does not cover
+moving its states, which its owner does, with llama.cpp's own calls.
 
 What counts is what llama.cpp was given, so the owner hands over llama.cpp's own structures.
 """
@@ -14,19 +14,15 @@ from typing import NamedTuple
 import llama_cpp.llama_cpp as bindings
 import numpy as np
 
-from kvd_client.asking import traits_of
-from kvd_client.context import Model
 from kvd_client.integrations.llama import native
 from kvd_client.integrations.llama.batch import Batch
 from kvd_client.integrations.llama.blobs import StateForm, parse_form
 from kvd_client.integrations.llama.errors import LlamaEngineError, NotShareable, Reason
-from kvd_client.integrations.llama.fingerprint import Fingerprint, fingerprint
-from kvd_client.integrations.llama.llama_params import LlamaKvParams, kv_type, rope_params
+from kvd_client.integrations.llama.given import read_given
 from kvd_client.integrations.llama.model import LlamaModel
 from kvd_client.integrations.llama.model_hash import FileStamp, file_digest, file_stamp, model_files
-from kvd_client.integrations.llama.params import LoraAdapter, env_int, kv_type_name
+from kvd_client.integrations.llama.params import LoraAdapter, env_int
 from kvd_client.integrations.llama.state import KvLayout
-from kvd_proto.payload import llama_state_name
 
 
 class Before(NamedTuple):
@@ -72,12 +68,8 @@ class ForeignContext:
         self.lora_digests = before.lora_digests
         self.attn_rot_disabled = before.attn_rot_disabled
         self.n_ctx: int = bindings.llama_n_ctx(context)
-        _refuse(self.model, model_params, context, context_params, before)
-        self.params = LlamaKvParams(
-            kv_type(context_params.type_k),
-            kv_type(context_params.type_v),
-            rope_params(context_params),
-        )
+        self.params = read_given(model_params, context_params)
+        _refuse(self.model, context, context_params, before)
         self.form: StateForm = _probe(self.model, context)
 
     @property
@@ -85,47 +77,25 @@ class ForeignContext:
         """Types and row bytes of each layer's K and V."""
         return self.form.layout
 
-    def fingerprint(self) -> Fingerprint:
-        """Like fingerprint.fingerprint. K/V that was computed without flash attention (V is kept
-        transposed then) rounds differently, and is told apart by `v_trans`."""
-        found = fingerprint(self)
-        if not self.form.v_trans:
-            return found
-        return Fingerprint.of_fields({**found.fields, "v_trans": "1"})
-
-    def kvd_model(self, block_tokens: int = 32) -> Model:
-        """What the daemon must know of this K/V; equal to worker.model_of of an equal engine."""
-        layers = tuple(
-            (kv_type_name(row.k_type), row.k_row_bytes, kv_type_name(row.v_type), row.v_row_bytes)
-            for row in self.layout.layers
-        )
-        found = self.fingerprint()
-        traits = traits_of(found.fields)
-        payload = llama_state_name(m_rope=self.layout.m_rope)
-        name = self.model.path.name
-        return Model(name, found.digest, payload, layers, block_tokens, traits)
+    @property
+    def v_trans(self) -> int:
+        """See KvSource."""
+        return int(self.form.v_trans)
 
 
 def _refuse(
     model: LlamaModel,
-    model_params: "bindings.llama_model_params",
     context: int,
     context_params: "bindings.llama_context_params",
     before: Before,
 ) -> None:
-    """Raise NotShareable for what the fingerprint does not cover, or blocks cannot be made of."""
-    unshareable = model.unshareable_kind()
+    """Raise NotShareable for what blocks cannot be made of."""
+    unshareable = model.unshareable_kind(before.loras)
     if unshareable is not None:
         raise unshareable
     if tuple(file_stamp(part) for part in model_files(model.path)) != before.stamps:
         raise NotShareable(
             Reason.MODEL_FILE, f"{model.path} has changed since it was loaded: start anew"
-        )
-    if len(before.loras) > 1:
-        raise NotShareable(
-            Reason.LORA,
-            f"{len(before.loras)} LoRA adapters at once are added in an order that differs between "
-            "processes: merge them into one, or use them without sharing",
         )
     if not context_params.kv_unified:
         raise NotShareable(
@@ -136,29 +106,6 @@ def _refuse(
             Reason.NOT_CAUSAL,
             "the model's attention is not causal, so a prefix has no K/V of its own; use it "
             "without sharing",
-        )
-    if context_params.embeddings:
-        raise NotShareable(
-            Reason.EMBEDDINGS, "the context is for embeddings, which no K/V is kept of"
-        )
-    if model_params.kv_overrides:
-        raise NotShareable(
-            Reason.OVERRIDES,
-            "kv_overrides change the model's metadata, which its file's hash does not tell: write "
-            "them into the file (gguf-set-metadata), or use them without sharing",
-        )
-    if model_params.load_mtp:
-        raise NotShareable(
-            Reason.LAYOUT,
-            "a model with its draft layers keeps K/V of another form: do without draft-mtp",
-        )
-    if bindings.llama_supports_gpu_offload() and (
-        model_params.n_gpu_layers or context_params.offload_kqv or context_params.op_offload
-    ):
-        raise NotShareable(
-            Reason.GPU,
-            "K/V that a GPU computes differs in its last bits: set n_gpu_layers to 0, offload_kqv "
-            "and op_offload to false, or use it without sharing",
         )
 
 

@@ -11,24 +11,19 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import llama_cpp.llama_cpp as bindings
 
 from kvd_client.integrations.llama import native
 from kvd_client.integrations.llama.batch import Batch
 from kvd_client.integrations.llama.errors import LlamaEngineError, NotShareable, Reason
+from kvd_client.integrations.llama.given import GivenParams, read_given
 from kvd_client.integrations.llama.model import LlamaModel
 from kvd_client.integrations.llama.model_hash import file_digest, model_files
 from kvd_client.integrations.llama.mover import BlockMover, ScratchSequence, read_layout
-from kvd_client.integrations.llama.params import (
-    KV_TYPES,
-    ROPE_SCALING_TYPES,
-    LoraAdapter,
-    RopeParams,
-    env_int,
-)
-from kvd_client.integrations.llama.state import KvLayout
+from kvd_client.integrations.llama.params import LoraAdapter, env_int
+from kvd_client.integrations.llama.state import V_TRANS, KvLayout
 
 SCRATCH: int = bindings.llama_max_parallel_sequences() - 1
 """The last of llama.cpp's sequence ids (LLAMA_MAX_SEQ), of which a Llama uses the first."""
@@ -37,25 +32,18 @@ CLOCK_TICK = time.clock_getres(5)  # CLOCK_REALTIME_COARSE, which Python has no 
 """Seconds by which a file's ctime may lie before the moment of the change."""
 
 
-class LlamaKvParams(NamedTuple):
-    """KvParams of fingerprint.py."""
-
-    type_k: str
-    type_v: str
-    rope: RopeParams
-
-
 @dataclass(frozen=True)
 class LlamaSource:
     """A KvSource (fingerprint.py), and what moves its blocks; valid until the Llama is closed."""
 
     model: LlamaModel
-    params: LlamaKvParams
+    params: GivenParams
     loras: Sequence[LoraAdapter]
     lora_digests: Sequence[bytes]
     n_ctx: int
     attn_rot_disabled: bool
     mover: BlockMover
+    v_trans: int = V_TRANS
     not_shareable: NotShareable | None = None
 
     @property
@@ -71,7 +59,8 @@ def read_llama(llama: Any) -> LlamaSource:
     """
     if llama._ctx.ctx is None:
         raise LlamaEngineError("the Llama is closed")
-    _check_parameters(llama)
+    params = read_given(llama.model_params, llama.context_params)
+    _check_context(llama)
     paths = [Path(os.fsdecode(llama.model_path))]
     if llama.lora_path:
         paths.append(Path(os.fsdecode(llama.lora_path)))
@@ -95,11 +84,7 @@ def read_llama(llama: Any) -> LlamaSource:
     loras = [LoraAdapter(str(path), llama.lora_scale) for path in paths[1:]]
     return LlamaSource(
         model,
-        LlamaKvParams(
-            kv_type(llama.context_params.type_k),
-            kv_type(llama.context_params.type_v),
-            rope_params(llama.context_params),
-        ),
+        params,
         loras,
         [file_digest(path) for path in paths[1:]],
         bindings.llama_n_ctx(llama._ctx.ctx),
@@ -108,8 +93,7 @@ def read_llama(llama: Any) -> LlamaSource:
     )
 
 
-def _check_parameters(llama: Any) -> None:
-    """Refuse what changes K/V and is not in the fingerprint."""
+def _check_context(llama: Any) -> None:
     given = llama.context_params
     if given.flash_attn_type != bindings.LLAMA_FLASH_ATTN_TYPE_ENABLED:
         raise NotShareable(
@@ -118,75 +102,10 @@ def _check_parameters(llama: Any) -> None:
             "not fit those with flash attention; construct it with "
             "Llama(..., flash_attn=True)",
         )
-    if llama.kv_overrides:
-        raise NotShareable(
-            Reason.OVERRIDES,
-            f"it has kv_overrides ({', '.join(llama.kv_overrides)}), which change the model in "
-            "ways that its file does not tell: leave them out, or use it without sharing",
-        )
-    if given.embeddings:
-        raise NotShareable(
-            Reason.EMBEDDINGS,
-            "it is made for embeddings, which no K/V is kept of: use another Llama for them",
-        )
-    if bindings.llama_supports_gpu_offload() and (
-        llama.model_params.n_gpu_layers or given.offload_kqv or given.op_offload
-    ):
-        raise NotShareable(
-            Reason.GPU,
-            "this llama.cpp can compute on a GPU, whose K/V differs in its last bits: construct it "
-            "with Llama(..., n_gpu_layers=0, offload_kqv=False, op_offload=False)",
-        )
     if given.n_seq_max != 1:
         raise NotShareable(
             Reason.SEQUENCE_IDS, f"its context has {given.n_seq_max} sequences; a Llama has one"
         )
-    # What Llama's constructor has no argument for: whoever sets it does more than is known here.
-    usual = bindings.llama_model_default_params()
-    odd = [
-        name
-        for name in ("use_extra_bufts", "no_host", "no_alloc")
-        if getattr(llama.model_params, name) != getattr(usual, name)
-    ]
-    odd += [name for name in ("ctx_type", "cb_eval", "ctx_other") if getattr(given, name)]
-    if odd:
-        raise NotShareable(
-            Reason.PARAMETERS, f"it has unusual parameters, which may change K/V: {', '.join(odd)}"
-        )
-
-
-def kv_type(number: int) -> str:
-    """The name of a K/V type that a context was given. Raises NotShareable for an unknown one."""
-    for name, known in KV_TYPES.items():
-        if known == number:
-            return name
-    raise NotShareable(Reason.LAYOUT, f"its type_k or type_v is {number}, which is not known here")
-
-
-def rope_params(given: Any) -> RopeParams:
-    """The parameters in llama.cpp's structure. There is 0 in it, or a negative number for YaRN's
-    factors, where nothing is given."""
-    names = {number: name for name, number in ROPE_SCALING_TYPES.items()}
-    scaling = given.rope_scaling_type
-    if scaling not in names and scaling >= 0:
-        raise NotShareable(Reason.PARAMETERS, f"its rope_scaling_type {scaling} is not known here")
-
-    def positive(value: float) -> float | None:
-        return value if value > 0 else None
-
-    def factor(value: float) -> float | None:
-        return value if value >= 0 else None
-
-    return RopeParams(
-        scaling_type=names.get(scaling),
-        freq_base=positive(given.rope_freq_base),
-        freq_scale=positive(given.rope_freq_scale),
-        yarn_ext_factor=factor(given.yarn_ext_factor),
-        yarn_attn_factor=factor(given.yarn_attn_factor),
-        yarn_beta_fast=factor(given.yarn_beta_fast),
-        yarn_beta_slow=factor(given.yarn_beta_slow),
-        yarn_orig_ctx=given.yarn_orig_ctx or None,
-    )
 
 
 def _check_files(llama: Any, paths: Sequence[Path]) -> None:

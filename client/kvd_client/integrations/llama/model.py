@@ -6,6 +6,7 @@ mixed with what other workers computed, and nothing here is tested on one.
 
 import ctypes
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -23,6 +24,7 @@ from kvd_client.integrations.llama.model_hash import (
     model_digest,
     model_files,
 )
+from kvd_client.integrations.llama.params import LoraAdapter
 
 Tokens = npt.NDArray[np.int32]
 
@@ -182,8 +184,16 @@ class LlamaModel:
             raise LlamaEngineError(f"{self.path} has changed since it was loaded: load it again")
         return digest
 
-    def unshareable_kind(self) -> NotShareable | None:
-        """What in the model's kind rules out exact sharing of single blocks, or None."""
+    def unshareable_kind(self, loras: Sequence[LoraAdapter] = ()) -> NotShareable | None:
+        """What in the model's kind, or in the adapters applied to it, rules out exact sharing of
+        single blocks, or None."""
+        if len(loras) > 1:
+            # llama.cpp adds them up in the order of a hash table of pointers.
+            return NotShareable(
+                Reason.LORA,
+                f"{len(loras)} LoRA adapters at once are added in an order that differs between "
+                "processes: merge them into one, or use them without sharing",
+            )
         if bindings.llama_model_is_recurrent(self.pointer) or bindings.llama_model_is_hybrid(
             self.pointer
         ):

@@ -1,5 +1,8 @@
 """One eviction among many blocks, beside one among few; and what a block takes of memory.
 
+Blocks go in runs: as many as somebody stores, if they are of one arena. So an eviction is measured
+in runs of several lengths.
+
 The core alone, without a daemon. Prompts have four blocks that nobody else has, so that a quarter
 of all are children of the root. Few and many are asked in turn, so that noise meets both alike.
 """
@@ -19,8 +22,10 @@ from kvd_proto.keys import TOKEN_BYTES
 from kvd_proto.layout import record_bytes
 
 FEW = 1_000
-AT_ONCE = 200
+AT_ONCE = 256
 """Evictions that are timed together."""
+RUNS = (1, 4, 32)
+"""Blocks that are stored together: 32 are a prompt of 1,024 tokens."""
 REPEATS = 50
 PROMPT_BLOCKS = 4
 BLOCK_TOKENS = 32
@@ -32,28 +37,33 @@ def measure(n_many: int) -> list[Row]:
     """Rows for an eviction, in microseconds, and for memory, in bytes. For a process of its own:
     from now on it collects cycles as the daemon does."""
     pauses.bound()
-    return [_memory(), _evictions(n_many)]
+    return [_memory(), *_evictions(n_many)]
 
 
-def _evictions(n_many: int) -> Row:
+def _evictions(n_many: int) -> list[Row]:
     numbers = count()
     few, many = Replay(FEW), Replay(n_many)
     _fill(many, n_many, 1, numbers)
-    costs: dict[Replay, list[float]] = {few: [], many: []}
+    costs: dict[tuple[Replay, int], list[float]] = {
+        (replay, run): [] for run in RUNS for replay in (few, many)
+    }
     for _ in range(REPEATS):
-        for replay, values in costs.items():
+        for (replay, run), values in costs.items():
             _fill(replay, replay.n_blocks, 1, numbers)
-            values.append(_cost(replay))
+            values.append(_cost(replay, run))
     name = f"one eviction, of {n_many:,} blocks that may go"
-    return row(name, costs[many], "us", costs[few], f"one of {FEW:,}")
+    return [
+        row(f"{name}, in runs of {run}", costs[many, run], "us", costs[few, run], f"one of {FEW:,}")
+        for run in RUNS
+    ]
 
 
-def _cost(replay: Replay) -> float:
-    budget = replay.core.cache.budget
+def _cost(replay: Replay, run: int) -> float:
+    budget, arena = replay.core.cache.budget, replay.arena
     effects: list[Effect] = []
     started = time.perf_counter()
-    for _ in range(AT_ONCE):
-        budget.pop_oldest(effects)
+    for _ in range(AT_ONCE // run):
+        budget.pop_oldest(budget.policies, effects, for_arena=arena, most=run)
     return (time.perf_counter() - started) * 1e6 / AT_ONCE
 
 

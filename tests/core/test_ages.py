@@ -15,7 +15,7 @@ def release(driver: Driver, handle: object) -> None:
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
     """Every eviction, and every reuse, is looked at."""
-    monkeypatch.setattr("kvd.core.budget.SAMPLED", 1)
+    monkeypatch.setattr("kvd.core.dropping.SAMPLED", 1)
     monkeypatch.setattr("kvd.core.ages.SAMPLED", 1)
     driver = Driver()
     driver.now = 5000.0
@@ -78,7 +78,7 @@ def test_a_use_counts_from_its_end_though_nothing_else_has_happened(driver: Driv
 
 
 def test_one_eviction_in_so_many_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvd.core.budget.SAMPLED", 4)
+    monkeypatch.setattr("kvd.core.dropping.SAMPLED", 4)
     driver = Driver()
     driver.connect("s")
     driver.register(b"s")

@@ -71,7 +71,10 @@ class Bench:
         return blocks[1:]
 
     def evict(self, n_blocks: int = 1) -> list[int]:
-        return [self.budget.pop_oldest(self.effects).slot for _ in range(n_blocks)]
+        budget, gone = self.budget, list[int]()
+        for _ in range(n_blocks):
+            gone += [each.slot for each in budget.pop_oldest(budget.policies, self.effects)]
+        return gone
 
     def happened(self, kind: type) -> list[Any]:
         found = [effect for effect in self.effects if isinstance(effect, kind)]

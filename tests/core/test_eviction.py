@@ -119,3 +119,27 @@ def test_the_order_is_that_of_a_list(arena: Arena, seed: int) -> None:
             expected = [each for each in expected if each not in blocks[depth : leased + 1]]
         assert list(policy) == expected
         assert policy.oldest() is (expected[0] if expected else None)
+
+
+def test_those_that_go_next_go_together_as_long_as_they_are_alike(arena: Arena) -> None:
+    a, b, c = chain(arena, 1, 2, 3)
+    (d,) = chain(arena, 4)
+    policy = LRU()
+    policy.add(c, arena.root, 7)
+    policy.add(d, arena.root, 8)
+    assert policy.pop(2, arena, 8) == [c, b], "no more than are asked for"
+    assert list(policy) == [a, d]
+    assert not any(block.is_listed for block in (b, c))
+    assert policy.pop(9, arena, 8) == [a], "used before 8"
+    assert policy.pop(9, arena, 8) == [d], "the first one in any case"
+    assert policy.oldest() is None
+
+
+def test_those_of_another_arena_stay(arena: Arena) -> None:
+    other = Arena(2, arena.tenant, "n", b"", arena.geometry, arena.format, BLOCK_TOKENS, 100, b"")
+    (a,), (b,) = chain(arena, 1), chain(other, 2)
+    policy = LRU()
+    for block in (a, b):
+        policy.add(block, block.arena.root, 1)
+    assert policy.pop(9, arena, 9) == [a]
+    assert list(policy) == [b]

@@ -5,7 +5,8 @@ Models have a stride of one page. Beside its blocks a tenant's model takes BESID
 
 import pytest
 
-from kvd.core import budget
+from kvd.core import dropping
+from kvd.core.reasons import Reason
 from kvd.core.shares import ModelRule, Share, may_lose
 from kvd.core.tenants import TenantRule
 from kvd_proto.errors import AllLeased, BudgetTooSmall, ModelTooLarge, OverQuota
@@ -210,8 +211,9 @@ def test_an_eviction_looks_at_no_more_than_the_heads(monkeypatch: pytest.MonkeyP
         looked_at.append(loser)
         return may_lose(loser, taker, n_bytes)
 
-    monkeypatch.setattr(budget, "may_lose", counting)
+    monkeypatch.setattr(dropping, "may_lose", counting)
     taker = driver.cache.budget.tenants["b"].share
-    block = driver.cache.budget.pop_oldest([], driver.cache.budget, taker)
+    whole = driver.cache.budget
+    (block,) = whole.pop_oldest(whole.policies, [], Reason.ROOM, taker)
     assert block.arena.tenant.name == "b", "the others' are older, and stay"
     assert len(looked_at) == 3

@@ -6,6 +6,7 @@ tree.py        blocks and the prefix tree: exact and token-exact matches
 siblings.py    the children of a block that has thousands
 arenas.py      the slots and the tree of one model
 budget.py      leases over ancestors, making room
+dropping.py    how blocks go, and what is told of each that does
 eviction.py    which block goes next: the policy, and LRU, tail-first
 tenants.py     what each tenant may take, holds, and would give up first
 sequences.py   sessions, contexts, sequence ids and generations

@@ -22,30 +22,23 @@ from typing import NamedTuple
 
 from kvd.core.ages import SAMPLED
 from kvd.core.arenas import Arena
+from kvd.core.dropping import Dropping
 from kvd.core.events import (
-    NO_SLOT,
     Back,
-    DropRecord,
     Effect,
     Punch,
     RemoveArena,
     SessionId,
 )
 from kvd.core.eviction import Policy, arrange_by_records
-from kvd.core.holds import WALK_BLOCKS, Holds
-from kvd.core.journal import Journal
+from kvd.core.holds import WALK_BLOCKS
 from kvd.core.pins import pins_bytes_for
 from kvd.core.reasons import Reason
 from kvd.core.shares import ModelRule, ModelShare, Share, may_lose, reclaimable
 from kvd.core.tenants import Tenant, TenantRule
-from kvd.core.tree import ADOPTED, FILLING, GONE, Block
+from kvd.core.tree import GONE, Block
 from kvd_proto.errors import AllLeased, BudgetTooSmall, Detail, ResourceError
 from kvd_proto.happenings import Kind
-
-_new = tuple.__new__
-"""Makes an effect in half the time. Each eviction has one."""
-_ROOM, _SUPERSEDED = Reason.ROOM, Reason.SUPERSEDED
-"""To look a member up in an Enum takes as long as to take a block out of its list."""
 
 
 def _oldest_first(policies: Iterable[Policy]) -> Iterator[Block]:
@@ -59,8 +52,11 @@ class SlotsTaken(NamedTuple):
     to_back: list[int]
 
 
-class Budget(Holds):
+class Budget(Dropping):
     """The bytes of the daemon: makes room, and keeps every running total."""
+
+    reason = Reason.ROOM
+    """Why a block goes, if it does for want of what there is here."""
 
     def __init__(
         self,
@@ -71,7 +67,6 @@ class Budget(Holds):
         super().__init__()
         self.n_bytes = n_bytes
         self.unassigned = n_bytes
-        self.journal = Journal()
         self.wanted = n_bytes
         """What the configuration says. `n_bytes` is more as long as more is held: resizing.py."""
         self.is_over = False
@@ -82,8 +77,6 @@ class Budget(Holds):
         """Those that there are rules for."""
         self.promised = sum(share.minimum for share in self.shares)
         """Of `unassigned`: what is missing of all minima."""
-        self.evictions = 0
-        """Blocks dropped since the start, but those that a longer one has superseded."""
         self._given_back: dict[int, list[int]] = {}
         """By arena: slots that have given way, and are punched with the last of them."""
         self._policies: list[Policy] | None = None
@@ -165,19 +158,6 @@ class Budget(Holds):
         arena.filling -= len(arena.retired)
         arena.free.extend(arena.retired)
         arena.retired.clear()
-
-    def drop_unleased(self, block: Block, reason: Reason, effects: list[Effect]) -> None:
-        """Forget a block that has no children and that no sequence leases. If a client of an
-        earlier daemon may still read it, its slot is set aside until nobody can."""
-        arena = block.arena
-        is_read = block in arena.former
-        if is_read:
-            del arena.former[block]
-            self._let_go(block, arena.backed)
-        self.drop(block, reason, effects)
-        if is_read:
-            arena.retired.append(arena.free.pop())
-            arena.filling += 1
 
     # --- room
 
@@ -269,12 +249,12 @@ class Budget(Holds):
         """Set `n_slots` aside as filling. All or none: raises OverQuota, BudgetTooSmall or
         AllLeased."""
         self._find_room(lambda: self.check_room(arena, n_slots), effects)
-        tenant, model, share = arena.tenant, arena.model, arena.share
+        tenant, model, share, free = arena.tenant, arena.model, arena.share, arena.free
         to_back: list[int] = []
         slots: list[int] = []
         while len(slots) < n_slots:
-            if arena.free:
-                slots.append(arena.free.pop())
+            if free:
+                slots.append(free.pop())
                 arena.filling += 1
                 continue
             if not arena.slots_left:
@@ -282,11 +262,11 @@ class Budget(Holds):
                 continue
             cost = arena.cost_of_fresh(1)
             if cost > tenant.headroom:
-                self._give_way(arena, tenant, share, effects)
+                self._give_way(arena, tenant, share, effects, n_slots - len(slots))
             elif model is not None and cost > model.headroom:
-                self._give_way(arena, model, share, effects)
+                self._give_way(arena, model, share, effects, n_slots - len(slots))
             elif cost > self.available(share):
-                self._give_way(arena, self, share, effects)
+                self._give_way(arena, self, share, effects, n_slots - len(slots))
             else:
                 self.spend(tenant, cost, arena)
                 slot = arena.punched.pop() if arena.punched else self._raise_high_water(arena)
@@ -310,40 +290,6 @@ class Budget(Holds):
             arena.blocks[slot] = None
         self.spend(arena.tenant, -len(slots) * arena.stride, arena)
 
-    def drop(self, block: Block, reason: Reason, effects: list[Effect]) -> None:
-        """Forget a cached block, which has no children: its slot is free."""
-        arena, parent = block.arena, block.parent
-        assert parent is not None
-        assert block.family is None, "a parent goes after its children"
-        if reason is not _SUPERSEDED:  # whose tokens are all there still
-            evictions = self.evictions
-            self.evictions = evictions + 1
-            if not evictions % SAMPLED:
-                self.ages.evicted(block, block.used)
-        arena.evictable.drop(block)
-        parent.remove(block)
-        last_use = block.last_use
-        heir = NO_SLOT
-        if parent.last_use < last_use and parent.parent is not None and parent.state is not FILLING:
-            parent.last_use = last_use
-            heir = parent.slot
-        else:
-            last_use = 0
-        if block.state is ADOPTED:
-            arena.unchecked -= 1
-        block.state = GONE
-        arena.cached -= 1
-        if len(block.tokens) < arena.token_bytes:
-            arena.cached_lacks -= arena.lack_of(block)
-        tenant, journal, slot = arena.tenant, self.journal, block.slot
-        tenant.ghosts.note(block.key_and_checksum, journal.now, reason)
-        if journal.is_followed:
-            values = (reason, block.start, block.n_tokens, slot)
-            journal.note_frequent(Kind.EVICT, tenant.name, arena.name, *values)
-        arena.free.append(slot)
-        arena.blocks[slot] = None
-        effects.append(_new(DropRecord, (arena.number, slot, heir, last_use)))
-
     def drop_some(self, arena: Arena, blocks: Iterable[Block], effects: list[Effect]) -> int:
         """Drop these blocks of an arena, children first, as somebody asked for, and give their
         memory back; but what is gone already, is kept, or has children by now. Returns how many."""
@@ -354,37 +300,6 @@ class Budget(Holds):
                 n_dropped += 1
         self._punch(arena, n_dropped, effects)
         return n_dropped
-
-    def pop_oldest(
-        self,
-        effects: list[Effect],
-        whose: "Tenant | ModelShare | Budget | None" = None,
-        taker: Share | None = None,
-        reason: Reason | None = None,
-    ) -> Block:
-        """Evict the least recently used block that has no resident children and may go for `taker`:
-        the oldest of all heads, or of those of one tenant or model. Without another `reason` it is
-        for want of room."""
-        if whose is None or whose is self:
-            policies, reason = self._policies or self.policies, reason or _ROOM
-        else:
-            policies = whose.policies
-            by_quota = isinstance(whose, ModelShare) or (
-                isinstance(whose, Tenant) and whose.has_quota
-            )
-            reason = reason or (Reason.QUOTA if by_quota else _ROOM)
-        oldest: Block | None = None
-        for policy in policies:
-            head = policy.oldest()
-            if (
-                head is not None
-                and (oldest is None or head.used < oldest.used)
-                and (taker is None or may_lose(head.arena.share, taker, head.arena.stride))
-            ):
-                oldest = head
-        assert oldest is not None, "check_room counted it"
-        self.drop(oldest, reason, effects)
-        return oldest
 
     def evict(
         self, name: str, n_blocks: int, effects: list[Effect], tenant: Tenant | None = None
@@ -510,7 +425,7 @@ class Budget(Holds):
         sure = min(n_bytes, reclaimable(arenas, taker))
         steps = 0
         while self.unassigned - before < sure and steps < most:
-            self._give_way(None, whose, taker, effects, Reason.REDUCED)
+            self._give_way(None, whose, taker, effects, reason=Reason.REDUCED)
             steps += 1
         self._punch_given_back(effects)
         return steps
@@ -521,11 +436,12 @@ class Budget(Holds):
         whose: "Tenant | ModelShare | Budget",
         taker: Share,
         effects: list[Effect],
+        n_slots: int = 1,
         reason: Reason | None = None,
     ) -> None:
-        """One step towards room for `arena`, which `taker` wants, by one tenant, one model or all:
-        another arena that is empty and unused, or one of its free slots; else the oldest cached
-        block that may go."""
+        """One step towards room for `n_slots` of `arena`, which `taker` wants, by one tenant, one
+        model or all: another arena that is empty and unused, or one of its free slots; else the
+        oldest cached block that may go, and of `arena` those that come next."""
         others = whose.arenas.values() if isinstance(whose, Budget) else whose.arenas
         for other in others:
             if other is arena:
@@ -537,7 +453,7 @@ class Budget(Holds):
             if other.free and may_lose(share, taker, other.stride):
                 self._given_back.setdefault(other.number, []).extend(self._return_free(other, 1))
                 return
-        self.pop_oldest(effects, whose, taker, reason)
+        self.pop_oldest(whose.policies, effects, reason or whose.reason, taker, arena, n_slots)
 
     def _punch(self, arena: Arena, n_slots: int, effects: list[Effect]) -> None:
         """Give `n_slots` free slots back to the operating system."""
@@ -562,7 +478,7 @@ class Budget(Holds):
         """Evict the oldest of an arena that has used all of its slots, being shorter than the
         budget is now. A walk of the LRU up to there."""
         oldest = next(block for block in arena.evictable if block.arena is arena)
-        self.drop(oldest, _ROOM, effects)
+        self.drop(oldest, Reason.ROOM, effects)
 
     @staticmethod
     def _raise_high_water(arena: Arena) -> int:

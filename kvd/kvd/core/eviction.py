@@ -17,9 +17,10 @@ after its children, so whatever the policy, it must answer children before their
 import math
 from collections.abc import Iterator
 from operator import attrgetter
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 if TYPE_CHECKING:
+    from kvd.core.arenas import Arena
     from kvd.core.tree import Block
 
 
@@ -54,6 +55,10 @@ class Policy(Protocol):
 
     def oldest(self) -> "Block | None":
         """The block that goes next. It stays listed."""
+
+    def pop(self, most: int, arena: "Arena", until: float) -> list["Block"]:
+        """Strike out the one that goes next, which is of `arena`, and those that come then, as long
+        as they are of `arena` and were used before `until`: at most so many. They are gone."""
 
     def __iter__(self) -> Iterator["Block"]:
         """All that are listed, in the order in which they go. Nothing may change meanwhile."""
@@ -101,6 +106,22 @@ class LRU:
         first = self._ends.younger
         # Not cast: a call, in the way of every eviction.
         return None if first is self._ends else first  # type: ignore[return-value]
+
+    def pop(self, most: int, arena: "Arena", until: float) -> list["Block"]:
+        ends = self._ends
+        nowhere = NOWHERE
+        place: Any = ends.younger  # not cast: a call for each
+        popped: list[Block] = []
+        for _ in range(most):
+            block = place
+            popped.append(block)
+            place = block.younger
+            block.older = block.younger = nowhere
+            if place is ends or place.arena is not arena or place.used >= until:
+                break
+        ends.younger = place
+        place.older = ends
+        return popped
 
     def __iter__(self) -> Iterator["Block"]:
         place = self._ends.younger

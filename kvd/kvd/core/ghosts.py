@@ -109,18 +109,18 @@ class Ghosts:
         self._count()
         return dict(self._counts)
 
-    def note(self, key: bytes, when: float, reason: Reason) -> None:
-        """A block is dropped; `key` may go on after its key. It is in the way of every eviction."""
+    def noted(self, when: float, reason: Reason) -> list[bytes]:
+        """Where to append the keys of blocks that are dropped, at once and far fewer than a
+        generation. Each may go on after the key. It is in the way of every eviction."""
         young = self._young
+        if len(young.noted) >= young.room:
+            young = self._age()
         if when is not self._when or reason is not self._reason:
             # All that one event drops shares one, and is counted at once.
             self._count()
             self._when, self._reason = when, reason
             young.begin_run(Ghost(when, reason))
-        noted = young.noted
-        noted.append(key)
-        if len(noted) >= young.room:
-            self._age()
+        return young.noted
 
     def note_arena(self, fingerprint: bytes, when: float, n_blocks: int) -> None:
         """All that was cached of a model is gone, without a word of its blocks."""
@@ -143,11 +143,12 @@ class Ghosts:
     def _count(self) -> None:
         self._counts[self._reason] += self._young.end_run()
 
-    def _age(self) -> None:
+    def _age(self) -> _Generation:
         self._count()
         self._old.append(self._young)
-        self._young = _Generation()
+        self._young = young = _Generation()
         self._when = math.nan  # what comes begins anew
         if len(self._old) == GENERATIONS:
             self._old.popleft()
             self.complete_since = self._old[0].first
+        return young

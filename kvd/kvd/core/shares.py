@@ -19,6 +19,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from kvd.core.reasons import Reason
 from kvd_proto.errors import OverQuota
 
 if TYPE_CHECKING:
@@ -58,6 +59,9 @@ class Share:
 
 class ModelShare:
     """A model that has a rule: `held` by all its arenas together."""
+
+    reason = Reason.QUOTA
+    """Why a block goes, if it does for want of headroom."""
 
     def __init__(self, rule: ModelRule) -> None:
         self.name = rule.name

@@ -56,6 +56,8 @@ class Tenant:
         self.has_quota = self.limit is not None and self.limit < budget
         most = self.limit if self.limit is not None and self.limit < budget else budget
         self.quota = max(most, self.held)
+        self.reason = Reason.QUOTA if self.has_quota else Reason.ROOM
+        """Why a block goes, if it does for want of headroom."""
         self.excess = self.quota - most
         """What it holds beyond what it is to."""
 

@@ -16,7 +16,7 @@ import numpy as np
 from bench.daemon import running_daemon
 from bench.model import find_model
 from bench.report import Row, row
-from kvd_client.integrations.llama.engine import LlamaEngine
+from kvd_client.integrations.llama.kv.engine import LlamaEngine
 from kvd_client.integrations.llama.worker import LlamaWorker
 
 PREFIX = 1024

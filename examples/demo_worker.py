@@ -10,7 +10,7 @@ from multiprocessing.connection import Connection
 
 import numpy as np
 
-from kvd_client.integrations.llama.engine import LlamaEngine
+from kvd_client.integrations.llama.kv.engine import LlamaEngine
 from kvd_client.integrations.llama.worker import LlamaWorker
 
 N_CTX = 2048

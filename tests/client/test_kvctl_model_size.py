@@ -1,5 +1,6 @@
 """kvctl model-size as a command. That its sizes are those of llama.cpp is shown in
-tests/llama/test_model_size.py; that as many blocks fit a daemon, in tests/e2e/test_model_size.py.
+tests/llama/files/test_model_size.py; that as many blocks fit a daemon, in
+tests/e2e/test_model_size.py.
 """
 
 import json

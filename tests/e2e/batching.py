@@ -11,7 +11,7 @@ import numpy as np
 
 from kvd_client.integrations.llama.batching.schedule import Job
 from kvd_client.integrations.llama.batching.worker import BatchingWorker
-from kvd_client.integrations.llama.engine import LlamaEngine
+from kvd_client.integrations.llama.kv.engine import LlamaEngine
 from kvd_client.integrations.llama.worker import LlamaSequence
 
 BLOCK = 32

@@ -9,8 +9,8 @@ import llama_cpp
 import numpy as np
 
 from kvd_client.integrations.llama import share
-from kvd_client.integrations.llama.llama_params import CLOCK_TICK
-from kvd_client.integrations.llama.sharing import LlamaShare
+from kvd_client.integrations.llama.attached.llama_params import CLOCK_TICK
+from kvd_client.integrations.llama.attached.sharing import LlamaShare
 from tests.support import Daemon
 
 PATIENT = 10.0

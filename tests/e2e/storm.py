@@ -21,8 +21,8 @@ import numpy as np
 
 from kvd_client.client import Client
 from kvd_client.integrations.llama.batching.request import Request
-from kvd_client.integrations.llama.engine import LlamaEngine
-from kvd_client.integrations.llama.model import LlamaModel
+from kvd_client.integrations.llama.kv.engine import LlamaEngine
+from kvd_client.integrations.llama.runtime.model import LlamaModel
 from tests.e2e.batching import LAST_BITS, ExactWorker, Recorder, difference
 from tests.llama.tiny_models import N_VOCAB
 

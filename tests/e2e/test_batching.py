@@ -15,8 +15,8 @@ import pytest
 
 from kvd_client.integrations.llama.batching.request import Request, RequestFailed
 from kvd_client.integrations.llama.batching.worker import BatchingWorker
-from kvd_client.integrations.llama.engine import LlamaEngine
 from kvd_client.integrations.llama.errors import DecodeFailed, ImportFailed
+from kvd_client.integrations.llama.kv.engine import LlamaEngine
 from kvd_client.integrations.llama.worker import LlamaWorker
 from tests.e2e.batching import BLOCK, LAST_BITS, TINY, ExactWorker, Recorder, difference
 from tests.llama import tiny_models

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvd_client.integrations.llama.engine import LlamaEngine
+from kvd_client.integrations.llama.kv.engine import LlamaEngine
 from kvd_client.integrations.llama.worker import LlamaSequence, LlamaWorker
 from tests.e2e.workers import OPTIONS, store_prompts, worker_process
 from tests.support import Daemon

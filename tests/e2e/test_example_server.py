@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from kvd_client.client import Client
-from kvd_client.integrations.llama.model import LlamaModel
+from kvd_client.integrations.llama.runtime.model import LlamaModel
 from kvd_client.integrations.llama.worker import LlamaWorker
 from tests.e2e.example_servers import ExampleServer, example_server, script_path
 from tests.llama import tiny_models

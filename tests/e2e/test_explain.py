@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import kvd_client
-from kvd_client.integrations.llama.engine import LlamaEngine
+from kvd_client.integrations.llama.kv.engine import LlamaEngine
 from kvd_client.integrations.llama.worker import LlamaWorker, explain_engine
 from tests.e2e.test_worker import BLOCK, PATIENT, fresh_prompt, open_worker
 from tests.e2e.workers import TINY_OPTIONS

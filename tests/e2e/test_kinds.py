@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvd_client.integrations.llama import native
-from kvd_client.integrations.llama.engine import LlamaEngine
 from kvd_client.integrations.llama.errors import NotExportable
-from kvd_client.integrations.llama.params import LoraAdapter, RopeParams
+from kvd_client.integrations.llama.kv.engine import LlamaEngine
+from kvd_client.integrations.llama.runtime import native
+from kvd_client.integrations.llama.runtime.params import LoraAdapter, RopeParams
 from kvd_client.integrations.llama.worker import LlamaSequence, LlamaWorker
 from tests.e2e.prompts import Prompt, bytes_as_tokens, prompts, some
 from tests.e2e.workers import worker_process

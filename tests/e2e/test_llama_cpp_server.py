@@ -15,7 +15,7 @@ import openai
 import pytest
 
 import kvd_client
-from kvd_client.integrations.llama.model import LlamaModel
+from kvd_client.integrations.llama.runtime.model import LlamaModel
 from tests.e2e.servers import Server, running_server
 from tests.support import Daemon, running_daemon
 

@@ -1,7 +1,7 @@
 """Different contexts, one cache: which workers find what another has stored, and which never do.
 
-What is in a fingerprint, field by field, is in tests/llama/test_fingerprint.py; here it is a daemon
-that is asked.
+What is in a fingerprint, field by field, is in tests/llama/kv/test_fingerprint.py; here it is a
+daemon that is asked.
 """
 
 from collections.abc import Iterator
@@ -12,10 +12,10 @@ import llama_cpp
 import numpy as np
 import pytest
 
-from kvd_client.integrations.llama import fingerprint
-from kvd_client.integrations.llama.engine import LlamaEngine
 from kvd_client.integrations.llama.errors import NotShareable, Reason
-from kvd_client.integrations.llama.params import LoraAdapter, RopeParams
+from kvd_client.integrations.llama.kv import fingerprint
+from kvd_client.integrations.llama.kv.engine import LlamaEngine
+from kvd_client.integrations.llama.runtime.params import LoraAdapter, RopeParams
 from kvd_client.integrations.llama.worker import LlamaWorker
 from tests.llama import tiny_models
 from tests.support import Daemon, running_daemon

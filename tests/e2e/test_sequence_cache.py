@@ -15,10 +15,10 @@ import pytest
 
 from kvd_client.client import Client
 from kvd_client.errors import KvdError
-from kvd_client.integrations.llama import native
-from kvd_client.integrations.llama.blobs import BadState, StateForm
-from kvd_client.integrations.llama.engine import LlamaEngine
 from kvd_client.integrations.llama.foreign import Before, ForeignContext
+from kvd_client.integrations.llama.kv.blobs import BadState, StateForm
+from kvd_client.integrations.llama.kv.engine import LlamaEngine
+from kvd_client.integrations.llama.runtime import native
 from kvd_client.integrations.llama.sequence_cache import Match, SequenceCache
 from kvd_client.integrations.llama.worker import LlamaWorker, model_of
 from tests.e2e.workers import TINY_OPTIONS

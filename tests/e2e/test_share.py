@@ -25,11 +25,12 @@ import pytest
 from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 
 from kvd_client import connect
-from kvd_client.integrations.llama import native, share
-from kvd_client.integrations.llama.batch import Batch
-from kvd_client.integrations.llama.known import common_prefix
-from kvd_client.integrations.llama.params import LoraAdapter
-from kvd_client.integrations.llama.sharing import LlamaShare
+from kvd_client.integrations.llama import share
+from kvd_client.integrations.llama.attached.known import common_prefix
+from kvd_client.integrations.llama.attached.sharing import LlamaShare
+from kvd_client.integrations.llama.runtime import native
+from kvd_client.integrations.llama.runtime.batch import Batch
+from kvd_client.integrations.llama.runtime.params import LoraAdapter
 from kvd_client.integrations.llama.worker import LlamaWorker
 from tests.e2e.llamas import BLOCK, PATIENT, first_logits, logits, open_llama, run, settled, shared
 from tests.e2e.test_worker import wait_until

@@ -13,9 +13,9 @@ import pytest
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
 import kvd_client
-from kvd_client.integrations.llama.engine import LlamaEngine
-from kvd_client.integrations.llama.model import LlamaModel
+from kvd_client.integrations.llama.kv.engine import LlamaEngine
 from kvd_client.integrations.llama.prompts import BadPrompt, read_prompt
+from kvd_client.integrations.llama.runtime.model import LlamaModel
 from kvd_client.integrations.llama.worker import LlamaWorker
 from tests.llama import tiny_models
 from tests.support import Daemon, running_daemon

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvd_client.integrations.llama.engine import LlamaEngine
 from kvd_client.integrations.llama.errors import NotShareable, Reason
+from kvd_client.integrations.llama.kv.engine import LlamaEngine
 from kvd_client.integrations.llama.worker import LlamaSequence, LlamaWorker
 from tests.e2e.workers import TINY_OPTIONS, store_at_once, worker_process
 from tests.llama import tiny_models

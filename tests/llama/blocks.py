@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from kvd_client.integrations.llama.engine import LlamaEngine
-from kvd_client.integrations.llama.mover import BlockAt
+from kvd_client.integrations.llama.kv.engine import LlamaEngine
+from kvd_client.integrations.llama.kv.mover import BlockAt
 
 Tokens = npt.NDArray[np.int32]
 

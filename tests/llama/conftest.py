@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from kvd_client.integrations.llama.model import LlamaModel
+from kvd_client.integrations.llama.runtime.model import LlamaModel
 from tests.llama import tiny_models
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import gguf
 import llama_cpp.llama_cpp as bindings
 
-from kvd_client.integrations.llama import native
-from kvd_client.integrations.llama.model import LlamaModel
+from kvd_client.integrations.llama.runtime import native
+from kvd_client.integrations.llama.runtime.model import LlamaModel
 
 Value = int | float | bool | list[int] | list[bool]
 

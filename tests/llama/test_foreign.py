@@ -8,11 +8,11 @@ from typing import Any
 import llama_cpp.llama_cpp as bindings
 import pytest
 
-from kvd_client.integrations.llama.engine import LlamaEngine
 from kvd_client.integrations.llama.errors import NotShareable, Reason
-from kvd_client.integrations.llama.fingerprint import fingerprint
 from kvd_client.integrations.llama.foreign import Before, ForeignContext
-from kvd_client.integrations.llama.params import KV_TYPES, LoraAdapter, RopeParams
+from kvd_client.integrations.llama.kv.engine import LlamaEngine
+from kvd_client.integrations.llama.kv.fingerprint import fingerprint
+from kvd_client.integrations.llama.runtime.params import KV_TYPES, LoraAdapter, RopeParams
 from kvd_client.integrations.llama.worker import model_of
 
 pytestmark = pytest.mark.model

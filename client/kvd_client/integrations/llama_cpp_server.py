@@ -9,8 +9,8 @@ It starts `llama_cpp.server` with that one's flags, environment and config file,
 
 A model that cannot be shared is served as llama_cpp.server serves it; one line says why. Of
 several models in a config file one is loaded at a time, and gives its sequence and its context at
-the daemon back when it is unloaded. How a `Llama` shares is in llama/sharing.py. Needs the extra
-`llama-server`.
+the daemon back when it is unloaded. How a `Llama` shares is in llama/attached/sharing.py. Needs the
+extra `llama-server`.
 """
 
 import argparse

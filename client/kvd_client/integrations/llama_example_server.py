@@ -34,7 +34,7 @@ from kvd_client.client import DEFAULT_STAGING, Client
 from kvd_client.errors import KvdError
 from kvd_client.integrations.llama.errors import LlamaEngineError
 from kvd_client.integrations.llama.foreign import Before, ForeignContext
-from kvd_client.integrations.llama.params import LoraAdapter
+from kvd_client.integrations.llama.runtime.params import LoraAdapter
 from kvd_client.integrations.llama.sequence_cache import SequenceCache
 from kvd_client.integrations.llama.worker import model_of
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from kvd_client.errors import KvdError
-from kvd_client.integrations.llama.architectures import NoKvShape
-from kvd_client.integrations.llama.gguf_header import BadModelFile
-from kvd_client.integrations.llama.model_size import BadKvType, ModelSize, model_size
+from kvd_client.integrations.llama.files.architectures import NoKvShape
+from kvd_client.integrations.llama.files.gguf_header import BadModelFile
+from kvd_client.integrations.llama.files.model_size import BadKvType, ModelSize, model_size
 from kvd_client.kvctl.answer import FAILED, Answer, BadUsage
 from kvd_client.kvctl.command import Command, connect, positive
 from kvd_client.kvctl.tables import Column, Look, clean, count, size, table

@@ -22,7 +22,7 @@ def _warm(options: argparse.Namespace) -> Answer:
     try:
         from kvd_client.integrations.llama import warm as warming
         from kvd_client.integrations.llama.errors import LlamaEngineError
-        from kvd_client.integrations.llama.params import LoraAdapter
+        from kvd_client.integrations.llama.runtime.params import LoraAdapter
     except ImportError as error:
         raise BadUsage(f"it needs llama.cpp: pip install 'kvd-cache[llama]' ({error})") from error
     rows = []

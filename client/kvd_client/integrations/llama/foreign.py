@@ -1,7 +1,7 @@
 """A llama.cpp context that somebody else has made: how its K/V is shared all the same.
 
-Covers what must be known of it: the form of its states (blobs.py), and all that its fingerprint is
-made of, which equals that of a LlamaEngine with the same model and parameters. Does not cover
+Covers what must be known of it: the form of its states (kv/blobs.py), and all that its fingerprint
+is made of, which equals that of a LlamaEngine with the same model and parameters. Does not cover
 moving its states, which its owner does, with llama.cpp's own calls.
 
 What counts is what llama.cpp was given, so the owner hands over llama.cpp's own structures.
@@ -14,15 +14,20 @@ from typing import NamedTuple
 import llama_cpp.llama_cpp as bindings
 import numpy as np
 
-from kvd_client.integrations.llama import native
-from kvd_client.integrations.llama.batch import Batch
-from kvd_client.integrations.llama.blobs import StateForm, parse_form
 from kvd_client.integrations.llama.errors import LlamaEngineError, NotShareable, Reason
-from kvd_client.integrations.llama.given import read_given
-from kvd_client.integrations.llama.model import LlamaModel
-from kvd_client.integrations.llama.model_hash import FileStamp, file_digest, file_stamp, model_files
-from kvd_client.integrations.llama.params import LoraAdapter, env_int
-from kvd_client.integrations.llama.state import KvLayout
+from kvd_client.integrations.llama.files.model_hash import (
+    FileStamp,
+    file_digest,
+    file_stamp,
+    model_files,
+)
+from kvd_client.integrations.llama.kv.blobs import StateForm, parse_form
+from kvd_client.integrations.llama.kv.given import read_given
+from kvd_client.integrations.llama.kv.state import KvLayout
+from kvd_client.integrations.llama.runtime import native
+from kvd_client.integrations.llama.runtime.batch import Batch
+from kvd_client.integrations.llama.runtime.model import LlamaModel
+from kvd_client.integrations.llama.runtime.params import LoraAdapter, env_int
 
 
 class Before(NamedTuple):

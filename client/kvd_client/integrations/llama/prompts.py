@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
-from kvd_client.integrations.llama.model import LlamaModel
+from kvd_client.integrations.llama.runtime.model import LlamaModel
 
 Tokens = npt.NDArray[np.int32]
 

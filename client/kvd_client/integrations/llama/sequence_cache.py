@@ -30,7 +30,7 @@ import numpy.typing as npt
 from kvd_client.client import Client, Sequence
 from kvd_client.context import Commit, Model
 from kvd_client.errors import BadPosition, KvdError
-from kvd_client.integrations.llama.blobs import Block, SequenceState, StateForm, merge
+from kvd_client.integrations.llama.kv.blobs import Block, SequenceState, StateForm, merge
 from kvd_proto.messages import MAX_APPEND_BLOCKS
 
 logger = logging.getLogger("kvd_client")

@@ -1,7 +1,7 @@
 """Storing what a sequence has in its llama.cpp context: full blocks as they come, at last the tail.
 
 Covers export into the staging, the append, and what to do when one of them fails. When something is
-stored is for the owner of the sequence to say: worker.py, sharing.py.
+stored is for the owner of the sequence to say: worker.py, attached/sharing.py.
 """
 
 import logging

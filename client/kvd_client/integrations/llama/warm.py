@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from kvd_client.client import Client
-from kvd_client.integrations.llama.engine import LlamaEngine
-from kvd_client.integrations.llama.model import LlamaModel
+from kvd_client.integrations.llama.kv.engine import LlamaEngine
 from kvd_client.integrations.llama.prompts import BadPrompt, Tokens, read_prompt
+from kvd_client.integrations.llama.runtime.model import LlamaModel
 from kvd_client.integrations.llama.worker import LlamaWorker
 
 _SHORTEST_CONTEXT = 256

@@ -6,8 +6,8 @@
             for token in sequence.generate(64): ...
 
 Covers what happens to one sequence: match, import, decode the rest, export new blocks (storing.py),
-release. The engine that moves the bytes is engine.py; what may share with what, fingerprint.py. A
-worker belongs to one thread at a time, as its engine and its client do.
+release. The engine that moves the bytes is kv/engine.py; what may share with what,
+kv/fingerprint.py. A worker belongs to one thread at a time, as its engine and its client do.
 """
 
 import logging
@@ -23,11 +23,11 @@ import numpy.typing as npt
 from kvd_client.asking import traits_of
 from kvd_client.client import DEFAULT_STAGING, Client, Context, Sequence
 from kvd_client.context import Model
-from kvd_client.integrations.llama.engine import LlamaEngine
 from kvd_client.integrations.llama.errors import ImportFailed, NotExportable
-from kvd_client.integrations.llama.fingerprint import KvSource, fingerprint
-from kvd_client.integrations.llama.mover import BlockAt
-from kvd_client.integrations.llama.params import kv_type_name
+from kvd_client.integrations.llama.kv.engine import LlamaEngine
+from kvd_client.integrations.llama.kv.fingerprint import KvSource, fingerprint
+from kvd_client.integrations.llama.kv.mover import BlockAt
+from kvd_client.integrations.llama.runtime.params import kv_type_name
 from kvd_client.integrations.llama.storing import Storer, blocks_at_once
 from kvd_proto.payload import llama_state_name
 

@@ -28,7 +28,7 @@ from kvd_client.client import Client
 from kvd_client.integrations.llama.batching.request import OnToken, Request
 from kvd_client.integrations.llama.batching.schedule import Job
 from kvd_client.integrations.llama.batching.stepper import BLOCKS_A_STEP, PAUSE, Live, Stepper
-from kvd_client.integrations.llama.engine import LlamaEngine
+from kvd_client.integrations.llama.kv.engine import LlamaEngine
 from kvd_client.integrations.llama.worker import LlamaWorker, Pick
 
 logger = logging.getLogger("kvd_client")

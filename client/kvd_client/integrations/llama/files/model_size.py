@@ -14,9 +14,9 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from kvd_client.integrations.llama.architectures import KvShape, LayerShape, Window, kv_shape
-from kvd_client.integrations.llama.gguf_header import BadModelFile, GgufHeader, read_header
-from kvd_client.integrations.llama.model_hash import model_files
+from kvd_client.integrations.llama.files.architectures import KvShape, LayerShape, Window, kv_shape
+from kvd_client.integrations.llama.files.gguf_header import BadModelFile, GgufHeader, read_header
+from kvd_client.integrations.llama.files.model_hash import model_files
 from kvd_proto.geometry import GGML_TYPES, Geometry, LayerGeometry, round_up
 from kvd_proto.payload import llama_state_name
 

@@ -1,6 +1,6 @@
 """A llama.cpp context: its creation, decoding for several sequences, logits.
 
-What makes it share blocks is in engine.py, which builds on this class; the parameters are in
+What makes it share blocks is in kv/engine.py, which builds on this class; the parameters are in
 params.py, the batch in batch.py.
 """
 
@@ -15,12 +15,12 @@ import llama_cpp.llama_cpp as bindings
 import numpy as np
 import numpy.typing as npt
 
-from kvd_client.integrations.llama import native
-from kvd_client.integrations.llama.batch import Batch
 from kvd_client.integrations.llama.errors import DecodeFailed, LlamaEngineError
-from kvd_client.integrations.llama.model import LlamaModel, Tokens
-from kvd_client.integrations.llama.model_hash import file_digest
-from kvd_client.integrations.llama.params import ContextParams, LoraAdapter, env_int
+from kvd_client.integrations.llama.files.model_hash import file_digest
+from kvd_client.integrations.llama.runtime import native
+from kvd_client.integrations.llama.runtime.batch import Batch
+from kvd_client.integrations.llama.runtime.model import LlamaModel, Tokens
+from kvd_client.integrations.llama.runtime.params import ContextParams, LoraAdapter, env_int
 
 
 class LlamaContext:

@@ -15,15 +15,15 @@ from typing import Any
 
 import llama_cpp.llama_cpp as bindings
 
-from kvd_client.integrations.llama import native
-from kvd_client.integrations.llama.batch import Batch
 from kvd_client.integrations.llama.errors import LlamaEngineError, NotShareable, Reason
-from kvd_client.integrations.llama.given import GivenParams, read_given
-from kvd_client.integrations.llama.model import LlamaModel
-from kvd_client.integrations.llama.model_hash import file_digest, model_files
-from kvd_client.integrations.llama.mover import BlockMover, ScratchSequence, read_layout
-from kvd_client.integrations.llama.params import LoraAdapter, env_int
-from kvd_client.integrations.llama.state import V_TRANS, KvLayout
+from kvd_client.integrations.llama.files.model_hash import file_digest, model_files
+from kvd_client.integrations.llama.kv.given import GivenParams, read_given
+from kvd_client.integrations.llama.kv.mover import BlockMover, ScratchSequence, read_layout
+from kvd_client.integrations.llama.kv.state import V_TRANS, KvLayout
+from kvd_client.integrations.llama.runtime import native
+from kvd_client.integrations.llama.runtime.batch import Batch
+from kvd_client.integrations.llama.runtime.model import LlamaModel
+from kvd_client.integrations.llama.runtime.params import LoraAdapter, env_int
 
 SCRATCH: int = bindings.llama_max_parallel_sequences() - 1
 """The last of llama.cpp's sequence ids (LLAMA_MAX_SEQ), of which a Llama uses the first."""
@@ -34,7 +34,8 @@ CLOCK_TICK = time.clock_getres(5)  # CLOCK_REALTIME_COARSE, which Python has no 
 
 @dataclass(frozen=True)
 class LlamaSource:
-    """A KvSource (fingerprint.py), and what moves its blocks; valid until the Llama is closed."""
+    """A KvSource (kv/fingerprint.py), and what moves its blocks; valid until the Llama is
+    closed."""
 
     model: LlamaModel
     params: GivenParams

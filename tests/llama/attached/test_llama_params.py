@@ -11,13 +11,14 @@ from typing import Any
 import llama_cpp
 import pytest
 
-from kvd_client.integrations.llama import llama_params, native
-from kvd_client.integrations.llama.engine import LlamaEngine
+from kvd_client.integrations.llama.attached import llama_params
+from kvd_client.integrations.llama.attached.llama_params import read_llama
 from kvd_client.integrations.llama.errors import LlamaEngineError, NotShareable, Reason
-from kvd_client.integrations.llama.fingerprint import Fingerprint, fingerprint
-from kvd_client.integrations.llama.llama_params import read_llama
-from kvd_client.integrations.llama.model import LlamaModel
-from kvd_client.integrations.llama.params import LoraAdapter, RopeParams
+from kvd_client.integrations.llama.kv.engine import LlamaEngine
+from kvd_client.integrations.llama.kv.fingerprint import Fingerprint, fingerprint
+from kvd_client.integrations.llama.runtime import native
+from kvd_client.integrations.llama.runtime.model import LlamaModel
+from kvd_client.integrations.llama.runtime.params import LoraAdapter, RopeParams
 from tests.e2e.llamas import open_llama, settled
 from tests.llama import tiny_models
 from tests.llama.blocks import export_all, prompt, same_bytes

@@ -14,19 +14,19 @@ import gguf
 import numpy as np
 import pytest
 
-from kvd_client.integrations.llama import native
-from kvd_client.integrations.llama.architectures import ARCHITECTURES, NoKvShape, kv_shape
-from kvd_client.integrations.llama.engine import LlamaEngine
 from kvd_client.integrations.llama.errors import LlamaEngineError, NotShareable, Reason
-from kvd_client.integrations.llama.gguf_header import BadModelFile, read_header
-from kvd_client.integrations.llama.model import LlamaModel
-from kvd_client.integrations.llama.model_size import (
+from kvd_client.integrations.llama.files.architectures import ARCHITECTURES, NoKvShape, kv_shape
+from kvd_client.integrations.llama.files.gguf_header import BadModelFile, read_header
+from kvd_client.integrations.llama.files.model_size import (
     BadKvType,
     LayerGroup,
     ModelSize,
     model_size,
 )
-from kvd_client.integrations.llama.params import ContextParams
+from kvd_client.integrations.llama.kv.engine import LlamaEngine
+from kvd_client.integrations.llama.runtime import native
+from kvd_client.integrations.llama.runtime.model import LlamaModel
+from kvd_client.integrations.llama.runtime.params import ContextParams
 from kvd_proto.geometry import GGML_TYPES
 from kvd_proto.payload import make_format
 from tests.llama import tiny_models
@@ -294,7 +294,7 @@ def test_nothing_is_loaded_for_it(tiny_dir: Path) -> None:
     """Neither llama.cpp, which need not be there, nor `gguf`."""
     program = (
         "import sys\n"
-        "from kvd_client.integrations.llama.model_size import model_size\n"
+        "from kvd_client.integrations.llama.files.model_size import model_size\n"
         "print(model_size(sys.argv[1]).bytes_per_token)\n"
         "assert not {'llama_cpp', 'gguf'} & set(sys.modules)\n"
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 import gguf
 import pytest
 
-from kvd_client.integrations.llama.gguf_header import (
+from kvd_client.integrations.llama.files.gguf_header import (
     MAX_KEPT_BYTES,
     MAX_KEPT_ELEMENTS,
     MAX_STRINGS,

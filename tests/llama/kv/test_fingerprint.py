@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from kvd_client.integrations.llama.engine import LlamaEngine
 from kvd_client.integrations.llama.errors import LlamaEngineError, NotShareable
-from kvd_client.integrations.llama.fingerprint import Fingerprint, fingerprint
-from kvd_client.integrations.llama.model import LlamaModel
-from kvd_client.integrations.llama.params import LoraAdapter, RopeParams
+from kvd_client.integrations.llama.kv.engine import LlamaEngine
+from kvd_client.integrations.llama.kv.fingerprint import Fingerprint, fingerprint
+from kvd_client.integrations.llama.runtime.model import LlamaModel
+from kvd_client.integrations.llama.runtime.params import LoraAdapter, RopeParams
 from tests.llama.tiny_models import N_CTX_TRAIN, write_llama
 
 pytestmark = pytest.mark.model
@@ -165,8 +165,8 @@ def test_an_adapter_file_that_changes_later_does_not_count(
 
 _PROGRAM = """
 import json, sys
-from kvd_client.integrations.llama.engine import LlamaEngine
-from kvd_client.integrations.llama.fingerprint import fingerprint
+from kvd_client.integrations.llama.kv.engine import LlamaEngine
+from kvd_client.integrations.llama.kv.fingerprint import fingerprint
 with LlamaEngine(model_path=sys.argv[1], n_ctx=256, n_threads=1) as engine:
     found = fingerprint(engine)
 print(json.dumps([found.digest.hex(), found.fields]))

@@ -8,10 +8,10 @@ import llama_cpp
 import numpy as np
 import pytest
 
-from kvd_client.integrations.llama import native
-from kvd_client.integrations.llama.engine import LlamaEngine
 from kvd_client.integrations.llama.errors import NotExportable
-from kvd_client.integrations.llama.mover import BlockAt, BlockMover, ScratchSequence, read_layout
+from kvd_client.integrations.llama.kv.engine import LlamaEngine
+from kvd_client.integrations.llama.kv.mover import BlockAt, BlockMover, ScratchSequence, read_layout
+from kvd_client.integrations.llama.runtime import native
 from tests.llama.blocks import Block, export_all, prompt
 from tests.llama.tiny_models import N_VOCAB
 

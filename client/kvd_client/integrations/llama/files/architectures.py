@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from kvd_client.integrations.llama.errors import Reason
-from kvd_client.integrations.llama.gguf_header import BadModelFile, GgufHeader, Value
+from kvd_client.integrations.llama.files.gguf_header import BadModelFile, GgufHeader, Value
 
 MAX_LAYERS = 512
 """LLAMA_MAX_LAYERS."""

@@ -9,7 +9,7 @@ Covers what happens at each prompt: ask for its longest cached prefix, bring it 
 the context does not have it already, and let `Llama.generate` find it there; store what is new,
 after the first token and at the end. Methods of that one Llama are replaced for it (hooks.py). What
 may be shared is in llama_params.py, which tokens are trusted in known.py and watching.py, how
-blocks move in mover.py, how they are stored in storing.py.
+blocks move in kv/mover.py, how they are stored in storing.py.
 
 Each prompt is a line in the log, at INFO: how many of its tokens are not decoded.
 
@@ -33,14 +33,14 @@ import numpy as np
 
 from kvd_client.client import DEFAULT_STAGING, Client, Sequence
 from kvd_client.errors import KvdError
-from kvd_client.integrations.llama import native
+from kvd_client.integrations.llama.attached.hooks import Hooks
+from kvd_client.integrations.llama.attached.known import KnownTokens, Tokens, common_prefix
+from kvd_client.integrations.llama.attached.llama_params import read_llama
+from kvd_client.integrations.llama.attached.watching import ContextWatch
 from kvd_client.integrations.llama.errors import ImportFailed
-from kvd_client.integrations.llama.hooks import Hooks
-from kvd_client.integrations.llama.known import KnownTokens, Tokens, common_prefix
-from kvd_client.integrations.llama.llama_params import read_llama
-from kvd_client.integrations.llama.mover import BlockAt
+from kvd_client.integrations.llama.kv.mover import BlockAt
+from kvd_client.integrations.llama.runtime import native
 from kvd_client.integrations.llama.storing import Storer
-from kvd_client.integrations.llama.watching import ContextWatch
 from kvd_client.integrations.llama.worker import model_of
 
 logger = logging.getLogger("kvd_client")

@@ -4,7 +4,7 @@ The blocks themselves say nothing of what made them, and llama.cpp takes a forei
 So the fingerprint covers all that changes K/V for the same tokens at the same positions:
 
     format                 version of this package's canonical llama-state form
-    model                  content of the model's file or files (model_hash.py)
+    model                  content of the model's file or files (files/model_hash.py)
     llama_cpp              llama-cpp-python's version
     libraries              content of the loaded libllama, libggml and libm (RoPE takes its sines
                            there): another build or CPU variant rounds differently
@@ -24,7 +24,7 @@ rope.factors alone: llama.cpp chooses between the two sets of RoPE factors of a 
 n_ctx. Which model has such
 factors cannot be asked, so the field counts for all of them; that costs sharing only between
 contexts on both sides of that length. GPUs do not occur: models are loaded for the CPU
-(model.py).
+(runtime/model.py).
 """
 
 import hashlib
@@ -37,13 +37,13 @@ from typing import Protocol
 import llama_cpp
 import llama_cpp.llama_cpp as bindings
 
-from kvd_client.integrations.llama import native
-from kvd_client.integrations.llama.architectures import ARCHITECTURES
 from kvd_client.integrations.llama.errors import LlamaEngineError, NotShareable
-from kvd_client.integrations.llama.model import LlamaModel
-from kvd_client.integrations.llama.model_hash import file_digest
-from kvd_client.integrations.llama.params import LoraAdapter, RopeParams
-from kvd_client.integrations.llama.state import N_STREAM, KvLayout
+from kvd_client.integrations.llama.files.architectures import ARCHITECTURES
+from kvd_client.integrations.llama.files.model_hash import file_digest
+from kvd_client.integrations.llama.kv.state import N_STREAM, KvLayout
+from kvd_client.integrations.llama.runtime import native
+from kvd_client.integrations.llama.runtime.model import LlamaModel
+from kvd_client.integrations.llama.runtime.params import LoraAdapter, RopeParams
 
 FORMAT = "kvd llama-state 1"
 _LIBRARY_PREFIXES = ("libllama", "libggml", "libm.so", "libm-")
@@ -81,7 +81,7 @@ class KvParams(Protocol):
 
 class KvSource(Protocol):
     """A context, whoever has made it, and what was known when it was made: LlamaEngine has all of
-    it, and llama_params.py finds it out of a Llama."""
+    it, and attached/llama_params.py finds it out of a Llama."""
 
     @property
     def model(self) -> LlamaModel: ...

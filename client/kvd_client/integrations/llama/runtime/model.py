@@ -1,4 +1,4 @@
-"""A loaded model and its vocabulary. The context that computes with it is in engine.py.
+"""A loaded model and its vocabulary. The context that computes with it is in kv/engine.py.
 
 Models are loaded for the CPU: K/V computed on a GPU differs in its last bits, so it must not be
 mixed with what other workers computed, and nothing here is tested on one.
@@ -15,16 +15,16 @@ import llama_cpp.llama_cpp as bindings
 import numpy as np
 import numpy.typing as npt
 
-from kvd_client.integrations.llama import native
-from kvd_client.integrations.llama.architectures import CHUNKED_WINDOWS
 from kvd_client.integrations.llama.errors import LlamaEngineError, NotShareable, Reason
-from kvd_client.integrations.llama.model_hash import (
+from kvd_client.integrations.llama.files.architectures import CHUNKED_WINDOWS
+from kvd_client.integrations.llama.files.model_hash import (
     FileStamp,
     file_stamp,
     model_digest,
     model_files,
 )
-from kvd_client.integrations.llama.params import LoraAdapter
+from kvd_client.integrations.llama.runtime import native
+from kvd_client.integrations.llama.runtime.params import LoraAdapter
 
 Tokens = npt.NDArray[np.int32]
 

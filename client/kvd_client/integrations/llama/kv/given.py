@@ -1,8 +1,8 @@
 """What llama.cpp was given for a model and a context that somebody else has made: what of it is in
 the fingerprint, and what cannot be, so that its K/V is refused.
 
-Whoever has made them hands over llama.cpp's own structures; llama_params.py takes those of a Llama,
-foreign.py those of a program of its own.
+Whoever has made them hands over llama.cpp's own structures; attached/llama_params.py takes
+those of a Llama, foreign.py those of a program of its own.
 """
 
 from itertools import takewhile
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import llama_cpp.llama_cpp as bindings
 
 from kvd_client.integrations.llama.errors import NotShareable, Reason
-from kvd_client.integrations.llama.params import KV_TYPES, ROPE_SCALING_TYPES, RopeParams
+from kvd_client.integrations.llama.runtime.params import KV_TYPES, ROPE_SCALING_TYPES, RopeParams
 
 
 class GivenParams(NamedTuple):

@@ -1,8 +1,8 @@
 """The engine of a worker: a llama.cpp context that moves blocks of K/V to and from memory.
 
 Covers whether this model and context can share at all. Does not know of the daemon, of block keys
-or of leases. How blocks are moved is in mover.py, decoding in context.py, loading and tokens in
-model.py. The context has one sequence id more than its user, the scratch id.
+or of leases. How blocks are moved is in mover.py, decoding in runtime/context.py, loading and
+tokens in runtime/model.py. The context has one sequence id more than its user, the scratch id.
 
 An engine belongs to one thread at a time.
 """
@@ -14,25 +14,25 @@ from types import TracebackType
 
 import llama_cpp.llama_cpp as bindings
 
-from kvd_client.integrations.llama.context import LlamaContext
 from kvd_client.integrations.llama.errors import (
     NotShareable,
     Reason,
 )
-from kvd_client.integrations.llama.model import LlamaModel
-from kvd_client.integrations.llama.mover import (
+from kvd_client.integrations.llama.kv.mover import (
     BlockAt,
     BlockMover,
     ScratchSequence,
     read_layout,
 )
-from kvd_client.integrations.llama.params import (
+from kvd_client.integrations.llama.kv.state import V_TRANS, KvLayout
+from kvd_client.integrations.llama.runtime.context import LlamaContext
+from kvd_client.integrations.llama.runtime.model import LlamaModel
+from kvd_client.integrations.llama.runtime.params import (
     ContextParams,
     LoraAdapter,
     RopeParams,
     kv_type_name,
 )
-from kvd_client.integrations.llama.state import V_TRANS, KvLayout
 
 MAX_SEQUENCES = 255
 """LLAMA_MAX_SEQ is 256, and one id is scratch."""

@@ -8,8 +8,8 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-from kvd_client.integrations.llama.hooks import Hooks
-from kvd_client.integrations.llama.known import KnownTokens
+from kvd_client.integrations.llama.attached.hooks import Hooks
+from kvd_client.integrations.llama.attached.known import KnownTokens
 
 _SEQ = 0
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kvd_client.integrations.llama.model_hash import file_digest, model_digest, model_files
+from kvd_client.integrations.llama.files.model_hash import file_digest, model_digest, model_files
 
 
 def blake2b(content: bytes) -> bytes:

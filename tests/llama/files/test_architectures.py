@@ -8,15 +8,15 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvd_client.integrations.llama.architectures import (
+from kvd_client.integrations.llama.files.architectures import (
     ARCHITECTURES,
     MAX_ELEMENTS,
     MAX_LAYERS,
     NoKvShape,
     kv_shape,
 )
-from kvd_client.integrations.llama.gguf_header import BadModelFile, GgufHeader
-from kvd_client.integrations.llama.model_size import BadKvType, ModelSize
+from kvd_client.integrations.llama.files.gguf_header import BadModelFile, GgufHeader
+from kvd_client.integrations.llama.files.model_size import BadKvType, ModelSize
 from kvd_proto.geometry import GGML_TYPES
 
 KEYS = [

@@ -17,7 +17,7 @@ from typing import Any
 import llama_cpp.llama_cpp as bindings
 from llama_cpp._logger import llama_log_callback
 
-from kvd_client.integrations.llama.params import env_int
+from kvd_client.integrations.llama.runtime.params import env_int
 
 logger = logging.getLogger("kvd_client.integrations.llama")
 

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvd_client.integrations.llama import native
-from kvd_client.integrations.llama.blobs import (
+from kvd_client.integrations.llama.errors import NotShareable
+from kvd_client.integrations.llama.kv.blobs import (
     BadState,
     Block,
     SequenceState,
@@ -21,10 +21,10 @@ from kvd_client.integrations.llama.blobs import (
     merge,
     parse_form,
 )
-from kvd_client.integrations.llama.engine import LlamaEngine
-from kvd_client.integrations.llama.errors import NotShareable
-from kvd_client.integrations.llama.model import LlamaModel
-from kvd_client.integrations.llama.state import KvLayout, KvRow
+from kvd_client.integrations.llama.kv.engine import LlamaEngine
+from kvd_client.integrations.llama.kv.state import KvLayout, KvRow
+from kvd_client.integrations.llama.runtime import native
+from kvd_client.integrations.llama.runtime.model import LlamaModel
 from kvd_proto.geometry import Geometry
 from kvd_proto.payload import make_format
 from tests.llama.blocks import export_all, prompt

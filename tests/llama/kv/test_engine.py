@@ -11,8 +11,6 @@ import numpy as np
 import psutil
 import pytest
 
-from kvd_client.integrations.llama import native
-from kvd_client.integrations.llama.engine import LlamaEngine
 from kvd_client.integrations.llama.errors import (
     DecodeFailed,
     ImportFailed,
@@ -21,10 +19,12 @@ from kvd_client.integrations.llama.errors import (
     NotShareable,
     Reason,
 )
-from kvd_client.integrations.llama.model import LlamaModel
-from kvd_client.integrations.llama.mover import BlockAt
-from kvd_client.integrations.llama.params import LoraAdapter, RopeParams
-from kvd_client.integrations.llama.state import parse_layout
+from kvd_client.integrations.llama.kv.engine import LlamaEngine
+from kvd_client.integrations.llama.kv.mover import BlockAt
+from kvd_client.integrations.llama.kv.state import parse_layout
+from kvd_client.integrations.llama.runtime import native
+from kvd_client.integrations.llama.runtime.model import LlamaModel
+from kvd_client.integrations.llama.runtime.params import LoraAdapter, RopeParams
 from tests.llama.blocks import (
     Block,
     export,

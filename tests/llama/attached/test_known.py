@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from kvd_client.integrations.llama.hooks import Hooks
-from kvd_client.integrations.llama.known import KnownTokens, common_prefix
+from kvd_client.integrations.llama.attached.hooks import Hooks
+from kvd_client.integrations.llama.attached.known import KnownTokens, common_prefix
 
 
 @pytest.mark.parametrize(

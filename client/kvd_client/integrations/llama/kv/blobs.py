@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvd_client.integrations.llama.errors import LlamaEngineError, NotShareable, Reason
-from kvd_client.integrations.llama.state import MAGIC, N_STREAM, KvLayout, KvRow
+from kvd_client.integrations.llama.kv.state import MAGIC, N_STREAM, KvLayout, KvRow
 
 Bytes = npt.NDArray[np.uint8]
 Tokens = npt.NDArray[np.int32]

@@ -27,18 +27,18 @@ from typing import NamedTuple
 
 import llama_cpp.llama_cpp as bindings
 
-from kvd_client.integrations.llama import native
 from kvd_client.integrations.llama.errors import (
     ImportFailed,
     LlamaEngineError,
     NotExportable,
 )
-from kvd_client.integrations.llama.model import M_ROPE_TYPES
-from kvd_client.integrations.llama.state import (
+from kvd_client.integrations.llama.kv.state import (
     BlockForm,
     KvLayout,
     parse_layout,
 )
+from kvd_client.integrations.llama.runtime import native
+from kvd_client.integrations.llama.runtime.model import M_ROPE_TYPES
 
 
 class BlockAt(NamedTuple):

@@ -13,10 +13,10 @@ import llama_cpp.llama_cpp as bindings
 import numpy as np
 import pytest
 
-from kvd_client.integrations.llama import native
-from kvd_client.integrations.llama.engine import LlamaEngine
 from kvd_client.integrations.llama.errors import ImportFailed, NotExportable
-from kvd_client.integrations.llama.model import LlamaModel
+from kvd_client.integrations.llama.kv.engine import LlamaEngine
+from kvd_client.integrations.llama.runtime import native
+from kvd_client.integrations.llama.runtime.model import LlamaModel
 from kvd_client.integrations.llama.worker import model_of
 from kvd_proto.geometry import Geometry
 from kvd_proto.payload import make_format

@@ -13,8 +13,7 @@ import llama_cpp
 import numpy as np
 import pytest
 
-from kvd_client.integrations.llama import native
-from kvd_client.integrations.llama.engine import LlamaEngine
+from kvd_client.integrations.llama.attached.llama_params import read_llama
 from kvd_client.integrations.llama.errors import (
     DecodeFailed,
     ImportFailed,
@@ -23,9 +22,10 @@ from kvd_client.integrations.llama.errors import (
     NotShareable,
     Reason,
 )
-from kvd_client.integrations.llama.fingerprint import fingerprint
-from kvd_client.integrations.llama.llama_params import read_llama
-from kvd_client.integrations.llama.model import LlamaModel
+from kvd_client.integrations.llama.kv.engine import LlamaEngine
+from kvd_client.integrations.llama.kv.fingerprint import fingerprint
+from kvd_client.integrations.llama.runtime import native
+from kvd_client.integrations.llama.runtime.model import LlamaModel
 from kvd_client.integrations.llama.worker import model_of
 from tests.llama.blocks import (
     Block,

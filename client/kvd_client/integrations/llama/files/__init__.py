@@ -1,0 +1,1 @@
+"""What model files say without llama.cpp: architecture, shape and size of K/V, content hash."""

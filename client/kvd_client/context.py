@@ -187,10 +187,13 @@ def alloc(
     client = context.client
     packed = pack_tokens(tokens)
     wait_ms, idle_ms = _milliseconds("wait", wait), _milliseconds("idle_timeout", idle_timeout)
+    deadline = client.deadline()
     try:
         session = client.live_session()
         if session is None or context.session is not session:
-            session = yield from open_context(context, client.deadline())
+            session = yield from open_context(context, deadline)
+            if not client.fail_open:
+                deadline = client.deadline()
         message = Alloc(
             context.number,
             request,
@@ -201,7 +204,9 @@ def alloc(
             int(use),
             int(store),
         )
-        timeout = client.timeout_for(context.bytes_of(reserve_tokens)) + wait
+        # What a worker loses at most is for all of it: the way back to a daemon is no extra.
+        timeout = deadline - time.monotonic() + wait
+        timeout += client.seconds_for(context.bytes_of(reserve_tokens))
         undo = partial(_release_again, session, context.number)
         reply: Allocated = yield from call(session, message, timeout, late=undo)
         if session.lost is not None:

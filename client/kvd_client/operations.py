@@ -46,6 +46,8 @@ DEFAULT_STAGING = 64 << 20
 DEFAULT_TIMEOUT = 5.0
 FAIL_OPEN_TIMEOUT = 0.05
 """Seconds that a worker loses at most when the daemon hangs; it computes by itself then."""
+WAITED_PART = 0.8
+"""Of them, the part that is waited. The rest is for waking up, and for what is done by oneself."""
 PATIENCE_TO_OPEN = 1.0
 """Seconds for a client or a context to be opened, at the least. The daemon gives the staging its
 memory first, which takes 0.6 s for a GiB."""
@@ -114,7 +116,10 @@ class ClientState:
         self.fail_open = fail_open
         self.patience = DEFAULT_TIMEOUT if timeout is None else timeout
         """Seconds for an answer that no request waits for, of a flush or a report."""
-        self.timeout = FAIL_OPEN_TIMEOUT if fail_open and timeout is None else self.patience
+        self.timeout = self.patience
+        """Seconds for an answer that a request waits for."""
+        if fail_open:
+            self.timeout = WAITED_PART * (FAIL_OPEN_TIMEOUT if timeout is None else timeout)
         self.welcome_timeout = welcome_timeout
         self.session: Session | None = None
         self.contexts: set[ContextState] = set()
@@ -162,7 +167,11 @@ class ClientState:
 
     def timeout_for(self, n_bytes: int) -> float:
         """Seconds for an answer before which the daemon may have to give `n_bytes` their memory."""
-        return self.timeout + n_bytes / SLOWEST_MEMORY
+        return self.timeout + self.seconds_for(n_bytes)
+
+    def seconds_for(self, n_bytes: int) -> float:
+        """How much longer that may take."""
+        return n_bytes / SLOWEST_MEMORY
 
     # --- the session
 
@@ -180,8 +189,11 @@ class ClientState:
         refuses with.
 
         With fail_open that is the last outage's error, at once, between two attempts. A daemon
-        that hangs is waited for once, and welcomes us when it goes on.
+        that hangs is waited for once, and welcomes us when it goes on. The welcome of one that has
+        come back is waited for half of the time: a welcome that comes at the last moment leaves
+        none to open the context, and a daemon is taken to hang that has been slow only.
         """
+        comes_back = self.session is not None or self._outage is not None
         while True:
             session = self.live_session()
             if session is not None:
@@ -189,9 +201,10 @@ class ClientState:
             if self._handshake is None:
                 self._handshake = self._begin()
             handshake = self._handshake
-            impatient = self.fail_open and handshake.waited_for
+            wait = deadline - time.monotonic()
+            if self.fail_open:
+                wait *= 0.0 if handshake.waited_for else 0.5 if comes_back else 1.0
             try:
-                wait = 0.0 if impatient else deadline - time.monotonic()
                 yield Wait(handshake, handshake.has_session, wait, may_fail=True)
             except DeadlineExceeded:
                 handshake.waited_for = True

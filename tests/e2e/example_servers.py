@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 START_SECONDS = 90.0
+PATIENT = 10.0
+"""Seconds: a busy machine is no outage."""
 _ADDRESS = re.compile(r"Uvicorn running on (http://\S+)")
 
 
@@ -93,9 +95,14 @@ def example_server(
     runtime_dir: Path | None,
     *,
     disk_cache: Path | None = None,
+    measured: Path | None = None,
+    timeout: float | None = PATIENT,
     **model_options: Any,
 ) -> Iterator[ExampleServer]:
-    """A process with kvd, or without `runtime_dir` the script as it is."""
+    """A process with kvd, or without `runtime_dir` the script as it is.
+
+    `measured` is the file of added_time.py; `timeout` None is what kvd does by itself.
+    """
     defaults = {"n_ctx": 2048, "n_seq_max": 4, "threads": 1, "threads_batch": 1}
     config: dict[str, Any] = {
         "server": {"host": "127.0.0.1", "port": 0},
@@ -109,8 +116,11 @@ def example_server(
     launcher = []
     if runtime_dir is not None:
         launcher = ["-m", "kvd_client.integrations.llama_example_server"]
-        # Patient: a busy machine is no outage.
-        launcher += ["--runtime-dir", str(runtime_dir), "--timeout", "10"]
+        if measured is not None:
+            launcher[1:1] = ["tests.e2e.added_time", str(measured)]
+        launcher += ["--runtime-dir", str(runtime_dir)]
+        if timeout is not None:
+            launcher += ["--timeout", str(timeout)]
     command = [sys.executable, *launcher, str(script_path()), "-C", str(path)]
     server = ExampleServer(command, directory / f"{name}.log")
     try:

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[2]
 START_SECONDS = 100.0
 STOP_SECONDS = 100.0
 """Both are long: a server that computes may have to wait for the machine."""
@@ -84,11 +85,20 @@ class Server:
 
 @contextlib.contextmanager
 def running_server(
-    module: str, *flags: str, directory: Path, environ: dict[str, str] | None = None
+    module: str,
+    *flags: str,
+    directory: Path,
+    environ: dict[str, str] | None = None,
+    measured: Path | None = None,
 ) -> Iterator[Server]:
-    """`python -m MODULE --host 127.0.0.1 --port 0 FLAGS`, once it listens."""
+    """`python -m MODULE --host 127.0.0.1 --port 0 FLAGS`, once it listens. `measured` is the file
+    of added_time.py."""
+    environ = {**os.environ, **(environ or {})}
     command = [sys.executable, "-m", module, "--host", "127.0.0.1", "--port", "0", *flags]
-    server = Server(command, {**os.environ, **(environ or {})}, directory)
+    if measured is not None:
+        command[2:2] = ["tests.e2e.added_time", str(measured)]
+        environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), environ.get("PYTHONPATH", "")])
+    server = Server(command, environ, directory)
     try:
         server.url = server.wait_for(_ADDRESS, seconds=START_SECONDS)[0][1]
         yield server

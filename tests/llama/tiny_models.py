@@ -1,7 +1,8 @@
 """Tiny models with random weights, written with the `gguf` package: one for each kind of cache.
 
 They compute nonsense, but exactly reproducibly: equal arguments write equal files. They have no
-vocabulary, only token ids 0 .. N_VOCAB-1. The real model is found by `smollm2_path`.
+vocabulary, only token ids 0 .. N_VOCAB-1, but for the one of `write_letters`. The real model is
+found by `smollm2_path`.
 """
 
 import hashlib
@@ -25,14 +26,17 @@ N_FF = 64
 class _Writer:
     """A GGUF file with the keys all tiny models have; tensors are random, norms are one."""
 
-    def __init__(self, path: Path, arch: str, n_layer: int, seed: int) -> None:
+    def __init__(
+        self, path: Path, arch: str, n_layer: int, seed: int, tokenizer: str = "no_vocab"
+    ) -> None:
         self.gguf = gguf.GGUFWriter(path, arch)
         self._random = np.random.default_rng(seed)
         self.gguf.add_context_length(N_CTX_TRAIN)
         self.gguf.add_embedding_length(N_EMBD)
         self.gguf.add_block_count(n_layer)
-        self.gguf.add_vocab_size(N_VOCAB)
-        self.gguf.add_tokenizer_model("no_vocab")
+        self.gguf.add_tokenizer_model(tokenizer)
+        if tokenizer == "no_vocab":
+            self.gguf.add_vocab_size(N_VOCAB)
 
     def attention(self, head_count_kv: int | Sequence[int] = N_HEAD) -> None:
         self.gguf.add_head_count(N_HEAD)
@@ -70,6 +74,10 @@ def _attention_layer(writer: _Writer, prefix: str, n_head_kv: int) -> None:
 
 def _decoder(writer: _Writer, heads_kv: Sequence[int]) -> None:
     writer.matrix("token_embd.weight", N_VOCAB, N_EMBD)
+    _layers(writer, heads_kv)
+
+
+def _layers(writer: _Writer, heads_kv: Sequence[int]) -> None:
     writer.ones("output_norm.weight", N_EMBD)
     for layer, n_head_kv in enumerate(heads_kv):
         prefix = f"blk.{layer}"
@@ -85,6 +93,36 @@ def write_llama(path: Path, seed: int = 0, causal: bool = True) -> Path:
     writer.gguf.add_causal_attention(causal)
     writer.gguf.add_rope_dimension_count(HEAD_DIM)
     _decoder(writer, (2, 2))
+    writer.close()
+    return path
+
+
+LETTERS = "\u2581abcdefghijklmnopqrstuvwxyz0123456789"
+"""Texts of the tokens that the model of `write_letters` generates; the first one is a blank."""
+
+
+def write_letters(path: Path, seed: int = 9) -> Path:
+    """Like `write_llama`, with a vocabulary: for servers, which take text. It says letters and
+    digits only, and never ends by itself."""
+    writer = _Writer(path, "llama", 2, seed, tokenizer="llama")
+    texts = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    kinds = [gguf.TokenType.UNKNOWN, *[gguf.TokenType.CONTROL] * 2, *[gguf.TokenType.BYTE] * 256]
+    silent = len(texts)
+    texts += LETTERS
+    kinds += [gguf.TokenType.NORMAL] * len(LETTERS)
+    writer.gguf.add_vocab_size(len(texts))
+    writer.gguf.add_token_list(texts)
+    writer.gguf.add_token_scores([0.0] * len(texts))
+    writer.gguf.add_token_types(kinds)
+    writer.gguf.add_bos_token_id(1)
+    writer.gguf.add_eos_token_id(2)
+    writer.attention(2)
+    writer.gguf.add_rope_dimension_count(HEAD_DIM)
+    # The logits of zeros are 0, and those of one letter or another are above.
+    rows = np.random.default_rng(seed).standard_normal((len(texts), N_EMBD)).astype(np.float32)
+    rows[:silent] = 0
+    writer.gguf.add_tensor("token_embd.weight", rows)
+    _layers(writer, (2, 2))
     writer.close()
     return path
 

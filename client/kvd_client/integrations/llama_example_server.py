@@ -158,6 +158,11 @@ def put_cache_into(script: ModuleType, block_tokens: int, **client_options: Any)
                     return
                 self.delete_free_sequence(seq_id)
 
+        def save_sequence_state_bytes(self, seq_id: int) -> Any:
+            if not self.sequence_cache.can_store():
+                return None
+            return super().save_sequence_state_bytes(seq_id)
+
         def finalize_request_if_ready(self, request: Any) -> None:
             if request.completions and all(each.finished for each in request.completions):
                 for completion in request.completions:

@@ -130,6 +130,14 @@ class SequenceCache:
                 leased.release()
         return Load(list(match.tokens), state)
 
+    def can_store(self) -> bool:
+        """Whether a daemon is there to save for. Without one, the state of a sequence need not be
+        copied out of the context, which takes as long as it is large."""
+        with suppress(KvdError):
+            self.client.run(self.client.ensure_session(self.client.deadline()))
+            return True
+        return False
+
     def save(
         self, tokens: SequenceOf[int], state_bytes: npt.ArrayLike, prompt_logits: Any = None
     ) -> None:

@@ -192,8 +192,6 @@ def alloc(
         session = client.live_session()
         if session is None or context.session is not session:
             session = yield from open_context(context, deadline)
-            if not client.fail_open:
-                deadline = client.deadline()
         message = Alloc(
             context.number,
             request,
@@ -205,8 +203,8 @@ def alloc(
             int(store),
         )
         # What a worker loses at most is for all of it: the way back to a daemon is no extra.
-        timeout = deadline - time.monotonic() + wait
-        timeout += client.seconds_for(context.bytes_of(reserve_tokens))
+        timeout = deadline - time.monotonic() if client.fail_open else client.timeout
+        timeout += client.seconds_for(context.bytes_of(reserve_tokens)) + wait
         undo = partial(_release_again, session, context.number)
         reply: Allocated = yield from call(session, message, timeout, late=undo)
         if session.lost is not None:

@@ -14,6 +14,8 @@ import pytest
 
 import kvd_client
 from kvd_client import errors
+from kvd_client.handshake import Handshake
+from kvd_client.operations import WAITED_PART, Wait
 from tests.client.blocks import (
     MODEL,
     eventually,
@@ -214,7 +216,7 @@ def test_a_hung_daemon_costs_one_timeout_and_then_nothing(
         assert before.shared
         with stopped(daemon):
             first = timed(lambda: context.alloc(PROMPT).release())
-            assert 0.04 < first < 0.5
+            assert 0.03 < first < 0.5
             second = timed(lambda: [context.alloc(PROMPT).release() for _ in range(100)])
             assert second < 0.1
             assert not before.shared
@@ -233,6 +235,39 @@ def test_a_hung_daemon_costs_one_timeout_and_then_nothing(
         after.release()
         eventually(lambda: [row["client"] for row in other.clients()] == ["other", "worker"])
         assert other.sequences() == []
+
+
+def test_the_way_back_to_a_daemon_takes_no_longer_than_one_timeout(
+    mortal: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Welcome, context and answer together; and the welcome leaves time for the others."""
+    timeout = 10.0
+    with kvd_client.connect(
+        mortal.runtime_dir, fail_open=True, staging_bytes=STAGING, timeout=timeout
+    ) as client:
+        context = client.open_context(MODEL, n_seq_max=4)
+        until: list[tuple[type, float]] = []
+        plain_wait = client._wait
+
+        def wait(what: Wait) -> None:
+            until.append((type(what.source), time.monotonic() + what.timeout))
+            plain_wait(what)
+            if isinstance(what.source, Handshake):
+                time.sleep(0.2)  # a welcome that takes its time
+
+        monkeypatch.setattr(client, "_wait", wait)
+        again = restart(mortal, kill=True)
+        try:
+            begun = time.monotonic()
+            with context.alloc(PROMPT) as sequence:
+                assert sequence.shared
+            assert [source for source, _ in until].count(Handshake) == 1
+            for source, deadline in until[:-1]:  # the last one is the release's
+                part = 0.5 if source is Handshake else 1.0
+                assert deadline - begun < part * WAITED_PART * timeout + 0.1
+        finally:
+            client.close()
+            again.stop()
 
 
 def test_to_keep_alive_costs_one_timeout_and_is_no_error(

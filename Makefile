@@ -50,8 +50,10 @@ soak: python ## The long ones, about an hour: kills, crashes, simulations, fuzz.
 	KVD_OPERATIONS=1000000 $(RUN) -m pytest -s tests/shell/test_operations.py
 	@echo "== 7/9 a cache of 10 GiB is adopted"
 	$(RUN) -m pytest -s tests/soak/test_large_adoption.py
-	@echo "== 8/9 two batching workers for 10 minutes, which are killed, and so is the daemon"
+	@echo "== 8/9 two batching workers for 10 minutes, which are killed, and so is the daemon;"
+	@echo "       and each integration while the daemon is away, or hangs, for 10 s"
 	KVD_BATCHING_SECONDS=600 $(RUN) -m pytest -s tests/e2e/test_batching_storm.py
+	KVD_OUTAGE_SECONDS=10 $(RUN) -m pytest -s tests/e2e/test_outage.py
 	@echo "== 9/9 real models and every prompt, continued to the bit"
 	KVD_ALL_PROMPTS=1 $(RUN) -m pytest tests/e2e/test_kinds.py
 

@@ -259,8 +259,9 @@ class Client(ClientState):
         `runtime_dir` is where the daemon's sockets are; by default wherever `instance` listens.
         `staging_bytes` is the memory for commits on their way (0: none, for readers); the daemon
         may grant less, see `staging_room`. `timeout` is for each answer, in seconds: 5; with
-        fail_open 0.05 for a request's answers, 1 to open the client or a context, and 5 for flush
-        and reports; `welcome_timeout` is for opening the client, if that is to be another one.
+        fail_open it is what a request loses at most, 0.05, four fifths of which are waited; then it
+        takes 1 at the most to open the client or a context, and 5 for flush and reports;
+        `welcome_timeout` is for opening the client, if that is to be another one.
         `fail_open` makes alloc go on without a daemon, and come back to it by itself.
         `start_private` starts a daemon with `max_memory` if none runs there; it stops by itself
         some seconds after its last client.

@@ -195,11 +195,15 @@ def test_the_daemon_may_die_and_come_back(smollm2: Path, tmp_path: Path) -> None
         example_server(tmp_path, smollm2, runtime_dir) as other,
     ):
         first = server.complete(prompt, 10)["text"]
+        saved = server.metrics()["batch_server:sequence_cache_save_requests_total"]
+        assert saved == 2, "the prompt, and the answer"
         daemon.kill()
         # Its own idle sequence has this prompt; and it has none of that.
         assert server.complete(prompt, 10)["text"] == first
         assert server.complete("Nothing of this is known. " + TEXT, 10)["text"]
         assert other.complete(prompt, 10)["text"] == first
+        # For nobody no state is copied out of the context.
+        assert server.metrics()["batch_server:sequence_cache_save_requests_total"] == saved
         with running_daemon(runtime_dir=runtime_dir, instance=daemon.instance):
             asked = iter(range(1000))
 

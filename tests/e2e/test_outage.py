@@ -358,14 +358,18 @@ def until_away_long_enough(askers: list[Asker]) -> None:
 
 class Latest(NamedTuple):
     """Of the requests that had to do with an outage, the one to which kvd added most: how much, and
-    how long the machine stood still meanwhile. Both in seconds."""
+    how long the machine stood still meanwhile; and how much to any that was answered before the
+    daemon was back. All in seconds."""
 
     added: float
     stalled: float
+    added_alone: float
     requests: int
 
 
-def latest(workers: list[Worker], askers: list[Asker], stalls: list[Stall], gone: float) -> Latest:
+def latest(
+    workers: list[Worker], askers: list[Asker], stalls: list[Stall], gone: float, back: float
+) -> Latest:
     """Find it among those that had not been answered when the daemon was `gone`."""
     found = []
     for worker, asker in zip(workers, askers, strict=True):
@@ -379,7 +383,8 @@ def latest(workers: list[Worker], askers: list[Asker], stalls: list[Stall], gone
     stalled = sum(
         each.seconds for each in stalls if each.begun < answer.ended and each.ended > answer.begun
     )
-    return Latest(seconds, stalled, len(found))
+    alone = max(seconds for seconds, answer in found if answer.ended < back)
+    return Latest(seconds, stalled, alone, len(found))
 
 
 class Host:
@@ -421,7 +426,8 @@ def test_the_daemon_goes_in_the_middle_and_comes_back(
                     print(
                         f"\n{name}, daemon {how} for {SECONDS:g} s: {found.requests} requests, "
                         f"each at most {1000 * found.added:.1f} ms later, in which the machine "
-                        f"stood still for {1000 * found.stalled:.1f} ms"
+                        f"stood still for {1000 * found.stalled:.1f} ms; "
+                        f"{1000 * found.added_alone:.1f} ms before the daemon was back"
                     )
                 assert found.added - found.stalled <= LATER
                 if found.added <= LATER:
@@ -437,5 +443,6 @@ def outage(workers: list[Worker], host: Host) -> Latest:
         askers[0].in_the_middle(host.go)
         gone = time.monotonic()
         until_away_long_enough(askers)
+        back = time.monotonic()
         host.come_back()
-    return latest(workers, askers, stalls, gone)
+    return latest(workers, askers, stalls, gone, back)

@@ -3,7 +3,6 @@ states of real contexts, by two caches that stand for two processes."""
 
 import contextlib
 import itertools
-import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -366,33 +365,6 @@ def test_without_a_daemon_nothing_is_found_and_nothing_fails(
                 assert cache.load(found(cache, tokens)) is not None
                 assert in_use(cache) == 0
                 assert cache.client.verify()["ok"]
-
-
-def test_a_hung_daemon_costs_little(engine: LlamaEngine, tmp_path: Path) -> None:
-    runtime_dir = tmp_path / "kvd"
-    tokens = fresh_prompt(2 * BLOCK)
-    computed = compute(engine, tokens)
-    with (
-        running_daemon(runtime_dir=runtime_dir) as daemon,
-        open_cache(runtime_dir, engine, timeout=0.2) as cache,
-    ):
-
-        def is_there() -> bool:
-            cache.save(tokens, computed.state, None)
-            return cache.lookup(tokens) is not None
-
-        wait_until(is_there)
-        daemon.process.send_signal(signal.SIGSTOP)
-        started = time.monotonic()
-        for _ in range(20):
-            assert cache.lookup(fresh_prompt(40)) is None
-            cache.save(tokens, computed.state, None)
-            cache.settle()
-        waited = time.monotonic() - started
-        daemon.process.send_signal(signal.SIGCONT)
-        # One answer is waited for, and perhaps one new session; not each of 60 calls.
-        assert waited < 5
-        wait_until(is_there)
 
 
 def test_what_the_daemon_refuses_is_logged(

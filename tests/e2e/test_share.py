@@ -8,11 +8,9 @@ import contextlib
 import gc
 import itertools
 import re
-import signal
 import subprocess
 import sys
 import threading
-import time
 import weakref
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
@@ -670,28 +668,6 @@ def test_a_daemon_that_dies_takes_no_text_along(make: Make, tmp_path: Path) -> N
             with connect(again.runtime_dir) as client:
                 assert client.verify(checksums=True)["ok"]
                 assert client.sequences() == []
-
-
-def test_a_hung_daemon_costs_little(make: Make, tmp_path: Path) -> None:
-    prompt = fresh_prompt(80)
-    plain, llama = make(), make()
-    with running_daemon(runtime_dir=tmp_path / "run") as daemon:
-        handle = shared(llama, daemon, timeout=0.2)
-        run(llama, fresh_prompt(40))
-        daemon.process.send_signal(signal.SIGSTOP)
-        started = time.monotonic()
-        assert run(llama, prompt) == run(plain, prompt)
-        waited = time.monotonic() - started
-        daemon.process.send_signal(signal.SIGCONT)
-        # One answer is waited for, and perhaps one new session; not each call.
-        assert waited < 5
-
-        def is_back() -> bool:
-            llama.reset()
-            run(llama, prompt)
-            return handle.matched_tokens == 79
-
-        wait_until(is_back)
 
 
 def test_its_end_leaves_a_plain_llama(daemon: Daemon, make: Make) -> None:

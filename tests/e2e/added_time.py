@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from kvd_client.integrations import llama_example_server
+from kvd_client.integrations.llama.attached.sharing import LlamaShare
 from kvd_client.integrations.llama.batching.stepper import Stepper
 from kvd_client.integrations.llama.sequence_cache import SequenceCache
-from kvd_client.integrations.llama.sharing import LlamaShare
 
 _CALLS: tuple[tuple[type, tuple[str, ...]], ...] = (
     (LlamaShare, ("_begin", "_store", "_finish")),

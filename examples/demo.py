@@ -41,6 +41,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="kvd-demo-") as runtime_dir:
         say("starting the daemon and three workers ...")
         daemon = start_daemon(runtime_dir)
+        # Open as long as the demo lives: the daemon ends by itself after its last client.
+        client = kvd_client.connect(runtime_dir, name="demo", staging_bytes=0)
         workers = {name: Worker(name, model, runtime_dir) for name in QUESTIONS}
         try:
             for worker in workers.values():
@@ -53,11 +55,12 @@ def main() -> None:
             print_table(answers)
             draw(answers)
             kvctl(runtime_dir, "status")
-            kill_one(runtime_dir, workers["B"], prompts["B"])
+            kill_one(client, runtime_dir, workers["B"], prompts["B"])
             kvctl(runtime_dir, "verify")
         finally:
             for worker in workers.values():
                 worker.stop()
+            client.close()
             daemon.terminate()
             daemon.wait()
     exact = all(answer.logits_difference == 0.0 for answer in answers.values())
@@ -115,6 +118,8 @@ def start_daemon(runtime_dir: str) -> subprocess.Popen[bytes]:
         command += ["--instance", f"demo-{os.getpid()}", "--max-memory", "512MiB"]
         command += ["--max-context", "2048"]  # what its workers have
         command += ["--log-level", "warning"]
+        # If the demo is killed, nobody else would end it.
+        command += ["--linger-seconds", "5"]
         daemon = subprocess.Popen(command, env={**os.environ, "NOTIFY_SOCKET": address})
         while b"READY=1" not in ready.recv(4096):
             pass
@@ -162,21 +167,20 @@ def draw(answers: dict[str, Answer]) -> None:
     say(f"chart: {(OUT / 'first-token.png').relative_to(ROOT)}")
 
 
-def kill_one(runtime_dir: str, worker: Worker, prompt: str) -> None:
+def kill_one(client: kvd_client.Client, runtime_dir: str, worker: Worker, prompt: str) -> None:
     """Kill a worker that holds a sequence, and show that the daemon has taken all of it back."""
     worker.pipe.send(("hold", prompt, ""))
     tokens = worker.pipe.recv()
     pid = worker.process.pid
     say(f"worker B holds a sequence with {tokens} cached tokens; kill -9 {pid}")
     kvctl(runtime_dir, "clients")
-    with kvd_client.connect(runtime_dir, name="demo", staging_bytes=0) as client:
-        os.kill(pid, signal.SIGKILL)
-        started = time.perf_counter()
-        while any(row["pid"] == pid for row in client.clients()):
-            if time.perf_counter() - started > 5:
-                sys.exit("the daemon has not noticed the worker's death")
-        taken = (time.perf_counter() - started) * 1000
-        status = client.status()
+    os.kill(pid, signal.SIGKILL)
+    started = time.perf_counter()
+    while any(row["pid"] == pid for row in client.clients()):
+        if time.perf_counter() - started > 5:
+            sys.exit("the daemon has not noticed the worker's death")
+    taken = (time.perf_counter() - started) * 1000
+    status = client.status()
     say(
         f"{taken:.0f} ms later its session, sequence and leases are gone: "
         f"{status['sequences']['in_use']} sequences in use, "

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 START_SECONDS = 90.0
+STOP_SECONDS = 100.0
+"""Both are long: a process that computes may have to wait for the machine."""
 PATIENT = 10.0
 """Seconds: a busy machine is no outage."""
 _ADDRESS = re.compile(r"Uvicorn running on (http://\S+)")
@@ -79,13 +81,14 @@ class ExampleServer:
         return int(self.metrics()["llamacpp:prompt_tokens_total"])
 
     def stop(self) -> None:
+        """SIGTERM, and wait; SIGKILL if that does not help."""
         self.process.terminate()
         try:
-            self.process.wait(30)
+            self.process.wait(STOP_SECONDS)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
-            raise
+            raise AssertionError(f"it did not end by SIGTERM:\n{self.said[-3000:]}") from None
 
 
 @contextlib.contextmanager

@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from bench.serving import ServerFailed, script_path
 from kvd_client.client import Client
 from kvd_client.integrations.llama.runtime.model import LlamaModel
 from kvd_client.integrations.llama.worker import LlamaWorker
-from tests.e2e.example_servers import ExampleServer, example_server, script_path
+from tests.e2e.example_servers import ExampleServer, example_server
 from tests.llama import tiny_models
 from tests.support import Daemon, running_daemon
 
@@ -225,7 +226,7 @@ def test_what_cannot_be_shared_is_refused_with_what_to_change(
 ) -> None:
     model = tiny_models.write_llama(tmp_path / "llama.gguf")
     with (
-        pytest.raises(AssertionError, match=f"llama_example_server: .*{said}"),
+        pytest.raises(ServerFailed, match=f"llama_example_server: .*{said}"),
         example_server(tmp_path, model, tmp_path / "kvd", **options),
     ):
         pass

@@ -62,9 +62,10 @@ class Prompts:
         self._words = words
         self._each = [f" {word}" for word in _WORDS.split()]
 
-    def text(self, n_tokens: int) -> str:
-        """One token a word: checked."""
-        text = "".join(self._random.choice(self._each, n_tokens))
+    def text(self, n_tokens: int, first: str = "") -> str:
+        """One token a word, `first` among them: checked."""
+        n_words = n_tokens - len(first.split())
+        text = first + "".join(self._random.choice(self._each, n_words))
         found = len(self._words.tokenize(text))
         if found != n_tokens:
             raise SystemExit(f"a text of {n_tokens} words has {found} tokens")
@@ -83,8 +84,7 @@ class Round(NamedTuple):
 
 def _round(prompts: Prompts) -> Round:
     shared = prompts.text(SHARED)
-    ends = (prompts.text(OTHER) for _ in range(2))
-    served, shares = (shared + end for end in ends)
+    served, shares = (shared + prompts.text(OTHER, first) for first in (" question", " answer"))
     return Round(prompts.text(WARM), served, shares, prompts.text(SHARED + OTHER))
 
 

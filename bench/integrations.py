@@ -21,7 +21,7 @@ from bench.report import Row, paired_row
 from kvd_client.client import DEFAULT_STAGING, Client
 from kvd_client.integrations.llama import share
 from kvd_client.integrations.llama.batching.worker import BatchingWorker
-from kvd_client.integrations.llama.engine import LlamaEngine
+from kvd_client.integrations.llama.kv.engine import LlamaEngine
 from kvd_client.integrations.llama.worker import LlamaWorker
 
 PREFIX = 1024

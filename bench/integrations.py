@@ -2,8 +2,8 @@
 of one that is cached beside its floor.
 
 A miss and the same without kvd are measured in turn, in one context: that of the same Llama, or of
-the same engine, on prompts that nobody has asked before. The floor of a hit is as in first_token.py:
-one copy of the whole state into a context, and one decode of one token.
+the same engine, on prompts that nobody has asked before. The floor of a hit is that of
+first_token.py: one copy of the whole state into a context, and one decode of one token.
 """
 
 import time
@@ -44,7 +44,7 @@ class Integration:
 
 
 def measure(n_misses: int, n_hits: int) -> list[Row]:
-    """Rows in milliseconds: `n_misses` of the long prompts, four times as many of the short ones."""
+    """Rows in milliseconds: `n_misses` of long prompts, four times as many of short ones."""
     rows: list[Row] = []
     with (
         running_daemon("2GiB") as runtime_dir,

@@ -55,8 +55,8 @@ def paired_row(
     *,
     peer: str = "",
 ) -> Row:
-    """As `row`, of values and floors that were measured in pairs: the ratio is the median of theirs,
-    so that what was slow for both does not count."""
+    """As `row`, of values and floors that were measured in pairs: the ratio is the median of those
+    of the pairs, so that what was slow for both does not count."""
     ratios = [value / floor for value, floor in zip(values, floors, strict=True)]
     found = row(name, values, unit, floors, floor_name)
     return replace(found, ratio=round(statistics.median(ratios), 4), peer=peer)

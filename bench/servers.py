@@ -39,8 +39,9 @@ def measure(n_rounds: int) -> list[Row]:
     model = find_model()
     with LlamaModel(model) as words:
         prompts = Prompts(words)
-        example, plain = Kind("examples/server/server.py", (KVD, DISK)), Kind(
-            "llama_cpp.server", (KVD, NOTHING, DISK)
+        example, plain = (
+            Kind("examples/server/server.py", (KVD, DISK)),
+            Kind("llama_cpp.server", (KVD, NOTHING, DISK)),
         )
         return [
             row for kind in (example, plain) for row in _measure(kind, model, prompts, n_rounds)
@@ -109,15 +110,12 @@ def _measure(kind: Kind, model: Path, prompts: Prompts, n_rounds: int) -> list[R
                     first.complete(prompt, 1)
             with contextlib.ExitStack() as seconds:
                 second = {side: seconds.enter_context(start(side)) for side in kind.sides}
-                for side, server in second.items():
+                for server in second.values():
                     server.complete(asked.warm, 4)
-                # In another order each time.
-                for index in range(len(kind.sides)):
-                    side = kind.sides[(index + number) % len(kind.sides)]
-                    shares[side].append(second[side].first_token_seconds(asked.shares) * 1e3)
-                for index in range(len(kind.sides)):
-                    side = kind.sides[(index + number) % len(kind.sides)]
-                    identical[side].append(second[side].first_token_seconds(asked.identical) * 1e3)
+                for values, prompt in ((shares, asked.shares), (identical, asked.identical)):
+                    for index in range(len(kind.sides)):  # in another order each time
+                        side = kind.sides[(index + number) % len(kind.sides)]
+                        values[side].append(second[side].first_token_seconds(prompt) * 1e3)
                 _check(kind, second[KVD])
     what = f"first token in a second {kind.name}"
     return [
@@ -131,9 +129,7 @@ def _measure(kind: Kind, model: Path, prompts: Prompts, n_rounds: int) -> list[R
 
 
 @contextlib.contextmanager
-def _start(
-    kind: Kind, side: str, folder: Path, model: Path, runtime_dir: str
-) -> Iterator[Server]:
+def _start(kind: Kind, side: str, folder: Path, model: Path, runtime_dir: str) -> Iterator[Server]:
     if kind.name == "llama_cpp.server":
         flags = ["--model", str(model), "--n_ctx", str(N_CTX), "--flash_attn", "true"]
         flags += ["--n_threads", str(THREADS), "--n_threads_batch", str(THREADS)]

@@ -178,7 +178,7 @@ def script_path() -> Path:
     LLAMA_EXAMPLE_SERVER says. Raises FileNotFoundError."""
     path = Path(os.environ.get("LLAMA_EXAMPLE_SERVER") or f"{sys.prefix}/example-server/server.py")
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is not there: run `python3 scripts/bootstrap.py test`")
+        raise FileNotFoundError(f"{path} is not there: run `python3 scripts/bootstrap.py bench`")
     return path
 
 

@@ -1,5 +1,5 @@
-"""From how many tokens on kvd pays: a short prompt that is found, beside computing it; what it costs
-to ask in vain; and what it costs to store it, which comes after the first token.
+"""From how many tokens on kvd pays: a short prompt that is found, beside computing it; what it
+costs to ask in vain; and what it costs to store it, which comes after the first token.
 
     python -m bench.threshold [--repeats N]
 

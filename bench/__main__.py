@@ -6,7 +6,16 @@ make bench          or: python -m bench [--quick]
 import argparse
 import multiprocessing
 
-from bench import eviction, first_token, report, roundtrip, stall
+from bench import (
+    eviction,
+    first_token,
+    integrations,
+    report,
+    roundtrip,
+    servers,
+    stall,
+    threshold,
+)
 
 
 def main() -> None:
@@ -18,12 +27,17 @@ def main() -> None:
     rows = roundtrip.measure(n_requests)
     print("first tokens ...", flush=True)
     rows += first_token.measure(n_hits)
+    print("first tokens of each integration ...", flush=True)
+    rows += integrations.measure(*((2, 2) if quick else (9, 25)))
+    print("short prompts ...", flush=True)
+    rows += threshold.measure(2 if quick else 20)
+    print("first tokens of second server processes ...", flush=True)
+    rows += servers.measure(2 if quick else 4)
     print("what one client's load costs another ...", flush=True)
     rows += stall.measure(0.125 if quick else 1.0)
     print("evictions ...", flush=True)
-    with multiprocessing.get_context("spawn").Pool(
-        1
-    ) as fresh:  # as the daemon is: no heap of before
+    # In a process of its own, as the daemon is: no heap of before.
+    with multiprocessing.get_context("spawn").Pool(1) as fresh:
         rows += fresh.apply(eviction.measure, (100_000 if quick else 1_000_000,))
     report.write(rows, n_requests, n_hits)
 

@@ -35,11 +35,11 @@ def measure(n_hits: int) -> list[Row]:
         with LlamaWorker(find_model(), runtime_dir=runtime_dir, n_ctx=N_CTX) as worker:
             engine = worker.engine
             cold = [_milliseconds(lambda: engine.prefill(0, prompt, 0))]
-            state = _whole_state(engine, PREFIX)
+            state = whole_state(engine, PREFIX)
             hits, copies, decodes = [], [], []
             for _ in range(n_hits):
                 hits.append(_hit(worker, prompt))
-                copies.append(_milliseconds(lambda: _set_state(engine, state)))
+                copies.append(_milliseconds(lambda: set_state(engine, state)))
                 decodes.append(_milliseconds(lambda: engine.prefill(0, prompt[-1:], PREFIX)))
                 engine.clear(0)
             cold += [_cold(engine, prompt) for _ in range(2)]
@@ -82,7 +82,7 @@ def _cold(engine: LlamaEngine, prompt: np.ndarray) -> float:
     return taken
 
 
-def _whole_state(engine: LlamaEngine, n_tokens: int) -> "ctypes.Array[ctypes.c_uint8]":
+def whole_state(engine: LlamaEngine, n_tokens: int) -> "ctypes.Array[ctypes.c_uint8]":
     """The state of the first tokens of sequence 0, which is emptied."""
     engine.truncate(0, n_tokens)
     size = bindings.llama_state_seq_get_size(engine._context, 0)
@@ -92,7 +92,7 @@ def _whole_state(engine: LlamaEngine, n_tokens: int) -> "ctypes.Array[ctypes.c_u
     return state
 
 
-def _set_state(engine: LlamaEngine, state: "ctypes.Array[ctypes.c_uint8]") -> None:
+def set_state(engine: LlamaEngine, state: "ctypes.Array[ctypes.c_uint8]") -> None:
     bindings.llama_state_seq_set_data(engine._context, state, len(state), 0)
 
 

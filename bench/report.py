@@ -5,7 +5,7 @@ import os
 import platform
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 REPORT = Path(__file__).resolve().parent / "report.json"
@@ -44,6 +44,22 @@ def row(
         round(value / floor, 4),
         high - low,
     )
+
+
+def paired_row(
+    name: str,
+    values: Sequence[float],
+    unit: str,
+    floors: Sequence[float],
+    floor_name: str,
+    *,
+    peer: str = "",
+) -> Row:
+    """As `row`, of values and floors that were measured in pairs: the ratio is the median of those
+    of the pairs, so that what was slow for both does not count."""
+    ratios = [value / floor for value, floor in zip(values, floors, strict=True)]
+    found = row(name, values, unit, floors, floor_name)
+    return replace(found, ratio=round(statistics.median(ratios), 4), peer=peer)
 
 
 def tail_row(

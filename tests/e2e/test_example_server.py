@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -13,10 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from bench.serving import ServerFailed, example_command, script_path
 from kvd_client.client import Client
 from kvd_client.integrations.llama.runtime.model import LlamaModel
 from kvd_client.integrations.llama.worker import LlamaWorker
-from tests.e2e.example_servers import ExampleServer, example_server, script_path
+from kvd_client.integrations.llama_example_server import load_script, put_cache_into
+from tests.e2e.example_servers import OPTIONS, ExampleServer, example_server
 from tests.llama import tiny_models
 from tests.support import Daemon, running_daemon
 
@@ -108,6 +111,53 @@ def test_a_prompt_that_shares_900_tokens_decodes_the_other_16(
     before = other.decoded()
     other.complete(second, 1)
     assert other.decoded() - before == 16
+
+
+def test_a_prompt_is_saved_behind_its_first_token(
+    daemon: Daemon, smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In this process, in place of uvicorn: what its one scheduler thread does is in order."""
+    script = load_script(script_path())
+    put_cache_into(script, 32, runtime_dir=daemon.runtime_dir, timeout=10)
+    happened: list[str] = []
+
+    def ask(app: Any, **_: Any) -> None:
+        service = app.state.service
+        save = service.scheduler.sequence_cache.save
+
+        def note_and_save(*given: Any) -> None:
+            happened.append("saved")
+            save(*given)
+
+        service.scheduler.sequence_cache.save = note_and_save
+        request = service.request_from_payload(
+            script.CreateCompletionRequest(
+                prompt="Who is told first? " + TEXT, max_tokens=3, temperature=0.0, stream=True
+            )
+        )
+        ended = threading.Event()
+        request.on_stream_chunk = lambda _: happened.append("told")
+        request.on_done = request.on_error = lambda _: ended.set()
+        service.enqueue(lambda: service.scheduler.submit_request(request))
+        assert ended.wait(60)
+
+    config = tmp_path / "config.json"
+    example_command(config, smollm2, None, **OPTIONS)
+    monkeypatch.setattr(sys, "argv", ["server.py", "-C", str(config)])
+    monkeypatch.setattr(script.uvicorn, "run", ask)
+    script.main()
+    assert happened[:2] == ["told", "saved"]
+    assert happened.count("saved") == 2, "the prompt, and with its completion"
+
+
+def test_a_prompt_that_asks_for_no_tokens_is_saved(
+    pair: tuple[ExampleServer, ExampleServer], words: LlamaModel
+) -> None:
+    prompt = tokens_of(words, "Only to be known. " + 2 * TEXT)
+    pair[0].complete(prompt, 0)
+    before = pair[1].decoded()
+    pair[1].complete([*prompt, 30], 1)
+    assert pair[1].decoded() - before == 1
 
 
 def test_a_worker_with_the_same_parameters_shares_with_it(
@@ -229,7 +279,7 @@ def test_what_cannot_be_shared_is_refused_with_what_to_change(
 ) -> None:
     model = tiny_models.write_llama(tmp_path / "llama.gguf")
     with (
-        pytest.raises(AssertionError, match=f"llama_example_server: .*{said}"),
+        pytest.raises(ServerFailed, match=f"llama_example_server: .*{said}"),
         example_server(tmp_path, model, tmp_path / "kvd", **options),
     ):
         pass

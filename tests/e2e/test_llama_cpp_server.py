@@ -15,8 +15,9 @@ import openai
 import pytest
 
 import kvd_client
+from bench.serving import Server
 from kvd_client.integrations.llama.runtime.model import LlamaModel
-from tests.e2e.servers import Server, running_server
+from tests.e2e.servers import running_server
 from tests.support import Daemon, running_daemon
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(300)]

@@ -25,7 +25,7 @@ from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 from kvd_client import connect
 from kvd_client.integrations.llama import share
 from kvd_client.integrations.llama.attached.known import common_prefix
-from kvd_client.integrations.llama.attached.sharing import LlamaShare
+from kvd_client.integrations.llama.attached.sharing import MIN_TOKENS, LlamaShare
 from kvd_client.integrations.llama.runtime import native
 from kvd_client.integrations.llama.runtime.batch import Batch
 from kvd_client.integrations.llama.runtime.params import LoraAdapter
@@ -468,6 +468,17 @@ def test_short_prompts_are_left_alone_until_they_are_long(daemon: Daemon, make: 
     assert asked() == before + 32, "when the first block was full"
     handle.client.flush()
     assert matched(daemon, make, [*prompt, *text]) == 39
+
+
+def test_a_prompt_need_not_fill_a_block(daemon: Daemon, make: Make) -> None:
+    llama, other = make(), make()
+    handle, found = shared(llama, daemon), shared(other, daemon)
+    for length, expected in [(MIN_TOKENS, MIN_TOKENS - 1), (MIN_TOKENS - 1, 0)]:
+        prompt = fresh_prompt(length)
+        run(llama, prompt, 1)
+        handle.client.flush()
+        run(other, prompt, 1)
+        assert found.matched_tokens == expected
 
 
 def test_generate_without_reset_goes_on(daemon: Daemon, make: Make) -> None:

@@ -7,8 +7,9 @@ it is, with its own flags and configuration file, and gets kvd in place of its `
 `disk_cache` is not used. It needs the extra `llama`, and what the script itself imports: fastapi,
 uvicorn and openai. Without a daemon it serves as without a cache, and comes back by itself.
 
-Beside the cache two things are added where the script would make little of it:
+Beside the cache some things are added, or done otherwise, where the script would make little of it:
 
+- It saves a prompt before it samples the first token. Here that is done after it has been told.
 - Its scheduler saves prompts only. Here the state of a finished completion is saved, too, so that
   the next turn of a chat finds the answer of this one in whichever process it is.
 - It drops no idle sequence for the sake of a cached prefix, so that once all of its sequences have
@@ -28,6 +29,7 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 import llama_cpp.llama_cpp as bindings
+import numpy as np
 from llama_cpp._logger import llama_log_callback
 
 from kvd_client.client import DEFAULT_STAGING, Client
@@ -50,7 +52,9 @@ _NAMES = {
         "close",
         "delete_free_sequence",
         "finalize_request_if_ready",
+        "maybe_save_sequence_cache",
         "save_sequence_state_bytes",
+        "step",
     ),
 }
 
@@ -125,6 +129,8 @@ def put_cache_into(script: ModuleType, block_tokens: int, **client_options: Any)
                 client.close()
                 raise
             super().__init__(model, sequence_cache=cache)
+            self.kvd_unsaved: dict[str, Any] = {}
+            """Requests, by id, whose prompts are to be saved once their first tokens are told."""
 
         def close(self) -> None:
             self.sequence_cache.close()
@@ -158,13 +164,37 @@ def put_cache_into(script: ModuleType, block_tokens: int, **client_options: Any)
                     return
                 self.delete_free_sequence(seq_id)
 
+        def step(self) -> bool:
+            # What the last step has sampled is told. Nothing has been decoded since.
+            for request in list(self.kvd_unsaved.values()):
+                self.save_prompt(request)
+            return bool(super().step())
+
+        def maybe_save_sequence_cache(self, request: Any) -> None:
+            self.kvd_unsaved[request.id] = request
+
+        def save_prompt(self, request: Any) -> None:
+            """Save it now, if that is still to be done."""
+            if self.kvd_unsaved.pop(request.id, None) is None or request.id not in self.requests:
+                return
+            if len(request.prompt_tokens) == self.radix_trie.length(request.base_seq_id):
+                super().maybe_save_sequence_cache(request)
+
         def save_sequence_state_bytes(self, seq_id: int) -> Any:
+            """As the script's, without a buffer of zeros before and a copy after it, which take
+            longer than the state itself, and hold up the thread that tells tokens. None if nothing
+            can be stored."""
             if not self.sequence_cache.can_store():
                 return None
-            return super().save_sequence_state_bytes(seq_id)
+            size = int(bindings.llama_state_seq_get_size(self.model.ctx, seq_id))
+            state = np.empty(size, np.uint8)
+            address = state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+            n = int(bindings.llama_state_seq_get_data(self.model.ctx, address, size, seq_id))
+            return state[:n] if n else None
 
         def finalize_request_if_ready(self, request: Any) -> None:
             if request.completions and all(each.finished for each in request.completions):
+                self.save_prompt(request)  # of one that asks for no tokens
                 for completion in request.completions:
                     self.save_completion(request, completion)
             super().finalize_request_if_ready(request)

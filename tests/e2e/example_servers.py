@@ -93,9 +93,10 @@ def example_server(
     runtime_dir: Path | None,
     *,
     disk_cache: Path | None = None,
+    flags: tuple[str, ...] = (),
     **model_options: Any,
 ) -> Iterator[ExampleServer]:
-    """A process with kvd, or without `runtime_dir` the script as it is."""
+    """A process with kvd and our `flags`, or without `runtime_dir` the script as it is."""
     defaults = {"n_ctx": 2048, "n_seq_max": 4, "threads": 1, "threads_batch": 1}
     config: dict[str, Any] = {
         "server": {"host": "127.0.0.1", "port": 0},
@@ -110,7 +111,7 @@ def example_server(
     if runtime_dir is not None:
         launcher = ["-m", "kvd_client.integrations.llama_example_server"]
         # Patient: a busy machine is no outage.
-        launcher += ["--runtime-dir", str(runtime_dir), "--timeout", "10"]
+        launcher += ["--runtime-dir", str(runtime_dir), "--timeout", "10", *flags]
     command = [sys.executable, *launcher, str(script_path()), "-C", str(path)]
     server = ExampleServer(command, directory / f"{name}.log")
     try:

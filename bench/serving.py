@@ -191,10 +191,12 @@ def example_command(
     *,
     disk_cache: Path | None = None,
     timeout: float | None = PATIENT,
+    flags: Sequence[str] = (),
     **model_options: Any,
 ) -> list[str]:
-    """The example server with a configuration that is written to `config_path`: with kvd, and its
-    `timeout` (None: what it has by itself), or without `runtime_dir` the script as it is."""
+    """The example server with a configuration that is written to `config_path`: with kvd, its
+    `timeout` (None: what it has by itself) and other `flags`, or without `runtime_dir` the script
+    as it is."""
     config: dict[str, Any] = {
         "server": {"host": "127.0.0.1", "port": 0},
         "model": {"path": str(model), **model_options},
@@ -208,4 +210,5 @@ def example_command(
         launcher += ["--runtime-dir", str(runtime_dir)]
         if timeout is not None:
             launcher += ["--timeout", str(timeout)]
+        launcher += flags
     return [sys.executable, *launcher, str(script_path()), "-C", str(config_path)]

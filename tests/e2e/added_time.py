@@ -59,7 +59,13 @@ class Meter:
 
         def put_cache_into(script: Any, *arguments: Any, **named: Any) -> None:
             load(script, *arguments, **named)
-            self._replace(script.CompletionScheduler, _SCRIPTS_CALLS)
+            open_model = script.Model.__init__
+
+            def opened(model: Any, **options: Any) -> None:
+                open_model(model, **options)  # only then is the script's scheduler replaced
+                self._replace(script.CompletionScheduler, _SCRIPTS_CALLS)
+
+            script.Model.__init__ = opened
 
         self._before.append((llama_example_server, "put_cache_into", load))
         llama_example_server.put_cache_into = put_cache_into

@@ -29,9 +29,10 @@ def example_server(
     disk_cache: Path | None = None,
     measured: Path | None = None,
     timeout: float | None = PATIENT,
+    flags: tuple[str, ...] = (),
     **model_options: Any,
 ) -> Iterator[ExampleServer]:
-    """A process with kvd, or without `runtime_dir` the script as it is.
+    """A process with kvd and our `flags`, or without `runtime_dir` the script as it is.
 
     `measured` is the file of added_time.py; `timeout` None is what kvd does by itself.
     """
@@ -41,6 +42,7 @@ def example_server(
         runtime_dir,
         disk_cache=disk_cache,
         timeout=timeout,
+        flags=flags,
         **{**OPTIONS, **model_options},
     )
     environ: dict[str, str] = {}

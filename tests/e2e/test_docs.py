@@ -1,11 +1,13 @@
 """What the README and the examples say is run as it stands there."""
 
+import contextlib
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.support import Daemon
@@ -63,6 +65,42 @@ def test_the_demo_convinces(tmp_path: Path) -> None:
     said = run([sys.executable, str(ROOT / "examples" / "demo.py")], tmp_path)
     assert "0 sequences in use" in said
     assert "done." in said
+
+
+def test_the_document_is_read_once_by_a_daemon_that_is_started(
+    smollm2: Path, tmp_path: Path
+) -> None:
+    """None runs where the example looks for one."""
+    (tmp_path / "licence.txt").write_text((ROOT / "LICENSE").read_text()[:1400])
+    instance = f"example-{os.getpid()}"
+    command = [sys.executable, str(ROOT / "examples" / "document_qa.py")]
+    options = ["--document", "licence.txt", "--workers", "2", "--tokens", "4"]
+    for question in ("What is a Contribution?", "Who is the Licensor?"):
+        options += ["--question", question]
+    try:
+        said = run(
+            [*command, str(smollm2), "--instance", instance, *options],
+            tmp_path,
+            KVD_RUNTIME_DIR=str(tmp_path / "run"),
+        )
+    finally:
+        end_private_daemon(instance)
+    rows = re.findall(r"\? +(\d+) +(\d+) +(\d+) +[\d.]+ s +[\d.]+ s", said)
+    assert [row[0] for row in rows] == ["1", "2"], said
+    tokens, cached = ([int(row[column]) for row in rows] for column in (1, 2))
+    assert cached[0] < 20, "how every chat begins"
+    assert 250 < tokens[1] - 40 < cached[1] < tokens[1]
+    assert "-q" in run([*command, "--help"], tmp_path)
+
+
+def end_private_daemon(instance: str) -> None:
+    """Rather than wait until it goes by itself, some seconds after its last client."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            command = process.cmdline()
+            if "serve" in command and instance in command:
+                process.terminate()
+                process.wait(20)
 
 
 def run(command: list[str], directory: Path, **environ: str) -> str:

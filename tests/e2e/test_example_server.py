@@ -1,6 +1,7 @@
 """Two processes of llama-cpp-python's example server, the real script, with SmolLM2."""
 
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -267,20 +268,56 @@ def test_the_daemon_may_die_and_come_back(smollm2: Path, tmp_path: Path) -> None
             wait_until(is_shared)
 
 
-@pytest.mark.parametrize(
+UNSHAREABLE = pytest.mark.parametrize(
     ("options", "said"),
     [
         ({"kv_unified": False, "n_ctx": 1024}, "set kv_unified to true"),
         ({"kv_overrides": {"llama.rope.freq_base": 5000.0}}, "kv_overrides"),
     ],
 )
-def test_what_cannot_be_shared_is_refused_with_what_to_change(
+
+
+@UNSHAREABLE
+def test_what_cannot_be_shared_is_served_by_the_script_as_it_is(
+    daemon: Daemon, smollm2: Path, tmp_path: Path, options: dict[str, Any], said: str
+) -> None:
+    """With the disk cache that it was asked for; and nothing of it is in the daemon."""
+    folder = tmp_path / "cache"
+    with (
+        Client(daemon.runtime_dir) as client,
+        example_server(
+            tmp_path, smollm2, daemon.runtime_dir, disk_cache=folder, **options
+        ) as server,
+    ):
+        assert len(server.complete("Served all the same. " + TEXT, 3)["text"]) > 0
+        (warning,) = [line for line in server.said.splitlines() if line.startswith("WARNING:")]
+        assert re.search(f"{smollm2.name} is served without sharing: .*{said}", warning)
+        assert server.process.pid not in [row["pid"] for row in client.clients()]
+        assert folder.is_dir()
+
+
+def test_a_daemon_without_room_does_not_keep_the_script_from_serving(
+    smollm2: Path, tmp_path: Path
+) -> None:
+    runtime_dir = tmp_path / "kvd"
+    with (
+        running_daemon("--max-memory", "1MiB", runtime_dir=runtime_dir),
+        example_server(tmp_path, smollm2, runtime_dir, flags=("--block-tokens", "64")) as server,
+    ):
+        assert len(server.complete("Served all the same. " + TEXT, 3)["text"]) > 0
+        assert "is served without sharing: " in server.said
+
+
+@UNSHAREABLE
+def test_what_cannot_be_shared_is_refused_if_that_is_required(
     tmp_path: Path, options: dict[str, Any], said: str
 ) -> None:
     model = tiny_models.write_llama(tmp_path / "llama.gguf")
     with (
         pytest.raises(ServerFailed, match=f"llama_example_server: .*{said}"),
-        example_server(tmp_path, model, tmp_path / "kvd", **options),
+        example_server(
+            tmp_path, model, tmp_path / "kvd", flags=("--require-shareable",), **options
+        ),
     ):
         pass
 

@@ -12,7 +12,12 @@ import pytest
 from llama_cpp.server.model import LlamaProxy
 from llama_cpp.server.settings import ModelSettings
 
-from kvd_client.integrations.llama_cpp_server import Options, load_and_share, parser_of_our_flags
+from kvd_client.integrations.llama_cpp_server import (
+    CannotShare,
+    Options,
+    load_and_share,
+    parser_of_our_flags,
+)
 from tests.support import running_daemon
 
 pytestmark = pytest.mark.model
@@ -25,8 +30,10 @@ def load(tiny_dir: Path, tmp_path: Path) -> Iterator[Load]:
     """Loads a tiny model by name with settings; all is closed at the end."""
     loaded = []
 
-    def load_one(name: str = "llama", block_tokens: int = 32, **changes: Any) -> Any:
-        options = Options(str(tmp_path / "kvd"), 10.0, block_tokens)
+    def load_one(
+        name: str = "llama", block_tokens: int = 32, required: bool = False, **changes: Any
+    ) -> Any:
+        options = Options(str(tmp_path / "kvd"), 10.0, block_tokens, required)
         path = str(tiny_dir / f"{name}.gguf")
         settings = ModelSettings(model=path, n_ctx=256, verbose=False, **changes)
         llama = load_and_share(LlamaProxy.load_llama_from_model_settings, settings, options)
@@ -69,6 +76,12 @@ def test_who_switches_flash_attention_off_is_told_what_it_costs(
     assert warning.endswith("its flash_attn is set to false: set it to true, or leave it out")
 
 
+def test_what_must_be_shared_is_not_served_otherwise(load: Load) -> None:
+    assert load(required=True) is not None
+    with pytest.raises(CannotShare, match=r"llama\.gguf cannot be shared: its flash_attn is set"):
+        load(required=True, flash_attn=False)
+
+
 def test_a_daemon_without_room_does_not_keep_a_model_from_being_served(
     load: Load, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -102,13 +115,27 @@ def test_the_servers_own_flags_reach_it_as_they_were_given() -> None:
     given = [*before, "--kvd-timeout", "2.5", "--kvd-runtime-dir=run", *after]
     found, theirs = parser_of_our_flags().parse_known_args(given)
     assert theirs == before + after
-    assert vars(found) == {"kvd_timeout": 2.5, "kvd_runtime_dir": "run", "kvd_block_tokens": 32}
+    assert vars(found) == {
+        "kvd_timeout": 2.5,
+        "kvd_runtime_dir": "run",
+        "kvd_block_tokens": 32,
+        "kvd_require_shareable": False,
+    }
 
 
 def run(*flags: str) -> subprocess.CompletedProcess[str]:
     """The program itself: it changes its process, and does not put it back."""
     command = [sys.executable, "-m", "kvd_client.integrations.llama_cpp_server", *flags]
     return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+def test_the_server_ends_if_what_must_be_shared_cannot_be(tiny_dir: Path, tmp_path: Path) -> None:
+    flags = ["--model", str(tiny_dir / "llama.gguf"), "--n_ctx", "256", "--flash_attn", "false"]
+    ours = ["--kvd-runtime-dir", str(tmp_path), "--kvd-require-shareable"]
+    done = run(*flags, *ours)
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert last.endswith("its flash_attn is set to false: set it to true, or leave it out")
 
 
 def test_help_shows_the_flags_of_both() -> None:

@@ -7,7 +7,8 @@ It starts `llama_cpp.server` with that one's flags, environment and config file,
     cache         of llama_cpp.server is left out of a model that shares: it would copy the whole
                   context after each completion
 
-A model that cannot be shared is served as llama_cpp.server serves it; one line says why. Of
+A model that cannot be shared is served as llama_cpp.server serves it; one line says why, unless
+--kvd-require-shareable makes that an error. Of
 several models in a config file one is loaded at a time, and gives its sequence and its context at
 the daemon back when it is unloaded. How a `Llama` shares is in llama/attached/sharing.py. Needs the
 extra `llama-server`.
@@ -30,17 +31,23 @@ logger = logging.getLogger("kvd_client.llama_cpp_server")
 PROGRAM = "python -m kvd_client.integrations.llama_cpp_server"
 
 
+class CannotShare(Exception):
+    """Of a model that was to be shared. The message names it, and says what to change."""
+
+
 class Options(NamedTuple):
     """Our own flags; None is what `share` does by itself."""
 
     runtime_dir: str | None
     timeout: float | None
     block_tokens: int
+    require_shareable: bool = False
 
 
 def load_and_share(load: Callable[[Any], Any], settings: Any, options: Options) -> Any:
     """The Llama that `load` makes of llama_cpp.server's ModelSettings, sharing if it can.
 
+    With `require_shareable` one that cannot is closed, and CannotShare is raised.
     What it has at the daemon it gives back when the server closes it to load another one, and when
     the process ends.
     """
@@ -51,8 +58,17 @@ def load_and_share(load: Callable[[Any], Any], settings: Any, options: Options) 
     llama.set_cache(None)
     name = settings.model_alias or settings.model
     try:
-        share(llama, name="llama_cpp.server", **options._asdict())
+        share(
+            llama,
+            name="llama_cpp.server",
+            runtime_dir=options.runtime_dir,
+            timeout=options.timeout,
+            block_tokens=options.block_tokens,
+        )
     except (NotShareable, KvdError) as error:
+        if options.require_shareable:
+            llama.close()
+            raise CannotShare(f"{name} cannot be shared: {_why(error)}") from error
         llama.set_cache(cache)
         logger.warning("%s is served without sharing: %s", name, _why(error))
         return llama
@@ -100,6 +116,11 @@ def parser_of_our_flags() -> argparse.ArgumentParser:
         metavar="N",
         help="tokens of a block; only those with the same number share (default: 32)",
     )
+    flags.add_argument(
+        "--kvd-require-shareable",
+        action="store_true",
+        help="end with an error, rather than serve without sharing, if a model cannot be shared",
+    )
     return parser
 
 
@@ -115,10 +136,16 @@ def log_as_uvicorn_does() -> None:
 
 def main(arguments: Sequence[str]) -> None:
     """Serve until a signal comes. Exits as llama_cpp.server does: 0 after --help, 2 after a flag
-    that neither knows, 1 after a setting that cannot be."""
+    that neither knows, 1 after a setting that cannot be, or a model that cannot be shared if that
+    is required."""
     ours = parser_of_our_flags()
     found, theirs = ours.parse_known_args(arguments)
-    options = Options(found.kvd_runtime_dir, found.kvd_timeout, found.kvd_block_tokens)
+    options = Options(
+        found.kvd_runtime_dir,
+        found.kvd_timeout,
+        found.kvd_block_tokens,
+        found.kvd_require_shareable,
+    )
     try:
         import llama_cpp.server.__main__ as server
         from llama_cpp.server.model import LlamaProxy
@@ -135,6 +162,8 @@ def main(arguments: Sequence[str]) -> None:
     sys.argv = [PROGRAM, *theirs]
     try:
         server.main()
+    except CannotShare as error:
+        ours.exit(1, f"{error}\n")
     finally:
         if {"-h", "--help"} & set(theirs):
             print()

@@ -4,8 +4,9 @@
 
 The script is `examples/server/server.py` of llama-cpp-python's source distribution. It is loaded as
 it is, with its own flags and configuration file, and gets kvd in place of its `SequenceCache`; its
-`disk_cache` is not used. It needs the extra `llama`, and what the script itself imports: fastapi,
-uvicorn and openai. Without a daemon it serves as without a cache, and comes back by itself.
+`disk_cache` is not used then. It needs the extra `llama`, and what the script itself imports:
+fastapi, uvicorn and openai. Without a daemon it serves as without a cache, and comes back by
+itself.
 
 Beside the cache some things are added, or done otherwise, where the script would make little of it:
 
@@ -16,7 +17,8 @@ Beside the cache some things are added, or done otherwise, where the script woul
   been used it looks into the cache in vain. Here the idle ones that were used longest ago go; what
   they hold is in kvd.
 
-A model or context that cannot be shared exactly is refused, with what to change.
+A model or context that cannot be shared exactly is served by the script as it is; one line says
+why, and what to change.
 """
 
 import argparse
@@ -34,7 +36,7 @@ from llama_cpp._logger import llama_log_callback
 
 from kvd_client.client import DEFAULT_STAGING, Client
 from kvd_client.errors import KvdError
-from kvd_client.integrations.llama.errors import LlamaEngineError
+from kvd_client.integrations.llama.errors import LlamaEngineError, NotShareable
 from kvd_client.integrations.llama.foreign import Before, ForeignContext
 from kvd_client.integrations.llama.runtime.params import LoraAdapter
 from kvd_client.integrations.llama.sequence_cache import SequenceCache
@@ -82,10 +84,18 @@ def load_script(path: Path) -> ModuleType:
     return script
 
 
-def put_cache_into(script: ModuleType, block_tokens: int, **client_options: Any) -> None:
-    """Let the script's `main` use kvd; `client_options` are those of Client.
+def put_cache_into(
+    script: ModuleType,
+    block_tokens: int,
+    *,
+    require_shareable: bool = False,
+    **client_options: Any,
+) -> None:
+    """Let the script's `main` use kvd; `client_options` are those of Client, which fails open.
 
-    The client fails open. What cannot be shared ends `main` with NotShareable.
+    Once `main` has loaded a model that cannot be shared, nothing more of the script is replaced:
+    that serves as if kvd were not there. With `require_shareable` it raises NotShareable, or the
+    KvdError of a daemon that cannot have this model.
     """
 
     class Model(script.Model):  # type: ignore[misc,name-defined]
@@ -97,6 +107,32 @@ def put_cache_into(script: ModuleType, block_tokens: int, **client_options: Any)
             self.kvd_model_params: Any = None
             self.kvd_context_params: Any = None
             super().__init__(**options)
+            try:
+                self.kvd_cache = self.open_cache()
+            except (NotShareable, KvdError) as error:
+                if require_shareable:
+                    raise
+                logger.warning("%s is served without sharing: %s", self.model_path, error)
+                return
+            script.CompletionScheduler = CompletionScheduler  # type: ignore[attr-defined]
+            script.SequenceDiskCache = SequenceDiskCache  # type: ignore[attr-defined]
+
+        def open_cache(self) -> SequenceCache:
+            shared = ForeignContext(
+                Path(self.model_path),
+                self.llama_model,
+                self.kvd_model_params,
+                self.ctx,
+                self.kvd_context_params,
+                self.kvd_before,
+            )
+            client = Client(fail_open=True, staging_bytes=DEFAULT_STAGING, **client_options)
+            try:
+                model = model_of(shared, block_tokens)
+                return SequenceCache(model, shared.form, self.n_vocab, client)
+            except BaseException:
+                client.close()
+                raise
 
         def build_model_params(self, **options: Any) -> Any:
             built = super().build_model_params(**options)
@@ -112,23 +148,7 @@ def put_cache_into(script: ModuleType, block_tokens: int, **client_options: Any)
 
     class CompletionScheduler(script.CompletionScheduler):  # type: ignore[misc,name-defined]
         def __init__(self, model: Any, sequence_cache: Any = None) -> None:
-            shared = ForeignContext(
-                Path(model.model_path),
-                model.llama_model,
-                model.kvd_model_params,
-                model.ctx,
-                model.kvd_context_params,
-                model.kvd_before,
-            )
-            client = Client(fail_open=True, staging_bytes=DEFAULT_STAGING, **client_options)
-            try:
-                cache = SequenceCache(
-                    model_of(shared, block_tokens), shared.form, model.n_vocab, client
-                )
-            except BaseException:
-                client.close()
-                raise
-            super().__init__(model, sequence_cache=cache)
+            super().__init__(model, sequence_cache=model.kvd_cache)
             self.kvd_unsaved: dict[str, Any] = {}
             """Requests, by id, whose prompts are to be saved once their first tokens are told."""
 
@@ -229,8 +249,6 @@ def put_cache_into(script: ModuleType, block_tokens: int, **client_options: Any)
             logger.warning("disk_cache %s is not used: kvd takes its place", options.get("path"))
 
     script.Model = Model  # type: ignore[attr-defined]
-    script.CompletionScheduler = CompletionScheduler  # type: ignore[attr-defined]
-    script.SequenceDiskCache = SequenceDiskCache  # type: ignore[attr-defined]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -247,6 +265,11 @@ def main(arguments: list[str] | None = None) -> None:
         help="seconds that a request waits for the daemon, before it does without (0.05)",
     )
     parser.add_argument("--block-tokens", type=int, default=32, help="as all who share have it")
+    parser.add_argument(
+        "--require-shareable",
+        action="store_true",
+        help="end with an error, rather than serve without sharing, if the model cannot be shared",
+    )
     parser.add_argument("script", type=Path, help="the path of server.py")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the script's own flags")
     options = parser.parse_args(arguments)
@@ -262,6 +285,7 @@ def main(arguments: list[str] | None = None) -> None:
     put_cache_into(
         script,
         options.block_tokens,
+        require_shareable=options.require_shareable,
         runtime_dir=options.runtime_dir,
         instance=options.instance,
         timeout=options.timeout,

@@ -5,7 +5,8 @@ For each prompt, and each kind of model and context:
 - a worker in another process computes it, after whatever it finds cached, and stores it;
 - its logits equal those of a private context that has computed the same in the same batches;
 - our worker finds all of it but the last token; the sequence's positions are as they should be;
-  the bytes that it exports again are those in the arena; its logits too are the private context's.
+  the bytes that it exports again are those in the arena; its logits too are the private context's;
+- for some prompts, so is the greedy text that goes on from there, to its last token's logits.
 
 Tiny models take all prompts. The real ones take some, and all of them with KVD_ALL_PROMPTS=1.
 """
@@ -34,6 +35,10 @@ from tests.support import Daemon, running_daemon
 pytestmark = pytest.mark.model
 
 BLOCK = 32
+TEXT_TOKENS = 33
+"""More than a block."""
+TEXTS = {"1025 tokens", "3000 tokens"}
+"""Prompts that a text is made of: longer than every window, and for the longest one its cells."""
 
 
 @dataclass(frozen=True)
@@ -177,7 +182,23 @@ def check_full_match(worker: LlamaWorker, private: LlamaEngine, prompt: Prompt) 
         private.truncate(0, n)
         private.prefill(0, tokens[n:], n)
         assert np.array_equal(sequence.prefill(), private.logits()), prompt.name
+        if prompt.name in TEXTS:
+            compare_text(sequence, private, prompt.name)
         sequence.close(store=False)
+
+
+def compare_text(sequence: LlamaSequence, private: LlamaEngine, name: str) -> None:
+    """Both go on greedily from the same logits, token by token, past the end of a text, too."""
+    ours: list[int] = []
+    theirs: list[int] = []
+    while len(ours) < TEXT_TOKENS:
+        assert sequence.logits is not None
+        ours.append(int(sequence.logits.argmax()))
+        theirs.append(private.argmax())
+        private.prefill(0, np.array(theirs[-1:], np.int32), sequence.length)
+        sequence.decode(ours[-1])
+    assert ours == theirs, name
+    assert np.array_equal(sequence.logits, private.logits()), name
 
 
 def check_positions(sequence: LlamaSequence) -> None:

@@ -3,10 +3,12 @@
 Which Llama shares, and what of its settings is changed, is in tests/llama.
 """
 
+import contextlib
+import functools
 import itertools
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -59,8 +61,21 @@ def sharing(model: Path, runtime_dir: Path, *flags: str, timeout: str = PATIENT)
     return ("--model", str(model), *FLAGS, *ours, *flags)
 
 
-def client_of(server: Server) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120)
+ClientOf = Callable[[Server], openai.OpenAI]
+
+
+@pytest.fixture
+def client_of() -> Iterator[ClientOf]:
+    """Of each server one client, which is closed."""
+    with contextlib.ExitStack() as opened:
+
+        @functools.cache
+        def of(server: Server) -> openai.OpenAI:
+            url = f"{server.url}/v1"
+            made = openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=120)
+            return opened.enter_context(made)
+
+        yield of
 
 
 def matches(server: Server, n: int) -> list[Match]:
@@ -104,7 +119,7 @@ def document(n_words: int, seed: int) -> str:
 
 
 def test_a_growing_chat_goes_from_server_to_server(
-    daemon: Daemon, smollm2: Path, vocabulary: LlamaModel, tmp_path: Path
+    client_of: ClientOf, daemon: Daemon, smollm2: Path, vocabulary: LlamaModel, tmp_path: Path
 ) -> None:
     """Each turn decodes what follows the longest prefix that any turn before it decoded."""
     token_of = {vocabulary.detokenize([token]): token for token in range(vocabulary.n_vocab)}
@@ -132,7 +147,7 @@ def test_a_growing_chat_goes_from_server_to_server(
 
 
 def test_another_process_decodes_what_the_first_has_not(
-    daemon: Daemon, smollm2: Path, vocabulary: LlamaModel, tmp_path: Path
+    client_of: ClientOf, daemon: Daemon, smollm2: Path, vocabulary: LlamaModel, tmp_path: Path
 ) -> None:
     flags = sharing(smollm2, daemon.runtime_dir)
     shared = vocabulary.detokenize(vocabulary.tokenize(document(600, seed=2))[:900])
@@ -151,7 +166,9 @@ def test_another_process_decodes_what_the_first_has_not(
         assert 15 * (done.usage.prompt_tokens - common) < done.usage.prompt_tokens
 
 
-def test_the_daemon_dies_while_a_request_runs(smollm2: Path, tmp_path: Path) -> None:
+def test_the_daemon_dies_while_a_request_runs(
+    client_of: ClientOf, smollm2: Path, tmp_path: Path
+) -> None:
     """It is answered to its end, as are those after it; and the next daemon is found."""
     one, other = ([{"role": "user", "content": document(40, seed=seed)}] for seed in (3, 30))
     runtime_dir = tmp_path / "run"
@@ -185,7 +202,9 @@ def test_the_daemon_dies_while_a_request_runs(smollm2: Path, tmp_path: Path) -> 
                 assert time.monotonic() < deadline, "it did not come back in 30 s"
 
 
-def test_without_a_daemon_requests_are_answered(smollm2: Path, tmp_path: Path) -> None:
+def test_without_a_daemon_requests_are_answered(
+    client_of: ClientOf, smollm2: Path, tmp_path: Path
+) -> None:
     messages = [{"role": "user", "content": "Say hello."}]
     flags = sharing(smollm2, tmp_path / "nobody", timeout="0.05")
     with running_server(MODULE, *flags, directory=tmp_path) as server:
@@ -195,7 +214,7 @@ def test_without_a_daemon_requests_are_answered(smollm2: Path, tmp_path: Path) -
 
 
 def test_the_example_of_settings_serves_two_models_one_after_another(
-    daemon: Daemon, smollm2: Path, tmp_path: Path
+    client_of: ClientOf, daemon: Daemon, smollm2: Path, tmp_path: Path
 ) -> None:
     """One cache for both, and the daemon knows of the one that is loaded."""
     (tmp_path / "model.gguf").symlink_to(smollm2)

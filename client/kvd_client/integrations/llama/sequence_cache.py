@@ -31,7 +31,7 @@ from kvd_client.client import Client, Sequence
 from kvd_client.context import Commit, Model
 from kvd_client.errors import BadPosition, KvdError
 from kvd_client.integrations.llama.kv.blobs import Block, SequenceState, StateForm, merge
-from kvd_proto.messages import MAX_APPEND_BLOCKS
+from kvd_client.integrations.llama.storing import blocks_at_once
 
 logger = logging.getLogger("kvd_client")
 
@@ -181,8 +181,7 @@ class SequenceCache:
 
     def _store(self, leased: Sequence, tokens: Tokens, state: SequenceState) -> None:
         block_tokens = self._context.model.block_tokens
-        room = self.client.staging_room // 2 // self._context.payload.max_bytes
-        at_once = max(1, min(room, MAX_APPEND_BLOCKS)) * block_tokens
+        at_once = blocks_at_once(self._context) * block_tokens
         start = leased.full_tokens
         while start < tokens.size and leased.shared:
             end = min(start + at_once, tokens.size)

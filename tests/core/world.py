@@ -1447,10 +1447,17 @@ class World:
         # served since, and have taken what there was.
         if isinstance(error, errors.OverQuota):
             beyond = self._is_beyond_a_limit(arena.tenant, real.name, need, arena, named)
-            # A budget that shrinks may have come below the quota since, in this very event.
-            details: dict[str, Any] = error.details
-            had_none = details["asked_bytes"] > details["available_bytes"]
-            assert beyond or (self.is_reconfigured and had_none), "its quota had room"
+            if not beyond:
+                # A budget that shrinks may have come below the quota since, in this very event.
+                details: dict[str, Any] = error.details
+                assert self.is_reconfigured, "its quota had room"
+                assert details["asked_bytes"] > details["available_bytes"], "its quota had room"
+                if "quota_bytes" in details:
+                    limit, told = budget.tenants[arena.tenant].limit, details["quota_bytes"]
+                else:
+                    limit, told = budget.models[real.name].limit, details["cap_bytes"]
+                assert limit is not None, "it has none"
+                assert told >= limit
         else:
             taker = self._taker_of(arena.number)
             never = self._can_never(taker, need, real.directory_bytes)

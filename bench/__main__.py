@@ -15,6 +15,7 @@ from bench import (
     servers,
     stall,
     threshold,
+    throughput,
 )
 
 
@@ -25,6 +26,8 @@ def main() -> None:
     n_requests, n_hits = (200, 3) if quick else (5000, 25)
     print("round trips ...", flush=True)
     rows = roundtrip.measure(n_requests)
+    print("requests of many clients ...", flush=True)
+    rows += throughput.measure(*((2, 0.1) if quick else (20, 0.5)))
     print("first tokens ...", flush=True)
     rows += first_token.measure(n_hits)
     print("first tokens of each integration ...", flush=True)

@@ -1,7 +1,8 @@
-"""A client's read-only mapping of an arena, and views of leased blocks in it.
+"""A client's read-only mappings of an arena and of its index, and views of leased blocks.
 
-The mapping comes from a descriptor that the daemon sent, never from a name. Only ranges under a
-lease are touched: a read of anything else would fill a hole of the daemon's memory.
+The mappings come from descriptors that the daemon sent, never from a name. Only ranges under a
+lease are touched: a read of anything else would fill a hole of the daemon's memory. Of the index,
+what is in use: see kvd_proto.index.
 """
 
 import gc
@@ -17,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvd_client.errors import ViewsAlive
+from kvd_proto.index import IndexReader
 
 # Linux 5.14; mmap has no name for it. Maps the pages that are there, in one call instead of a fault
 # for every 64 KiB.
@@ -24,12 +26,20 @@ _MADV_POPULATE_READ = 22
 
 
 class Arena:
-    """One arena of the daemon, mapped when it is first read."""
+    """One arena of the daemon, mapped when it is first read, and its index."""
 
-    def __init__(self, fd: int, size: int) -> None:
-        """Takes over `fd`."""
+    def __init__(self, fd: int, size: int, index_fd: int) -> None:
+        """Takes over both descriptors. Raises OSError or ValueError if the index cannot be
+        mapped."""
         self._fd = fd
         self.size = size
+        self.index: IndexReader | None = None
+        """Which keys it holds; may be read from any thread. None once it is closed."""
+        try:
+            mapping = mmap.mmap(index_fd, 0, mmap.MAP_SHARED, mmap.PROT_READ)
+            self.index = IndexReader(memoryview(mapping))
+        finally:
+            os.close(index_fd)
         self._mapping: mmap.mmap | None = None
         self._populated: set[int] = set()
 
@@ -67,7 +77,7 @@ class Arena:
 
     def close(self) -> None:
         """Let go. Views that are still alive keep the mapping and its bytes until they go."""
-        self._mapping = None
+        self._mapping = self.index = None
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1

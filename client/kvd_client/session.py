@@ -232,15 +232,19 @@ class Session:
 
     def _told(self, received: Received) -> None:
         message, fds = received
-        if isinstance(message, SegmentShared) and len(fds) == 1:
-            self.arenas[message.segment] = Arena(fds[0], message.size)
+        if isinstance(message, SegmentShared) and len(fds) == 2:
+            try:
+                self.arenas[message.segment] = Arena(fds[0], message.size, fds[1])
+            except (OSError, ValueError) as error:
+                os.close(fds[0])
+                raise Unavailable(f"an arena's index cannot be mapped: {error}") from error
             return
         for fd in fds:
             os.close(fd)
         if message is None:
             raise Unavailable("the daemon has ended the session")
         if isinstance(message, SegmentShared):
-            raise Unavailable("an arena's descriptor did not arrive: too many files are open")
+            raise Unavailable("an arena's descriptors did not arrive: too many files are open")
 
     # --- failed commits
 

@@ -11,6 +11,7 @@ cold one.
 
     dir-<token>     header, a record for each sealed block, pins   } of one token: one arena
     arena-<token>   the slots                                      }
+    index-<token>   which keys are there: made anew, and not read  }
 """
 
 from bisect import bisect_right
@@ -19,9 +20,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from kvd import log
-from kvd.arena import ByteRange, Segment
+from kvd.arena import ByteRange, NoSpace, Segment
 from kvd.core.events import ArenaFound, CreateArena, FoundPin, FoundRecord
 from kvd.directory import Directory, Entry
+from kvd.index import Index, remove_left
 from kvd.instance import InstanceLock
 from kvd_proto import codec
 from kvd_proto.errors import KvdError
@@ -29,16 +31,18 @@ from kvd_proto.geometry import Geometry
 from kvd_proto.messages import RegisterModel
 from kvd_proto.payload import make_format
 
-DIRECTORY, ARENA = "dir-", "arena-"
+DIRECTORY, ARENA, INDEX = "dir-", "arena-", "index-"
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 class Found(NamedTuple):
-    """An arena whose two segments are whole; the memory of its slots is that of its records, and of
-    `unrecorded` slots that a client of the daemon before may have a lease on."""
+    """An arena whose slots and directory are whole; the memory of its slots is that of its records,
+    and of `unrecorded` slots that a client of the daemon before may have a lease on."""
 
     segment: Segment
     directory: Directory
+    new_index: Index
+    """Without keys."""
     arena: CreateArena
     """As it would be made; its number is not known yet."""
     records: list[FoundRecord]
@@ -84,22 +88,32 @@ def find(lock: InstanceLock, tenants: Collection[str]) -> list[Found]:
         if not ending.startswith(DIRECTORY):
             continue
         try:
-            arena_name = lock.segment_name(ARENA + ending[len(DIRECTORY) :])
-            found.append(_open(name, arena_name, boot, tenants))
-        except (OSError, ValueError) as error:
+            token = ending[len(DIRECTORY) :]
+            arena_name, index_name = (
+                lock.segment_name(ARENA + token),
+                lock.segment_name(INDEX + token),
+            )
+            found.append(_open(name, arena_name, index_name, boot, tenants))
+        except (NoSpace, OSError, ValueError) as error:
             log.warning("cold start", segment=name, reason=error)
         except Exception as error:  # a fault of ours, which costs the others nothing
             log.error("cold start", error, segment=name)
-    kept = [name for each in found for name in (each.directory.segment.name, each.segment.name)]
+    kept = [
+        segment.name
+        for each in found
+        for segment in (each.directory.segment, each.segment, each.new_index.segment)
+    ]
     removed = lock.sweep(kept)
     if removed:
         log.info("removed what cannot be used", segments=len(removed))
     return found
 
 
-def _open(directory_name: str, arena_name: str, boot: bytes, tenants: Collection[str]) -> Found:
-    """Open a directory and its arena. Raises OSError or ValueError, and leaves both as they are but
-    for memory that no record speaks for."""
+def _open(
+    directory_name: str, arena_name: str, index_name: str, boot: bytes, tenants: Collection[str]
+) -> Found:
+    """Open a directory and its arena, and make its index. Raises NoSpace, OSError or ValueError,
+    and leaves both as they are but for memory that no record speaks for."""
     directory = Directory.adopt(directory_name)
     try:
         arena = _read_registration(directory, boot)
@@ -111,6 +125,8 @@ def _open(directory_name: str, arena_name: str, boot: bytes, tenants: Collection
                 raise ValueError(f"its arena has {segment.size} bytes, not {arena.slots} slots")
             has_readers = segment.has_readers_before(directory.life + 1)
             kept = _keep_slots(segment, directory, arena.stride_bytes, has_readers)
+            remove_left(index_name)
+            index = Index.create(index_name, arena)
         except BaseException:
             segment.close(unlink=False)
             raise
@@ -119,7 +135,7 @@ def _open(directory_name: str, arena_name: str, boot: bytes, tenants: Collection
         raise
     records = [_record(entry) for entry in kept.entries]
     pins = directory.pins()
-    return Found(segment, directory, arena, records, kept.unrecorded, pins, has_readers)
+    return Found(segment, directory, index, arena, records, kept.unrecorded, pins, has_readers)
 
 
 def _read_registration(directory: Directory, boot: bytes) -> CreateArena:
@@ -156,6 +172,7 @@ def _read_registration(directory: Directory, boot: bytes) -> CreateArena:
         header.stride_bytes,
         header.slots,
         directory.backed,
+        b"",  # the core knows it
     )
 
 

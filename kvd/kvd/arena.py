@@ -239,9 +239,8 @@ class Segment:
         Whoever has that descriptor, or a mapping made with it, is a reader of `life` (from 0) until
         the last of both is gone: the kernel keeps count, see has_readers_before().
         """
-        self._check_open()
         # Opened anew, not duplicated: a lock belongs to an opening, and so does a client.
-        fd = os.open(f"/proc/self/fd/{self._fd}", os.O_RDONLY | os.O_CLOEXEC)
+        fd = self.open_read_only()
         try:
             lock = _FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, life, 1, 0)
             fcntl.fcntl(fd, fcntl.F_OFD_SETLK, lock)
@@ -249,6 +248,11 @@ class Segment:
             os.close(fd)
             raise
         return fd
+
+    def open_read_only(self) -> int:
+        """The same without keeping count of who has it."""
+        self._check_open()
+        return os.open(f"/proc/self/fd/{self._fd}", os.O_RDONLY | os.O_CLOEXEC)
 
     def has_readers_before(self, life: int) -> bool:
         """Whether any process can still read the segment through a descriptor of a life before

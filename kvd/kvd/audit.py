@@ -1,11 +1,12 @@
-"""What `verify` compares the core with: the bytes in the directories, in steps, and the checksums
-of the blocks' bytes, in the copier's thread.
+"""What `verify` compares the core with: the bytes in the directories and indexes, in steps, and the
+checksums of the blocks' bytes, in the copier's thread.
 
 What the operating system says: reports.py. A torn record or pin counts as absent for whoever reads
 the directory; nobody writes one, so here it is a difference.
 """
 
 from collections.abc import Callable, Generator
+from functools import partial
 from typing import Any, NamedTuple
 
 from kvd.core.accounting import AccountingError
@@ -15,8 +16,10 @@ from kvd.core.events import CheckItem
 from kvd.core.recount import STEP_BLOCKS, check_in_steps, check_totals
 from kvd.core.tree import ADOPTED, SEALED, Block
 from kvd.directory import Directory
+from kvd.index import Index
 from kvd.store import Store, StoredArena
 from kvd_proto import layout
+from kvd_proto.index import prefix_of
 
 CHECK_BYTES = 4 << 20
 """Compared in one job, or one block: whoever wants memory waits for that, half a millisecond."""
@@ -40,6 +43,7 @@ def recount(cache: Cache, store: Store) -> Generator[None, None, list[str]]:
         for recount_some, n_places in (
             (_recount_pins, stored.directory.pin_places),
             (_recount_records, stored.directory.backed_slots),
+            (partial(_recount_index, stored.index), stored.directory.backed_slots),
         ):
             first = 0
             while store.arenas.get(arena.number) is stored and first < n_places:
@@ -124,6 +128,22 @@ def _recount_records(arena: Arena, directory: Directory, slots: range) -> list[s
             differences.append(f"{where} is sealed and has no record")
         else:
             differences += _compare_record(where, record, directory.last_use(slot), block)
+    return differences
+
+
+def _recount_index(index: Index, arena: Arena, _: Directory, slots: range) -> list[str]:
+    """The index may lack a sealed block, and has nothing else."""
+    differences = []
+    for slot in slots:
+        found = index.prefix(slot)
+        block = arena.blocks[slot] if found and slot < len(arena.blocks) else None
+        held = 0
+        if block is not None and block.state in (ADOPTED, SEALED):
+            held = prefix_of(block.key)
+        if found and found != held:
+            differences.append(
+                f"{arena.name}: slot {slot}: its index has the key {found:#x}, which is not there"
+            )
     return differences
 
 

@@ -22,8 +22,8 @@ _OWN = 72
 """Half of it for those who ask for metrics."""
 _OF_A_SESSION = 5
 """Its lifeline, its pidfd, its staging (mmap has one of its own), and its connection."""
-_OF_A_MODEL = 4
-"""One for the arena, one for its directory, and mmap has its own of both."""
+_OF_A_MODEL = 6
+"""One for the arena, one for its directory, one for its index, and mmap has its own of each."""
 
 
 def raise_limit(settings: Settings) -> None:

@@ -103,8 +103,7 @@ class Directory:
     @property
     def backed_slots(self) -> int:
         """So many slots, from the first one, have room for their records in memory."""
-        size = layout.record_bytes(self._block_tokens)
-        return min(self._slots, max(0, self.backed - layout.DIRECTORY_HEADER_BYTES) // size)
+        return layout.slots_recorded(self.backed, self._slots, self._block_tokens)
 
     def begin_life(self) -> None:
         """From now on this daemon serves it."""

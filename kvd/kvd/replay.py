@@ -25,8 +25,9 @@ from kvd.core.events import (
 from kvd.core.machine import Core
 from kvd_proto.errors import KvdError
 from kvd_proto.geometry import PAGE_BYTES, round_up
+from kvd_proto.index import index_length
 from kvd_proto.keys import TOKEN_BYTES
-from kvd_proto.layout import DIRECTORY_CHUNK, directory_bytes_for
+from kvd_proto.layout import DIRECTORY_CHUNK, directory_bytes_for, record_bytes
 from kvd_proto.messages import (
     COMPLETED,
     Alloc,
@@ -51,8 +52,9 @@ class Replay:
         self.n_blocks = n_blocks
         self._block_bytes = block_tokens * TOKEN_BYTES
         self._staging = memoryview(bytes(_STAGING))
-        at_most = directory_bytes_for(n_blocks, block_tokens)
-        budget = _STAGING + round_up(at_most, DIRECTORY_CHUNK) + n_blocks * PAGE_BYTES
+        at_most = round_up(directory_bytes_for(n_blocks, block_tokens), DIRECTORY_CHUNK)
+        at_most += index_length(at_most // record_bytes(block_tokens))
+        budget = _STAGING + at_most + n_blocks * PAGE_BYTES
         self.core = Core(Limits(budget))
         self._handle(Connected(_CLIENT, "replay", 0, 0, "replay", _STAGING))
         self._ask(RegisterModel("replay", bytes(32), "array", block_tokens, _LAYERS))

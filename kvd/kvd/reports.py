@@ -32,6 +32,7 @@ from kvd.core.reasons import Reason
 from kvd.core.sequences import Session
 from kvd.core.tenants import Tenant
 from kvd.directory import Directory
+from kvd.index import Index
 from kvd.stopped import is_stopped
 from kvd.store import StagingRoom, Store, StoredArena
 
@@ -48,6 +49,7 @@ class ArenaPages:
     tenant: str
     segment: Segment
     directory: Directory
+    index: Index
     stride: int
     backed_bytes: int
     directory_bytes: int
@@ -167,10 +169,12 @@ def look(taken: Taken, *, undoing: bool) -> Seen:
         seen.differences += _compare(f"{pages.name}: slots", pages.backed_bytes, backed)
         if undoing and backed != pages.backed_bytes:
             seen.differences += _lost_slots(pages)
-        backed = pages.directory.segment.backed_bytes()
+        backed = pages.directory.segment.backed_bytes() + pages.index.segment.backed_bytes()
         seen.directories += backed
         seen.of_tenants[pages.tenant] += backed
-        seen.differences += _compare(f"{pages.name}: directory", pages.directory_bytes, backed)
+        seen.differences += _compare(
+            f"{pages.name}: directory and index", pages.directory_bytes, backed
+        )
     for session, tenant, room in taken.stagings:
         backed = room.staging.backed_bytes() if room.staging is not None else 0
         seen.stagings += backed
@@ -366,6 +370,7 @@ def _pages(arena: Arena, stored: StoredArena, *, thoroughly: bool) -> ArenaPages
         arena.tenant.name,
         stored.segment,
         stored.directory,
+        stored.index,
         arena.stride,
         arena.backed * arena.stride,
         stored.directory_bytes,
@@ -393,6 +398,13 @@ def _undo_foreign_fills(pages: ArenaPages, seen: Seen) -> None:
                 f"{pages.name}: {filled.length} bytes at {filled.offset} of its directory had "
                 "memory that nobody gave them: some process of this user, or of root's, was there. "
                 "They are given back."
+            )
+    for hole in pages.index.holes():
+        for filled in _punch_filled(pages.index.segment, hole, PAGE):
+            seen.undone += filled.length
+            seen.differences.append(
+                f"{pages.name}: {filled.length} bytes at {filled.offset} of its index had memory "
+                "that nobody gave them: a client read more than is in use. They are given back."
             )
 
 

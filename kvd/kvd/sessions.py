@@ -91,20 +91,21 @@ class Sessions:
         self._refuse(self._by_session[session], error)
 
     def share(self, session: SessionId, arena: int) -> None:
-        """Send the arena's read-only descriptor."""
+        """Send read-only descriptors of the arena and of its index."""
         stored = self._store.arenas[arena]
         message = SegmentShared(arena, stored.segment.size)
         connection = self._by_session[session]
+        fds: list[int] = []
         try:
-            fd = stored.open_reader()
+            fds.append(stored.open_reader())
+            fds.append(stored.index.open_reader())
+            self._send(connection, codec.encode_datagram(message), fds)
         except OSError as error:  # too many descriptors are open
             log.warning("arena not shared", pid=connection.peer.pid, reason=error)
             self._shut_down(connection, "descriptors")
-            return
-        try:
-            self._send(connection, codec.encode_datagram(message), [fd])
         finally:
-            os.close(fd)
+            for fd in fds:
+                os.close(fd)
 
     def give_up(self, session: SessionId) -> None:
         """A reply to this client is lost: end its session, before it goes on without knowing. A

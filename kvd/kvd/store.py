@@ -1,4 +1,4 @@
-"""The daemon's memory: carries out the core's effects on arenas, directories and stagings.
+"""The daemon's memory: carries out the core's effects on arenas, directories, indexes and stagings.
 
 Covers the translation of slots and offsets into ranges of segments, and the jobs of the copier
 thread, which does everything that takes long or must happen in an order: backing, punching,
@@ -49,6 +49,7 @@ from kvd.core.events import (
     DropPin,
     DropRecord,
     Event,
+    FoundRecord,
     Punch,
     RenewPin,
     SessionId,
@@ -57,6 +58,7 @@ from kvd.core.events import (
     WriteRecord,
 )
 from kvd.directory import Directory
+from kvd.index import Index
 from kvd.limits import NotEnoughRoom, check_room
 from kvd.staging import Staging
 from kvd.turns import Order
@@ -72,11 +74,12 @@ BURST_SECONDS = 0.002
 
 @dataclass(slots=True)
 class StoredArena:
-    """An arena's two segments, and how its payloads are checked."""
+    """An arena's three segments, and how its payloads are checked."""
 
     arena: CreateArena
     segment: Segment
     directory: Directory
+    index: Index
     format: PayloadFormat
     has_former_readers: bool = False
     """Whether clients of an earlier daemon may still read it."""
@@ -84,27 +87,47 @@ class StoredArena:
     """By job: how long the directory will be when it has ended."""
     growing_pins: dict[int, int] = field(default_factory=dict)
     """By job: how many bytes of pins it will have."""
+    found: list[FoundRecord] = field(default_factory=list)
+    """What an earlier daemon left, until the core has said what it takes."""
 
     @property
     def directory_bytes(self) -> int:
-        """What the directory has in memory, pins included, when all jobs have ended well."""
-        records = max([self.directory.backed, *self.growing.values()])
-        return records + max([self.directory.pins_backed, *self.growing_pins.values()])
+        """What the directory has in memory, pins and index included, when all jobs have ended
+        well."""
+        return (
+            max([self.directory.backed, *self.growing.values()])
+            + max([self.directory.pins_backed, *self.growing_pins.values()])
+            + max([self.index.backed, *map(self.index.bytes_beside, self.growing.values())])
+        )
+
+    def growth_to(self, directory_bytes: int) -> int:
+        """Bytes that `ensure` takes."""
+        index = self.index.bytes_beside(directory_bytes)
+        return max(0, directory_bytes - self.directory.backed) + max(0, index - self.index.backed)
+
+    def ensure(self, directory_bytes: int) -> None:
+        """Give the first bytes of the directory memory, and what belongs to them of the index.
+        Raises arena.NoSpace; asking again is then right."""
+        self.directory.ensure(directory_bytes)
+        self.index.ensure(self.index.bytes_beside(directory_bytes))
 
     def open_reader(self) -> int:
         """A read-only descriptor for one client of this daemon; the caller closes it."""
         return self.segment.open_reader(self.directory.life)
 
     def unlink(self) -> None:
-        """Remove both names; all goes on as before for who has it open. The arena's first: a
-        directory without its arena is removed by the next daemon."""
+        """Remove all names; all goes on as before for who has it open. The arena's first: what is
+        without its arena is removed by the next daemon."""
         self.segment.unlink()
         self.directory.segment.unlink()
+        self.index.unlink()
 
     def close(self, *, unlink: bool) -> None:
+        """Let go of all, and with `unlink` remove the names; that of the index always."""
         # The arena first, as in `unlink`.
         self.segment.close(unlink=unlink)
         self.directory.close(unlink=unlink)
+        self.index.close()
 
 
 @dataclass(slots=True, eq=False)
@@ -160,7 +183,7 @@ class Store:
     # --- arenas
 
     def create_arena(self, effect: CreateArena) -> None:
-        """Make both segments; raises NoSpace of kvd_proto.errors, leaving nothing behind."""
+        """Make all segments; raises NoSpace of kvd_proto.errors, leaving nothing behind."""
         try:
             stored = self._make_arena(effect)
         except errors.NoSpace:
@@ -186,12 +209,25 @@ class Store:
         except OSError as error:
             directory.close(unlink=True)
             raise errors.NoSpace(f"no memory for the model's arena: {error}") from error
-        return StoredArena(effect, segment, directory, _format(effect))
+        try:
+            index = Index.create(self._segment_name(adoption.INDEX + token), effect)
+        except (NoSpace, OSError) as error:
+            segment.close(unlink=True)
+            directory.close(unlink=True)
+            raise errors.NoSpace(f"no memory for the model's index: {error}") from error
+        index.start(effect.root_key)
+        return StoredArena(effect, segment, directory, index, _format(effect))
 
     def find_arena(self, number: int, found: adoption.Found) -> None:
         """Take over what an earlier daemon left, before the core is told of it."""
         self.arenas[number] = StoredArena(
-            found.arena, found.segment, found.directory, _format(found.arena), found.has_readers
+            found.arena,
+            found.segment,
+            found.directory,
+            found.new_index,
+            _format(found.arena),
+            found.has_readers,
+            found=found.records,
         )
 
     def adopt_arena(self, effect: ArenaAdopted) -> None:
@@ -201,6 +237,18 @@ class Store:
         stored.directory.ensure(effect.directory_bytes)
         stored.directory.ensure_pins(effect.pins_bytes)
         stored.directory.begin_life()
+        stored.index.start(effect.root_key)
+        try:
+            stored.index.ensure(stored.index.bytes_beside(effect.directory_bytes))
+        except NoSpace as error:
+            # The cache is worth more than its index, which gets it with the next growth.
+            log.warning("index without memory", model=stored.arena.name, reason=error)
+        found, stored.found = stored.found, []
+        backed = stored.directory.backed_slots
+        for record in found:
+            # The core has dropped what it does not take. Beyond there is no memory any more.
+            if record.slot < backed and not stored.directory.is_absent(record.slot):
+                stored.index.add(record.slot, record.key)
         log.info(
             "warm start",
             model=stored.arena.name,
@@ -240,16 +288,19 @@ class Store:
         self._copier.submit(job)
 
     def write_record(self, effect: WriteRecord) -> None:
-        self.arenas[effect.arena].directory.write(effect)
+        stored = self.arenas[effect.arena]
+        stored.directory.write(effect)
+        stored.index.add(effect.slot, effect.key)
 
     def use_record(self, effect: UseRecord) -> None:
         self.arenas[effect.arena].directory.use(effect.slot, effect.last_use)
 
     def drop_record(self, effect: DropRecord) -> None:
-        directory = self.arenas[effect.arena].directory
+        stored = self.arenas[effect.arena]
         if effect.heir != NO_SLOT:
-            directory.use(effect.heir, effect.last_use)
-        directory.drop(effect.slot)
+            stored.directory.use(effect.heir, effect.last_use)
+        stored.directory.drop(effect.slot)
+        stored.index.drop(effect.slot)
 
     def write_pin(self, effect: WritePin) -> None:
         self.arenas[effect.arena].directory.write_pin(effect)
@@ -280,15 +331,14 @@ class Store:
         self._copier.submit(TakeJob(job, growth, make), effect.session)
 
     def back(self, effect: Back) -> None:
-        """Start to give slots memory, and the directory its growth before."""
+        """Start to give slots memory, and directory and index their growth before."""
         stored = self.arenas[effect.arena]
         stride = stored.arena.stride_bytes
         n_bytes = len(effect.slots) * stride
 
         def prepare(promised: int) -> None:
-            growth = max(0, effect.directory_bytes - stored.directory.backed)
-            check_room(n_bytes + growth + promised)
-            stored.directory.ensure(effect.directory_bytes)
+            check_room(n_bytes + stored.growth_to(effect.directory_bytes) + promised)
+            stored.ensure(effect.directory_bytes)
 
         def then(result: JobResult) -> None:
             del stored.growing[result.job_id]
@@ -464,14 +514,14 @@ def _format(arena: CreateArena) -> PayloadFormat:
 
 
 def _removing(stored: StoredArena) -> Steps:
-    # A client that has gone from here may have it mapped still, and would keep the memory.
-    segment = stored.segment
-    found = segment.next_backed(0)
-    while found is not None:
-        part = ByteRange(found, min(copier.PUNCH_STEP_BYTES, segment.size - found))
-        yield from copier.punching(segment, [part])
-        yield 0
-        found = segment.next_backed(found)
+    # A client that has gone from here may have them mapped still, and would keep the memory.
+    for segment in (stored.index.segment, stored.segment):
+        found = segment.next_backed(0)
+        while found is not None:
+            part = ByteRange(found, min(copier.PUNCH_STEP_BYTES, segment.size - found))
+            yield from copier.punching(segment, [part])
+            yield 0
+            found = segment.next_backed(found)
     stored.close(unlink=False)
     return None
 

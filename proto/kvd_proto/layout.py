@@ -105,6 +105,22 @@ def directory_bytes_for(slots: int, block_tokens: int) -> int:
     return round_up(DIRECTORY_HEADER_BYTES + slots * record_bytes(block_tokens))
 
 
+def directory_growth(high_water: int, slots: int, block_tokens: int) -> int:
+    """Bytes of a directory for `slots` slots, from its start, that have memory once those below
+    `high_water` have been used: whole chunks, or all of it."""
+    if not high_water:
+        return DIRECTORY_HEADER_BYTES
+    wanted = round_up(directory_bytes_for(high_water, block_tokens), DIRECTORY_CHUNK)
+    return min(wanted, directory_bytes_for(slots, block_tokens))
+
+
+def slots_recorded(directory_bytes: int, slots: int, block_tokens: int) -> int:
+    """So many of `slots`, from the first one, have room for their records in the first
+    `directory_bytes` of the directory."""
+    room = max(0, directory_bytes - DIRECTORY_HEADER_BYTES)
+    return min(slots, room // record_bytes(block_tokens))
+
+
 def record_offset(slot: int, block_tokens: int) -> int:
     """Where the record of `slot` begins in the directory."""
     return DIRECTORY_HEADER_BYTES + slot * record_bytes(block_tokens)

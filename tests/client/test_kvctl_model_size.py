@@ -18,7 +18,7 @@ from kvd.settings import Settings
 from kvd_client.kvctl import model_size
 from kvd_client.kvctl.model_size import DEFAULT_BUDGET, blocks_in
 from kvd_proto.geometry import round_up
-from kvd_proto.layout import DIRECTORY_CHUNK, directory_bytes_for
+from kvd_proto.index import memory_beside
 from tests.support import parse_size, running_daemon
 
 VALUES: dict[str, int | list[int]] = {
@@ -125,7 +125,7 @@ def test_for_people(tmp_path: Path, model: Path) -> None:
         "block    20.0 KiB: 32 tokens, 19,296 bytes and 1,184 of padding\n"
         "context  37.6 KiB: 64 tokens, or 2 blocks with 40.0 KiB\n"
         "budget   4.0 GiB, the default; no daemon answers\n"
-        "fit      207,683 blocks, 6,645,856 tokens\n"
+        "fit      207,524 blocks, 6,640,768 tokens\n"
     )
 
 
@@ -198,11 +198,9 @@ def test_sizes_are_read_as_in_the_settings(text: str) -> None:
 @pytest.mark.parametrize("budget", [0, 4096, 1 << 20, 64 << 20, (4 << 30) + 12345, 1 << 44])
 def test_one_block_more_would_not_fit(budget: int, stride: int) -> None:
     n_blocks = blocks_in(budget, stride, 32)
-    limit = directory_bytes_for(budget // stride, 32)
 
     def fits(n: int) -> bool:
-        directory = round_up(directory_bytes_for(n, 32), DIRECTORY_CHUNK)
-        return n * stride + min(directory, limit) <= budget
+        return n * stride + memory_beside(n, budget // stride, 32) <= budget
 
     assert n_blocks == 0 or fits(n_blocks)
     assert not fits(n_blocks + 1)

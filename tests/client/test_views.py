@@ -212,7 +212,7 @@ def test_a_slot_that_has_had_other_memory_reads_right(
 def test_an_arena_that_was_let_go_is_not_read_as_zeros() -> None:
     fd = os.memfd_create("arena")
     os.ftruncate(fd, 4096)
-    arena = Arena(fd, 4096)
+    arena = Arena(fd, 4096, os.dup(fd))
     arena.close()
     with pytest.raises(ValueError, match="closed"):
         arena.read(0, 10)

@@ -72,9 +72,11 @@ from kvd_proto.payload import ArrayBlock
 PAGE = 4096
 STAGING = 16 * PAGE
 BUDGET = 1 << 20
-FULL_DIRECTORY = 9 * PAGE
-"""Of the arena that has all of this budget, once it has used a slot."""
-SMALL_DIRECTORY = 5 * PAGE
+FULL_DIRECTORY = 11 * PAGE
+"""Of the arena that has all of this budget, once it has used a slot, its index included."""
+INDEX = 2 * PAGE
+"""Of that."""
+SMALL_DIRECTORY = 6 * PAGE
 """Of an arena of up to 56 slots."""
 BLOCK_TOKENS = 2
 

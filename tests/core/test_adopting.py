@@ -15,7 +15,17 @@ from kvd_proto.errors import AllLeased
 from kvd_proto.geometry import Geometry
 from kvd_proto.keys import block_key
 from kvd_proto.messages import COMPLETED, Evict, Release
-from tests.core.driver import BUDGET, FULL_DIRECTORY, PAGE, Driver, Handle, alloc, append, packed
+from tests.core.driver import (
+    BUDGET,
+    FULL_DIRECTORY,
+    INDEX,
+    PAGE,
+    Driver,
+    Handle,
+    alloc,
+    append,
+    packed,
+)
 
 HUGE = Geometry.from_wire([["f16", 1 << 20, "f16", 1 << 20]]).layers
 A, B, C = (1, 2), (1, 2, 3, 4), (1, 2, 3, 4, 5, 6)
@@ -208,7 +218,9 @@ def test_all_records_are_adopted_where_they_are(chain: Driver) -> None:
     chain.restart(chain.found())
     assert chain.blocks() == {A: 0, B: 1, C: 2}
     assert [block.state for block in chain.cache.budget.oldest_first()] == [ADOPTED] * 3
-    assert chain.effects[0] == ArenaAdopted(1, 3, FULL_DIRECTORY, 0)
+    assert chain.effects[0] == ArenaAdopted(
+        1, 3, FULL_DIRECTORY - INDEX, 0, chain.cache.budget.arenas[1].root.key
+    )
     assert [type(effect) for effect in chain.effects] == [ArenaAdopted, Check]
     assert chain.counts() == {"cached": 3}
     assert chain.cache.counters.adopted_blocks == 3
@@ -216,7 +228,9 @@ def test_all_records_are_adopted_where_they_are(chain: Driver) -> None:
 
 def test_an_arena_without_a_block_is_adopted(driver: Driver) -> None:
     driver.restart(driver.found(2, arena=1))
-    assert driver.effects == [ArenaAdopted(1, 0, 4 * PAGE, 0)]
+    assert driver.effects == [
+        ArenaAdopted(1, 0, 4 * PAGE, 0, driver.cache.budget.arenas[1].root.key)
+    ]
     assert driver.jobs == []
     driver.connect("b")
     assert driver.register(b"b", "n") == 1

@@ -13,10 +13,11 @@ from kvd.core.reasons import Reason
 from kvd.core.tree import FILLING, SEALED, Block
 from kvd_proto.errors import AllLeased, BudgetTooSmall
 from kvd_proto.geometry import Geometry
+from kvd_proto.index import index_length
 from kvd_proto.layout import DIRECTORY_CHUNK, directory_bytes_for, record_bytes
 from tests.core.driver import BLOCK_TOKENS, PAGE, SMALL_DIRECTORY, array_format, packed
 
-FIRST_DIRECTORY = 4 * PAGE
+FIRST_DIRECTORY = 5 * PAGE
 
 
 class Bench:
@@ -286,15 +287,16 @@ def test_directories_are_charged_and_grow_in_chunks() -> None:
     assert arena.directory_bytes == FIRST_DIRECTORY
     assert bench.budget.unassigned == (1 << 22) - FIRST_DIRECTORY
     bench.take(arena, 1)
-    assert arena.directory_bytes == DIRECTORY_CHUNK
-    assert bench.budget.unassigned == (1 << 22) - DIRECTORY_CHUNK - PAGE
-    assert arena.directory_bytes >= directory_bytes_for(1, BLOCK_TOKENS)
     fits = (DIRECTORY_CHUNK - directory_bytes_for(0, BLOCK_TOKENS)) // record_bytes(BLOCK_TOKENS)
+    grown = DIRECTORY_CHUNK + index_length(fits)
+    assert arena.directory_bytes == grown
+    assert bench.budget.unassigned == (1 << 22) - grown - PAGE
+    assert arena.records_bytes == DIRECTORY_CHUNK >= directory_bytes_for(1, BLOCK_TOKENS)
     bench.take(arena, fits - 1)
-    assert (arena.high_water, arena.directory_bytes) == (fits, DIRECTORY_CHUNK)
+    assert (arena.high_water, arena.directory_bytes) == (fits, grown)
     # All slots have been used: the rest of the last chunk would never be.
     bench.take(arena, 1)
-    assert arena.directory_bytes == arena.directory_limit == 98304
+    assert arena.directory_bytes == arena.directory_limit == 98304 + index_length(arena.slots)
     assert bench.sum == 1 << 22
 
 
@@ -309,7 +311,7 @@ def test_growth_of_the_directory_can_be_what_does_not_fit() -> None:
 
 def test_staging_and_a_new_directory_make_room_too() -> None:
     bench = Bench(2 * SMALL_DIRECTORY, 1)
-    for token in range(5):
+    for token in range(6):
         bench.store(bench.arenas[0].root, token)
     bench.effects.clear()
     bench.budget.charge_staging(bench.budget.tenant("t"), 1, bench.effects)
@@ -346,7 +348,7 @@ def test_directories_of_others_never_make_room() -> None:
     bench = Bench(3 * FIRST_DIRECTORY, 1, 1)
     for arena in bench.arenas:
         with pytest.raises(BudgetTooSmall):
-            bench.take(arena, 4)
+            bench.take(arena, 5)
         with pytest.raises(BudgetTooSmall):
             bench.budget.charge_staging(
                 bench.budget.tenant("t"), FIRST_DIRECTORY + 1, bench.effects

@@ -55,7 +55,7 @@ def story(
         patch.setattr(dropping, "MOST_AT_ONCE", most)
         driver = Sharing(*rules)
         kept: list[tuple[bytes, Handle]] = []
-        for _ in range(30):
+        for _ in range(40):
             tenant, name = random.choice("ab"), random.choice("mn")
             keep = len(kept) < 2 and random.random() < 0.3
             n_blocks = 1 if keep else random.choice((1, 2, 5, 9))

@@ -103,7 +103,7 @@ def test_it_was_evicted_by_command_so_many_seconds_ago(bench: Bench) -> None:
 
 
 def test_it_was_evicted_for_want_of_room() -> None:
-    bench = Bench(STAGING + 9 * PAGE)
+    bench = Bench(STAGING + 10 * PAGE)
     bench.put(1, 2)
     bench.put(*range(10, 18))
     assert bench.missing(1, 2)["reason"] == "room"

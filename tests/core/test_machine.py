@@ -180,7 +180,7 @@ def test_time_may_pass_when_nothing_is_due() -> None:
 
 def test_staging_of_the_dead_makes_room_for_who_waits() -> None:
     """In the same step: the waiter must not hear that there is no room."""
-    driver = Driver(5 * PAGE + STAGING + PAGE, max_sequences=1)
+    driver = Driver(6 * PAGE + STAGING + PAGE, max_sequences=1)
     driver.connect("s")
     driver.register(b"s")
     driver.alloc(b"s", driver.context(b"s"))

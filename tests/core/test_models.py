@@ -13,11 +13,11 @@ from kvd_proto.errors import (
     UnknownModel,
 )
 from kvd_proto.geometry import LayerGeometry
-from kvd_proto.keys import arena_fingerprint
+from kvd_proto.keys import arena_fingerprint, root_key
 from kvd_proto.messages import ContextOpened, ModelRegistered, OpenContext
 from tests.core.driver import BUDGET, PAGE, SMALL_DIRECTORY, STAGING, Driver, model
 
-FIRST_DIRECTORY = 4 * PAGE
+FIRST_DIRECTORY = 5 * PAGE
 
 
 @pytest.fixture
@@ -43,7 +43,8 @@ def test_the_first_to_register_a_model_makes_its_arena(driver: Driver) -> None:
             payload_bytes=PAGE,
             stride_bytes=PAGE,
             slots=slots,
-            directory_bytes=FIRST_DIRECTORY,
+            directory_bytes=FIRST_DIRECTORY - PAGE,
+            root_key=root_key(fingerprint),
         ),
         ShareArena(b"s", 1),
     ]
@@ -135,7 +136,7 @@ def test_no_room_for_another_directory() -> None:
     driver.disconnect(b"s")
     driver.connect("s", staging=0)
     driver.register(b"s")
-    for number in range(4):
+    for number in range(3):
         assert driver.register(b"s", f"more {number}") == 2 + number
     assert driver.refusal(b"s", model("last")) is BudgetTooSmall
 

@@ -273,7 +273,7 @@ def test_an_unknown_model_cannot_be_pinned(driver: Driver) -> None:
 
 def test_what_is_pinned_is_not_given_up_for_others() -> None:
     """The budget has room for four blocks, and for pins."""
-    driver = Driver(FULL_DIRECTORY - 4 * PAGE + STAGING + 5 * PAGE)
+    driver = Driver(FULL_DIRECTORY - 5 * PAGE + STAGING + 5 * PAGE)
     driver.connect()
     driver.register(b"s")
     context = driver.context(b"s")
@@ -295,7 +295,7 @@ def test_what_is_pinned_is_not_given_up_for_others() -> None:
 
 def test_a_pin_does_not_evict_what_it_is_to_pin() -> None:
     """There is no page left for the directory but that of the block itself."""
-    driver = Driver(FULL_DIRECTORY - 4 * PAGE + STAGING + PAGE)
+    driver = Driver(FULL_DIRECTORY - 5 * PAGE + STAGING + PAGE)
     driver.connect()
     driver.register(b"s")
     handle = driver.alloc(b"s", driver.context(b"s"))
@@ -352,7 +352,7 @@ def test_an_arena_with_a_pin_is_not_given_up() -> None:
     driver.connect("u", staging=0)
     driver.register(b"u", "second")
     assert driver.of_kind(RemoveArena) == [RemoveArena(1)]
-    assert accounting.totals(driver.cache).directory == 4 * PAGE
+    assert accounting.totals(driver.cache).directory == 5 * PAGE
     assert driver.refusal(b"u", driver.pin_message(*B)) is UnknownModel
 
 

@@ -8,8 +8,8 @@ from kvd.core.events import DropRecord, Punch, RefuseSession, ShareArena
 from kvd.core.machine import Core
 from kvd.core.tenants import TenantRule
 from kvd_proto import errors
+from kvd_proto.index import memory_beside
 from kvd_proto.keys import arena_fingerprint, block_key, root_key
-from kvd_proto.layout import directory_bytes_for
 from kvd_proto.messages import COMPLETED, CloseContext, Evict, Evicted, Flush, Get, Release
 from tests.core.driver import (
     BLOCK_TOKENS,
@@ -32,8 +32,10 @@ class Tenants(Driver):
     """Sessions "a" and "b" of tenants of these names, each with a model "m" and a context."""
 
     def __init__(self, quota_a: int | None, quota_b: int | None, pages: int = 20) -> None:
-        directory = 4 * PAGE
-        while directory < directory_bytes_for(2 * (directory + STAGING) // PAGE + pages, 2):
+        directory = 5 * PAGE
+        while directory < memory_beside(
+            slots := 2 * (directory + STAGING) // PAGE + pages, slots, 2
+        ):
             directory += PAGE
         self.fixed = directory + STAGING
         """What a tenant with one session and one full model holds before it stores anything."""

@@ -35,6 +35,7 @@ from kvd_proto.messages import (
 )
 from tests.core.driver import (
     FULL_DIRECTORY,
+    INDEX,
     PAGE,
     SMALL_DIRECTORY,
     STAGING,
@@ -433,7 +434,7 @@ def test_counters_of_hits(driver: Driver) -> None:
 
 def test_a_reservation_is_answered_when_it_has_memory(driver: Driver) -> None:
     assert driver.ask(b"s", alloc(1, reserve=5)) is None
-    assert driver.of_kind(Back) == [Back(1, 1, b"s", [0, 1, 2], FULL_DIRECTORY)]
+    assert driver.of_kind(Back) == [Back(1, 1, b"s", [0, 1, 2], FULL_DIRECTORY - INDEX)]
     assert driver.counts() == {"filling": 3}
     reserving = driver.asked
     driver.back()

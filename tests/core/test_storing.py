@@ -108,7 +108,7 @@ def test_a_new_block_goes_all_the_way(driver: Driver) -> None:
     handle = driver.alloc(b"a", 1)
     message = append(handle, 0, 1, 2, 3, staged=[PAGE, 3 * PAGE])
     assert driver.ask(b"a", message) is None
-    assert driver.effects == [Back(1, 1, b"a", [0, 1], driver.cache.budget.directories)]
+    assert driver.effects == [Back(1, 1, b"a", [0, 1], driver.cache.budget.arenas[1].records_bytes)]
     driver.back()
     assert driver.effects == [
         Reply(b"a", driver.asked, Appended(1, 2, 0, 0)),

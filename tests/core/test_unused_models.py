@@ -9,7 +9,7 @@ from kvd_proto.errors import AllLeased, BudgetTooSmall, ModelTooLarge, OverQuota
 from kvd_proto.messages import COMPLETED, Evict, OpenContext, Release
 from tests.core.driver import PAGE, SMALL_DIRECTORY, STAGING, Driver, alloc, model
 
-FIRST_DIRECTORY = 4 * PAGE
+FIRST_DIRECTORY = 5 * PAGE
 
 
 @pytest.fixture
@@ -163,16 +163,16 @@ def cramped(name: str = "mine") -> Driver:
 
 def test_an_empty_ones_directory_makes_room_for_slots() -> None:
     driver = cramped()
-    assert driver.ask(b"s", alloc(1 + 1, reserve=2 * 5)) is None
+    assert driver.ask(b"s", alloc(1 + 1, reserve=2 * 6)) is None
     assert driver.of_kind(RemoveArena) == [RemoveArena(1)]
     driver.work()
     assert driver.cache.budget.unassigned == 0
-    assert driver.counts(2) == {"filling": 5}
+    assert driver.counts(2) == {"filling": 6}
 
 
 def test_for_more_than_that_makes_room_for_it_stays() -> None:
     driver = cramped()
-    assert driver.refusal(b"s", alloc(1 + 1, reserve=2 * 6)) is BudgetTooSmall
+    assert driver.refusal(b"s", alloc(1 + 1, reserve=2 * 7)) is BudgetTooSmall
     assert driver.of_kind(RemoveArena) == []
 
 
@@ -216,7 +216,7 @@ def test_a_quota_counts_with_them_too() -> None:
     driver.disconnect(session)
     session = driver.connect("s", staging=0)
     context = driver.context(session, driver.register(session, "mine"))
-    assert driver.ask(session, alloc(context, reserve=2 * 5)) is None
+    assert driver.ask(session, alloc(context, reserve=2 * 6)) is None
     assert driver.of_kind(RemoveArena) == [RemoveArena(1)]
     driver.work()
     assert driver.refusal(session, alloc(context, reserve=2)) is OverQuota

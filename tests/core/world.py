@@ -102,8 +102,8 @@ VOCABULARY = (1, 2, 256)
 """As little-endian bytes 256 sorts first."""
 PAGE = 4096
 STAGING = 3 * PAGE
-FIRST_DIRECTORY = 4 * PAGE
-DIRECTORY = 5 * PAGE
+FIRST_DIRECTORY = 5 * PAGE
+DIRECTORY = 6 * PAGE
 MAX_PINS = 3
 """Of a tenant, so that one page of a directory has room for all."""
 MOST_SPARE_PAGES = 8

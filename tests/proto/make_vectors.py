@@ -17,6 +17,7 @@ import kvd_proto.messages as m
 from kvd_proto import PROTOCOL_VERSION, codec, layout
 from kvd_proto.errors import BY_CODE
 from kvd_proto.geometry import Geometry
+from kvd_proto.index import ENTRY_BYTES, INDEX_HEADER_BYTES, IndexWriter, index_length
 from kvd_proto.keys import arena_fingerprint, block_key, root_key
 from kvd_proto.payload import make_format
 from tests.proto.blocks import llama_block
@@ -338,6 +339,24 @@ def directory() -> dict[str, Any]:
     }
 
 
+def index() -> dict[str, Any]:
+    """Three blocks in an index of five slots, in four buckets."""
+    root = parent = root_key(arena_fingerprint(MODEL_FINGERPRINT, "llama-state", 4))
+    memory = memoryview(bytearray(index_length(5)))
+    writer = IndexWriter(memory)
+    writer.start(root)
+    blocks = []
+    for slot, chunk in ((1, tokens(1, 2, 3, 4)), (3, tokens(5, 6, 7, 8)), (0, tokens(9, 9, 9, 9))):
+        parent = block_key(parent, chunk)
+        writer.add(slot, parent)
+        blocks.append({"slot": slot, "tokens": chunk.hex(), "key": parent.hex()})
+    return {
+        "root_key": root.hex(),
+        "blocks": blocks,
+        "hex": bytes(memory[: INDEX_HEADER_BYTES + 5 * ENTRY_BYTES]).hex(),
+    }
+
+
 def vectors() -> dict[str, str]:
     """The text of every file, by its name."""
     contents = {
@@ -346,6 +365,7 @@ def vectors() -> dict[str, str]:
         "keys.json": keys(),
         "payloads.json": payloads(),
         "directory.json": directory(),
+        "index.json": index(),
     }
     return {
         name: json.dumps(content, indent=2, ensure_ascii=False) + "\n"

@@ -8,6 +8,7 @@ import pytest
 from kvd_proto import PROTOCOL_VERSION, codec
 from kvd_proto.errors import BY_CODE, NoSequenceFree, RequestError, ResourceError
 from kvd_proto.geometry import GGML_TYPES, MAX_LAYERS, MAX_ROW_BYTES, Geometry
+from kvd_proto.index import ENTRY_BYTES, INDEX_HEADER_BYTES, MAX_CHAIN
 from kvd_proto.layout import (
     DIRECTORY_HEADER_BYTES,
     MAX_OWNER,
@@ -213,6 +214,14 @@ def test_the_directory() -> None:
     assert f"{record_bytes(0)} + 4 * block_tokens" in text
     assert f"`pins` + i * {PIN_BYTES}, for each i below {MAX_PINS}" in text
     assert f"`pins + {directory_length(9, 32) - pins_offset(9, 32)}` bytes" in text
+
+
+def test_the_index() -> None:
+    text = SECTIONS["The index"].text
+    assert f"`{INDEX_HEADER_BYTES} + {ENTRY_BYTES} * slots` bytes" in text
+    assert f"Entry i, at {INDEX_HEADER_BYTES} + i * {ENTRY_BYTES}" in text
+    assert f"at most {MAX_CHAIN} slots" in text
+    assert f"if {MAX_CHAIN} others" in text
 
 
 # --- reports

@@ -174,6 +174,33 @@ def test_directory() -> None:
     )
 
 
+def test_index() -> None:
+    """As PROTOCOL.md says it, word by word."""
+    found = load("index.json")
+    content = bytes.fromhex(found["hex"])
+    (n,) = struct.unpack_from("<I", content, 8)
+    assert content[:8] == b"KVDIDX\0\1"
+    assert content[16:32].hex() == found["root_key"]
+    parent = bytes.fromhex(found["root_key"])
+    held = {}
+    for block in found["blocks"]:
+        parent = block_key(parent, bytes.fromhex(block["tokens"]))
+        assert parent.hex() == block["key"]
+        held[block["slot"]] = int.from_bytes(parent[:8], "little")
+    assert n == 1 + max(held)
+    for slot in range(5):
+        assert struct.unpack_from("<Q", content, 64 + 16 * slot)[0] == held.get(slot, 0)
+    for slot, p in held.items():
+        k = next(k for k in range(32) if 2**k >= n)
+        bucket = p & 2**k - 1
+        if bucket >= n:
+            bucket = p & 2 ** (k - 1) - 1
+        (follower,) = struct.unpack_from("<I", content, 64 + 16 * bucket + 12)
+        while follower - 1 != slot:
+            assert follower
+            (follower,) = struct.unpack_from("<I", content, 64 + 16 * (follower - 1) + 8)
+
+
 def test_values_survive_json() -> None:
     for value in (b"", b"\0\xff", [1, [b"x"]], {"a": {"b": b"c"}}, (1 << 64) - 1, None, "ü"):
         assert from_json(json.loads(json.dumps(to_json(value)))) == value

@@ -139,7 +139,7 @@ class Raw:
         ).model
         shared, fds = self.receive_datagram()
         assert isinstance(shared, SegmentShared)
-        self.arena_fd = fds[0]
+        self.arena_fd, self.index_fd = fds
         self.arena = mmap.mmap(fds[0], shared.size, prot=mmap.PROT_READ)
         return model
 
@@ -208,7 +208,7 @@ class Raw:
             mapping = self.__dict__.pop(name, None)
             if mapping is not None:
                 mapping.close()
-        for name in ("staging_fd", "arena_fd"):
+        for name in ("staging_fd", "arena_fd", "index_fd"):
             fd = self.__dict__.pop(name, -1)
             if fd >= 0:
                 os.close(fd)

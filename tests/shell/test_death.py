@@ -297,7 +297,7 @@ def test_sigterm_removes_every_trace_and_tells_the_clients(tmp_path: Path) -> No
     daemon = start_daemon(runtime_dir=tmp_path / "rt")
     with raw_client(daemon) as client:
         client.store(client.open(), PROMPT)
-        assert len(daemon.segments()) == 3  # the lock, an arena, and its directory
+        assert len(daemon.segments()) == 4  # the lock, an arena, its directory and its index
         assert daemon.stop() == 0
         assert has_ended(client.lifeline)
     assert daemon.segments() == []

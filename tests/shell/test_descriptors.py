@@ -139,4 +139,4 @@ def test_what_is_said_to_be_needed_for_each_session_and_model(poor: Daemon) -> N
             assert n_open(poor) - before == 5
         until(lambda: n_open(poor) == before)
         client.register()
-        assert n_open(poor) - before == 4
+        assert n_open(poor) - before == 6

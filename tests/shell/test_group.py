@@ -262,6 +262,9 @@ def test_another_user_reads_an_arena_and_can_do_nothing_else_to_it(daemon: Servi
         assert sequence.matched_tokens == 24
         read = client.read(context, sequence)
         attacks = attacks_on_an_arena(client.arena_fd, client.arena, arena)
+        with mmap.mmap(client.index_fd, 4096, prot=mmap.PROT_READ) as index:
+            of_index = arena.replace(".arena-", ".index-")
+            assert attacks_on_an_arena(client.index_fd, index, of_index) == attacks
         on_daemon = attacks_on_a_process(daemon.pid)
         on_alice = attacks_on_a_process(alices_pid)
         again = client.read(context, sequence)

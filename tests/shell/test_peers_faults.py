@@ -206,7 +206,7 @@ def test_a_client_that_only_reads_takes_no_segment_along(tmp_path: Path):
             assert said(writer).startswith("stored")
             writer.wait()
         segments = daemon.segments()
-        assert len(segments) == 3, segments  # the arena, its directory, and the lock
+        assert len(segments) == 4, segments  # the arena, its directory and index, and the lock
         for _ in range(2):
             with client_process(daemon, READS + "time.sleep(600)") as reader:
                 assert said(reader).startswith("16 {2}")

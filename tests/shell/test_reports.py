@@ -2,6 +2,7 @@
 found."""
 
 import ctypes
+import mmap
 import os
 import signal
 import struct
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from kvd_proto import layout
+from kvd_proto.geometry import round_up
+from kvd_proto.index import ENTRY_BYTES, INDEX_HEADER_BYTES
 from kvd_proto.messages import Evict, Pin, Status, Verify
 from tests.shell import raw
 from tests.shell.raw import BLOCK_TOKENS, STRIDE, Raw, many_tokens, raw_client
@@ -55,12 +58,18 @@ def arena_of(daemon: Daemon) -> Path:
     return Path("/dev/shm") / name
 
 
+def index_of(daemon: Daemon) -> Path:
+    (name,) = (name for name in daemon.segments() if ".index-" in name)
+    return Path("/dev/shm") / name
+
+
 def test_status_equals_the_formulas_and_the_system(daemon: Daemon, client: Raw) -> None:
     status = client.status()
     accounting = status["accounting"]
     per_token = 64 + 34 + 128 + 68
     payload = 16 + 12 * BLOCK_TOKENS + 8 + 24 * 2 + BLOCK_TOKENS * per_token
-    directory = 64 * 1024  # the first growth
+    index = round_up(64 + 16 * ((48 * 1024) // layout.record_bytes(BLOCK_TOKENS)))
+    directory = 64 * 1024 + index  # the first growth
     staging = STAGING + 4096
     assert accounting == {
         "budget_bytes": BUDGET,
@@ -78,7 +87,8 @@ def test_status_equals_the_formulas_and_the_system(daemon: Daemon, client: Raw) 
         "drift_bytes": 0,
     }
     assert arena_of(daemon).stat().st_blocks * 512 == N_BLOCKS * STRIDE
-    assert directory_of(daemon).stat().st_blocks * 512 == directory
+    assert directory_of(daemon).stat().st_blocks * 512 == 64 * 1024
+    assert index_of(daemon).stat().st_blocks * 512 == index
     assert os.fstat(client.staging_fd).st_blocks * 512 == staging
     (model,) = status["models"]
     assert (model["payload_bytes"], model["stride_bytes"]) == (payload, STRIDE)
@@ -119,6 +129,29 @@ def test_verify_finds_foreign_fills_wherever_there_is_a_hole(client: Raw) -> Non
     for slot, difference in zip(filled, differences, strict=True):
         assert f"4096 bytes of slot {slot} " in difference
     assert client.verify()["ok"], "all are undone"
+
+
+def test_verify_names_and_undoes_what_was_read_of_an_index_that_is_not_in_use(
+    daemon: Daemon, client: Raw
+) -> None:
+    size = os.fstat(client.index_fd).st_size
+    with mmap.mmap(client.index_fd, size, prot=mmap.PROT_READ) as index:
+        assert index[size - 1] == index[3 * 4096] == 0  # the read alone fills it
+    assert client.status()["accounting"]["drift_bytes"] == 2 * 4096
+    report = client.verify()
+    assert report["terms"]["undone_bytes"] == 2 * 4096
+    assert all(f"{NAME}: 4096 bytes at" in each for each in report["differences"])
+    assert all("of its index" in each for each in report["differences"])
+    assert client.verify()["ok"]
+
+
+def test_verify_finds_a_key_in_the_index_that_is_not_there(daemon: Daemon, client: Raw) -> None:
+    at = INDEX_HEADER_BYTES + 2 * ENTRY_BYTES
+    old = overwrite(index_of(daemon), at, b"other it")
+    (difference,) = client.verify()["differences"]
+    assert difference.startswith(f"{NAME}: slot 2: its index has the key 0x")
+    overwrite(index_of(daemon), at, old)
+    assert client.verify()["ok"]
 
 
 def overwrite(path: Path, at: int, new: bytes) -> bytes:

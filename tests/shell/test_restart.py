@@ -258,12 +258,15 @@ def test_the_pins_memory_is_in_the_accounts_to_the_byte(pinned: Daemon) -> None:
     with raw_client(daemon) as client:
         with opened(segment(daemon, "dir")) as directory:
             backed = directory.backed_bytes()
-        assert client.status()["accounting"]["directory_bytes"] == backed == 64 * 1024 + 4096
+        assert backed == 64 * 1024 + 4096
+        with opened(segment(daemon, "index")) as index:
+            beside = index.backed_bytes()
+        assert client.status()["accounting"]["directory_bytes"] == backed + beside
         for number in range(39):  # one more than the first page has room for
             assert pin(client, PROMPT, f"owner {number}")
         with opened(segment(daemon, "dir")) as directory:
             assert directory.backed_bytes() == backed + 4096
-        assert client.status()["accounting"]["directory_bytes"] == backed + 4096
+        assert client.status()["accounting"]["directory_bytes"] == backed + beside + 4096
         assert client.status()["accounting"]["drift_bytes"] == 0
         assert client.verify()["differences"] == []
         daemon.kill()
@@ -275,19 +278,21 @@ def test_the_pins_memory_is_in_the_accounts_to_the_byte(pinned: Daemon) -> None:
             client.call(Unpin(f"owner {number}", ""))
         third.kill()
     with next_daemon(pinned) as last, raw_client(last) as client:
-        assert client.status()["accounting"]["directory_bytes"] == backed
+        assert client.status()["accounting"]["directory_bytes"] == backed + beside
         assert client.verify()["differences"] == []
 
 
 def test_memory_for_pins_that_nobody_wrote_is_given_back(pinned: Daemon) -> None:
     """The daemon has died after it was given, and before it was touched."""
+    with opened(segment(pinned, "index")) as index:
+        beside = index.backed_bytes()
     with opened(segment(pinned, "dir")) as directory:
         before = directory.backed_bytes()
         start = layout.pins_offset(_slots(pinned), BLOCK_TOKENS)
         os.posix_fallocate(directory._fd, start + 4096, 8192)
         assert directory.backed_bytes() == before + 8192
     with next_daemon(pinned) as daemon, raw_client(daemon) as client:
-        assert client.status()["accounting"]["directory_bytes"] == before
+        assert client.status()["accounting"]["directory_bytes"] == before + beside
         assert client.verify()["differences"] == []
 
 
@@ -547,6 +552,52 @@ def test_a_segment_of_another_user_is_left_alone(killed: Daemon) -> None:
     assert daemon.segments() == [name.removeprefix("/dev/shm/")]
 
 
+# --- the index
+
+
+def keys_in(client: Raw) -> set[int]:
+    """What stands for blocks in the index that the client was handed."""
+    content = os.pread(client.index_fd, 4096, 0)
+    return {int.from_bytes(content[at : at + 8], "little") for at in range(64, 4096, 16)} - {0}
+
+
+def test_the_index_is_made_anew_and_the_old_one_loses_its_memory(tmp_path: Path) -> None:
+    first = start_daemon(runtime_dir=tmp_path / "rt")
+    with raw_client(first) as old:
+        context = old.open()
+        for prompt in (PROMPT, OTHER):
+            old.release(context, old.store(context, prompt))
+        held = keys_in(old)
+        assert len(held) == old.status()["models"][0]["blocks"]["cached"] > 4
+        first.kill()
+        damaged = slot_of(first, BLOCK_TOKENS, BLOCK_TOKENS)
+        before = os.fstat(old.index_fd)
+        assert keys_in(old) == held, "nobody was there to say that the daemon is dead"
+        directory = Directory.adopt(segment(first, "dir"))
+        directory.drop(damaged)  # what is below it goes too
+        directory.close(unlink=False)
+        with next_daemon(first) as second:
+            assert os.fstat(old.index_fd).st_blocks == os.fstat(old.index_fd).st_nlink == 0
+            with raw_client(second) as client:
+                client.open()
+                assert os.fstat(client.index_fd).st_ino != before.st_ino
+                assert keys_in(client) < held
+                blocks = client.status()["models"][0]["blocks"]
+                assert len(keys_in(client)) == blocks["active"] + blocks["cached"] > 0
+                assert client.status()["accounting"]["drift_bytes"] == 0
+                assert client.verify()["ok"]
+
+
+def test_a_daemon_that_stops_in_order_leaves_no_key_in_an_index(tmp_path: Path) -> None:
+    daemon = start_daemon(runtime_dir=tmp_path / "rt")
+    with raw_client(daemon) as client:
+        context = client.open()
+        client.release(context, client.store(context, PROMPT))
+        assert keys_in(client)
+        assert daemon.stop() == 0
+        assert os.pread(client.index_fd, 4, 8) == bytes(4), "it has no buckets"
+
+
 # --- readers of a former life
 
 
@@ -648,7 +699,7 @@ def test_the_name_of_the_model_is_registered_already(killed: Daemon) -> None:
         status = client.status()
         assert [model["name"] for model in status["models"]] == ["model"]
         assert client.register(fingerprint=FINGERPRINT) == 1
-        assert len(daemon.segments()) == 3
+        assert len(daemon.segments()) == 4
 
 
 # --- purge

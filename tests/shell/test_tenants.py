@@ -19,7 +19,7 @@ import kvd_client
 from kvd.lifeline import Listener
 from kvd.tenants import Membership, Tenants, TenantTables
 from kvd_proto import codec, errors
-from kvd_proto.keys import arena_fingerprint
+from kvd_proto.keys import arena_fingerprint, root_key
 from kvd_proto.messages import (
     Config,
     Events,
@@ -139,6 +139,8 @@ CLIENT = """
     from types import SimpleNamespace
     from kvd_proto import errors
     from kvd_proto.keys import arena_fingerprint
+    from kvd_client import PromptKeys
+    from kvd_proto.index import IndexReader
     from kvd_proto.messages import *
     from tests.shell.raw import *
     os.setgroups(groups)
@@ -161,7 +163,14 @@ CLIENT = """
                 "right": blocks == expected_blocks(n_blocks, fill),
                 "size": len(client.arena),
                 "arena": os.fstat(client.arena_fd).st_ino,
+                "index": os.fstat(client.index_fd).st_ino,
             }
+        if name == "peek":
+            first, n_blocks = values
+            index = IndexReader(memoryview(mmap.mmap(client.index_fd, 0, prot=mmap.PROT_READ)))
+            keys = PromptKeys(many_tokens(first, n_blocks * BLOCK_TOKENS))
+            found = index.count(keys.prefixes(index.root_key, BLOCK_TOKENS))
+            return [found, index.root_key.hex()]
         if name == "hold":
             first, n_blocks = values
             sequence = client.alloc(contexts[-1], many_tokens(first, n_blocks * BLOCK_TOKENS))
@@ -211,11 +220,13 @@ CLIENT = """
             message = make_alloc(contexts[-1], b"", reserve=n_blocks * BLOCK_TOKENS)
             return type(client.ask(message)).__name__
         if name == "reopen":  # for writing, what was handed out for reading
-            try:
-                os.open(f"/proc/self/fd/{client.arena_fd}", os.O_RDWR)
-            except PermissionError:
-                return "PermissionError"
-            return "opened"
+            for fd in (client.arena_fd, client.index_fd):
+                try:
+                    os.open(f"/proc/self/fd/{fd}", os.O_RDWR)
+                except PermissionError:
+                    continue
+                return "opened"
+            return "PermissionError"
 
     try:
         client = Raw(daemon)
@@ -325,6 +336,18 @@ def test_two_tenants_get_nothing_of_each_others(daemon: Daemon, become: Any) -> 
     assert a("hold", 0, 3) == 3 * BLOCK_TOKENS
     for user in (a, b):
         assert user("reopen") == "PermissionError"
+
+
+@needs_root
+def test_an_index_tells_of_ones_own_tenant_alone(become: Any) -> None:
+    a, b, a2 = become(A), become(B), become(NOBODYS, 63000, 62001)
+    stored = [user("store", 0, 3, 1) for user in (a, b, a2)]
+    assert stored[0]["index"] == stored[2]["index"] != stored[1]["index"]
+    model = arena_fingerprint(FINGERPRINT, "llama-state", BLOCK_TOKENS)
+    roots = [root_key(model, salt.encode()).hex() for salt in (SALT_A, SALT_B, SALT_A)]
+    assert [user("peek", 0, 4) for user in (a, b, a2)] == [[3, root] for root in roots]
+    assert a("forget", 0, 3) == 3
+    assert [user("peek", 0, 4)[0] for user in (a, b, a2)] == [0, 3, 0]
 
 
 @needs_root

@@ -39,7 +39,7 @@ def leave_behind(
     fingerprint = arena_fingerprint(FINGERPRINT, "array", BLOCK_TOKENS)
     arena = CreateArena(
         1, "default", "large", fingerprint, "array", BLOCK_TOKENS, geometry.layers,
-        form.max_bytes, stride, slots, directory_bytes_for(n_blocks, BLOCK_TOKENS),
+        form.max_bytes, stride, slots, directory_bytes_for(n_blocks, BLOCK_TOKENS), b"",
     )  # fmt: skip
     checksum = xxhash.xxh3_64_intdigest(bytes(form.max_bytes))
     with InstanceLock(runtime_dir, instance) as lock:

@@ -14,8 +14,9 @@ from kvd_client.integrations.llama.files.model_size import BadKvType, ModelSize,
 from kvd_client.kvctl.answer import FAILED, Answer, BadUsage
 from kvd_client.kvctl.command import Command, connect, positive
 from kvd_client.kvctl.tables import Column, Look, clean, count, size, table
-from kvd_proto.geometry import GGML_TYPES, round_up
-from kvd_proto.layout import DIRECTORY_CHUNK, directory_bytes_for
+from kvd_proto.geometry import GGML_TYPES
+from kvd_proto.index import memory_beside
+from kvd_proto.layout import DIRECTORY_CHUNK
 from kvd_proto.messages import MAX_BLOCK_TOKENS
 
 DEFAULT_BUDGET = 4096 << 20
@@ -33,13 +34,11 @@ class Budget:
 
 
 def blocks_in(budget: int, stride: int, block_tokens: int) -> int:
-    """How many blocks fit a budget that nothing else takes from, the directory included."""
+    """How many blocks fit a budget that nothing else takes from, directory and index included."""
     n_blocks = slots = budget // stride
-    limit = directory_bytes_for(slots, block_tokens)
 
     def taken(n: int) -> int:
-        directory = round_up(directory_bytes_for(n, block_tokens), DIRECTORY_CHUNK)
-        return n * stride + min(directory, limit)
+        return n * stride + memory_beside(n, slots, block_tokens)
 
     while n_blocks and taken(n_blocks) > budget:
         n_blocks -= -(-(taken(n_blocks) - budget) // (stride + DIRECTORY_CHUNK))

@@ -77,7 +77,9 @@ def adopt(cache: Cache, found: ArenaFound, now: float, effects: list[Effect]) ->
     cache.counters.adopted_blocks += len(blocks)
     budget.journal.note(Kind.ADOPTED, found.tenant, arena.name, len(blocks), len(kept))
     effects.append(
-        ArenaAdopted(arena.number, len(blocks), arena.directory_bytes, arena.pins.n_bytes)
+        ArenaAdopted(
+            arena.number, len(blocks), arena.records_bytes, arena.pins.n_bytes, arena.root.key
+        )
     )
     if not found.has_readers:
         budget.readers_gone(arena, effects)

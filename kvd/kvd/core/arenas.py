@@ -24,9 +24,10 @@ from kvd.core.pins import PinTable
 from kvd.core.shares import ModelShare
 from kvd.core.tenants import Tenant
 from kvd.core.tree import SEALED, Block
+from kvd_proto import index
 from kvd_proto.geometry import Geometry, round_up
 from kvd_proto.keys import TOKEN_BYTES
-from kvd_proto.layout import DIRECTORY_CHUNK, DIRECTORY_HEADER_BYTES, directory_bytes_for
+from kvd_proto.layout import directory_growth
 from kvd_proto.payload import PayloadFormat
 
 
@@ -95,7 +96,8 @@ class Arena:
         self.active_lacks = 0
         self.pinned_lacks = 0
         self.cached_lacks = 0
-        self.directory_bytes = min(self.directory_limit, round_up(DIRECTORY_HEADER_BYTES))
+        self.directory_bytes = index.memory_beside(0, slots, block_tokens)
+        """Of the directory and the index, without pins."""
 
     @property
     def backed(self) -> int:
@@ -109,8 +111,13 @@ class Arena:
 
     @property
     def memory_beside(self) -> int:
-        """Bytes of the directory, its pins included."""
+        """Bytes of the directory, its pins included, and of the index."""
         return self.directory_bytes + self.pins.n_bytes
+
+    @property
+    def records_bytes(self) -> int:
+        """Of these, what the header and the records of the directory take."""
+        return directory_growth(self.high_water, self.slots, self.block_tokens)
 
     def lack_of(self, block: Block) -> int:
         """How many tokens a block lacks to be full."""
@@ -130,18 +137,16 @@ class Arena:
 
     @property
     def directory_limit(self) -> int:
-        """The directory's length when every slot has been used."""
-        return directory_bytes_for(self.slots, self.block_tokens)
+        """Bytes of directory and index when every slot has been used."""
+        return index.memory_beside(self.slots, self.slots, self.block_tokens)
 
     def directory_for(self, high_water: int) -> int:
-        """The directory's backed bytes once slots below `high_water` have been used."""
-        wanted = directory_bytes_for(high_water, self.block_tokens)
-        if wanted <= self.directory_bytes:
-            return self.directory_bytes
-        return min(self.directory_limit, round_up(wanted, DIRECTORY_CHUNK))
+        """Their backed bytes once slots below `high_water` have been used."""
+        wanted = index.memory_beside(high_water, self.slots, self.block_tokens)
+        return max(wanted, self.directory_bytes)
 
     def cost_of_fresh(self, n_slots: int) -> int:
-        """Bytes of the budget that backing `n_slots` more takes, the directory's growth
+        """Bytes of the budget that backing `n_slots` more takes, the growth of directory and index
         included."""
         beyond = self.high_water + max(0, n_slots - len(self.punched))
         growth = self.directory_for(beyond) - self.directory_bytes

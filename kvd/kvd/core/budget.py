@@ -325,7 +325,7 @@ class Budget(Dropping):
 
     def back_effect(self, job: int, arena: Arena, session: SessionId, to_back: list[int]) -> Back:
         """The effect that gives `to_back` memory, for `session`."""
-        return Back(job, arena.number, session, to_back, arena.directory_bytes)
+        return Back(job, arena.number, session, to_back, arena.records_bytes)
 
     def check_room(self, arena: Arena, n_slots: int) -> None:
         """Whether `n_slots` can be had at all, if everything that may go does. Mutates nothing."""

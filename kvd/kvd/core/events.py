@@ -209,7 +209,8 @@ class Completed(NamedTuple):
 
 
 class CreateArena(NamedTuple):
-    """Make the segments of a new arena: `slots` sparse slots, and its directory."""
+    """Make the segments of a new arena: `slots` sparse slots, its directory, and its index, which
+    tells clients `root_key`."""
 
     arena: int
     tenant: str
@@ -222,24 +223,27 @@ class CreateArena(NamedTuple):
     stride_bytes: int
     slots: int
     directory_bytes: int
+    root_key: bytes
 
 
 class RemoveArena(NamedTuple):
-    """Nobody uses this arena: it and its directory go, and their memory before any `Back` that
+    """Nobody uses this arena: all of its segments go, and their memory before any `Back` that
     comes later."""
 
     arena: int
 
 
 class ShareArena(NamedTuple):
-    """Send the arena's read-only descriptor to the session, before the reply that names it."""
+    """Send read-only descriptors of the arena and its index to the session, before the reply that
+    names it."""
 
     session: SessionId
     arena: int
 
 
 class Back(NamedTuple):
-    """Give slots memory, all or none, and the directory up to `directory_bytes`; for `session`."""
+    """Give slots memory, all or none, and the directory up to `directory_bytes`, with what belongs
+    to that of the index; for `session`."""
 
     job: int
     arena: int
@@ -308,12 +312,13 @@ class BlocksDamaged(NamedTuple):
 
 class ArenaAdopted(NamedTuple):
     """What was found is used on: so many blocks, and of the directory the first
-    `directory_bytes`, and of its pins the first `pins_bytes`."""
+    `directory_bytes`, and of its pins the first `pins_bytes`. Its index is a new one."""
 
     arena: int
     blocks: int
     directory_bytes: int
     pins_bytes: int
+    root_key: bytes
 
 
 class ArenaRefused(NamedTuple):

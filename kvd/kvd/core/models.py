@@ -219,7 +219,8 @@ def _create_arena(
             arena.payload_bytes,
             arena.stride,
             arena.slots,
-            arena.directory_bytes,
+            arena.records_bytes,
+            arena.root.key,
         )
     )
     return arena

@@ -6,6 +6,7 @@ like. For engines: `arrays` (NumPy and the like), `integrations.llama` (llama-cp
 
 from kvd_client import errors
 from kvd_client.client import Client, Context, Sequence, connect
+from kvd_client.peeking import PromptKeys
 from kvd_client.session import Commit
 from kvd_client.staging import Staged
 from kvd_client.state import Model
@@ -15,6 +16,7 @@ __all__ = [
     "Commit",
     "Context",
     "Model",
+    "PromptKeys",
     "Sequence",
     "Staged",
     "connect",

@@ -207,6 +207,10 @@ class AsyncContext(ContextState):
         """The same for all sequences; see `client.Context.keep_alive`."""
         return await cast(AsyncClient, self.client).run(ops.keep_all_alive(self))
 
+    async def reopen(self) -> bool:
+        """Open it again if the daemon has been away; see `client.Context.reopen`."""
+        return await cast(AsyncClient, self.client).run(ops.reopen(self))
+
     async def close(self) -> None:
         """Give back the context and all of its sequences; see `client.Context.close`."""
         await cast(AsyncClient, self.client).run(ops.close_context(self))

@@ -222,6 +222,11 @@ class Context(ContextState):
         nothing times out."""
         return cast(Client, self.client).run(ops.keep_all_alive(self))
 
+    def reopen(self) -> bool:
+        """Open the context again if the daemon has been away, as alloc does by itself: for who only
+        peeks. Returns whether it is open; with fail_open and no daemon it is not."""
+        return cast(Client, self.client).run(ops.reopen(self))
+
     def close(self) -> None:
         """Give back the context and all of its sequences. Works without a daemon, too.
 
@@ -287,6 +292,15 @@ class Client(ClientState):
             if not (isinstance(error, KvdError) and fail_open):
                 self.shut_down()
                 raise
+
+    def goes_on(self, session: Session) -> bool:
+        # Who has the lock looks as well.
+        if self.lock.acquire(blocking=False):
+            try:
+                session.look()
+            finally:
+                self.lock.release()
+        return session.lost is None
 
     def open_context(self, model: Model, n_seq_max: int = 8) -> Context:
         """Register `model` and open a context with sequence ids 0 .. n_seq_max-1.

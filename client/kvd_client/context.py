@@ -67,6 +67,7 @@ __all__ = [
     "read_into",
     "refresh",
     "release",
+    "reopen",
 ]
 
 S = TypeVar("S", bound=SequenceState)
@@ -106,6 +107,19 @@ def open_new_context(context: ContextState) -> Operation[None]:
             raise
 
 
+def reopen(context: ContextState) -> Operation[bool]:
+    """Have the context open in a live session; whether it is. With fail_open that is no error."""
+    context.check()
+    client = context.client
+    try:
+        yield from open_context(context, client.deadline())
+    except KvdError as error:
+        if not client.without_daemon(error):
+            raise
+        return False
+    return True
+
+
 def _open(context: ContextState, session: Session, deadline: float) -> Operation[None]:
     client, model = context.client, context.model
 
@@ -124,7 +138,7 @@ def _open(context: ContextState, session: Session, deadline: float) -> Operation
         ),
         deadline,
     )
-    session.look()  # the descriptor was sent before the reply
+    session.look()  # the descriptors were sent before the reply
     if registered.segment not in session.arenas:
         here = partial(session.arenas.__contains__, registered.segment)
         yield Wait(session, here, deadline - time.monotonic())

@@ -184,6 +184,11 @@ class ClientState:
         session.look()
         return session if session.lost is None else None
 
+    def goes_on(self, session: Session) -> bool:
+        """Whether a session has not ended, as far as can be told without waiting for anybody."""
+        session.look()
+        return session.lost is None
+
     def ensure_session(self, deadline: float) -> Operation[Session]:
         """The open session, or a new one. Raises Unavailable, DeadlineExceeded, or what the daemon
         refuses with.

@@ -13,13 +13,14 @@ import numpy.typing as npt
 from kvd_client.arena import Arena, Views
 from kvd_client.errors import BadMessage, Closed, StaleHandle, copy_error
 from kvd_client.operations import ClientState
+from kvd_client.packing import Tokens, pack_tokens
+from kvd_client.peeking import PromptKeys
 from kvd_client.session import Session
 from kvd_proto.geometry import Geometry
-from kvd_proto.keys import TOKEN_BYTES, arena_fingerprint
+from kvd_proto.keys import arena_fingerprint
 from kvd_proto.payload import PayloadFormat, make_format
 
-Tokens = npt.ArrayLike | bytes
-"""Token ids: a flat sequence of integers, or packed little-endian u32."""
+__all__ = ["ContextState", "Model", "Payloads", "SequenceState", "Tokens", "pack_tokens"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +77,28 @@ class ContextState:
         self.client.check()
         if self.closed:
             raise Closed("this context has been closed")
+
+    def peek(self, tokens: Tokens | PromptKeys) -> int:
+        """How many of `tokens` are cached at this moment, as far as can be seen in shared memory:
+        a hint, never a lease. No round trip, and nobody is waited for; with the asyncio client a
+        plain call, too.
+
+        Full blocks are counted, so it is a multiple of the model's block_tokens: an alloc may match
+        some tokens more, in a block that is not full or goes on otherwise. Blocks that an earlier
+        daemon left count before they have been checked. 0 without a daemon, and after it was away
+        until the context is open again: see `reopen`. From any thread. Raises Closed, Forked, and
+        BadMessage for what are no tokens.
+        """
+        self.check()
+        keys = tokens if isinstance(tokens, PromptKeys) else PromptKeys(tokens)
+        session, arena = self.session, self.arena
+        if session is None or arena is None or not self.client.goes_on(session):
+            return 0
+        index = arena.index
+        if index is None:
+            return 0
+        block_tokens = self.model.block_tokens
+        return index.count(keys.prefixes(index.root_key, block_tokens)) * block_tokens
 
     def bytes_of(self, n_tokens: int) -> int:
         """Bytes in the arena of the blocks for so many tokens, roughly."""
@@ -190,24 +213,3 @@ class Payloads(NamedTuple):
     memory: npt.NDArray[np.uint8]
     addresses: list[int]
     sizes: list[int]
-
-
-def pack_tokens(tokens: Tokens) -> bytes:
-    """Token ids as the protocol wants them: little-endian u32. Bytes are taken as they are."""
-    if isinstance(tokens, bytes | bytearray):
-        return bytes(tokens)
-    try:
-        array = np.asarray(tokens)
-    except ValueError as error:
-        raise BadMessage(f"tokens are a flat sequence of integers: {error}") from None
-    if array.size == 0:
-        return b""
-    if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise BadMessage(
-            "tokens are a flat sequence of integers", shape=str(array.shape), type=str(array.dtype)
-        )
-    if array.dtype.kind == "i" and int(array.min()) < 0:
-        raise BadMessage("a token id is not negative", got=int(array.min()))
-    if array.dtype.itemsize > TOKEN_BYTES and int(array.max()) >= 1 << 32:
-        raise BadMessage("a token id is below 2**32", got=int(array.max()))
-    return array.astype("<u4", copy=False).tobytes()

@@ -1,4 +1,4 @@
-"""One alloc with a prefix match, beside a bare echo of messages of the same bytes.
+"""One alloc with a prefix match, and one peek, beside a bare echo of messages of the same bytes.
 
 The echo is the least that pyzmq and msgpack can do: a ROUTER in a process of its own that unpacks
 the request and packs a reply of the same form as the daemon's, and a DEALER that does the same on
@@ -18,7 +18,7 @@ import zmq
 import kvd_client
 from bench.daemon import running_daemon
 from bench.report import Row, row
-from kvd_client import Model
+from kvd_client import Model, PromptKeys
 from kvd_proto import codec
 from kvd_proto.messages import Alloc, Allocated, Message, Release
 
@@ -58,7 +58,12 @@ def _measure(client: kvd_client.Client, address: str, n_blocks: int, n_requests:
         reply = _ask(session.dealer, message, Allocated)
         _release(session.dealer, context.number, reply)
         likeness = msgpack.packb([7, 0, *reply])
+        prompt = PromptKeys(tokens)
+        if context.peek(prompt) != len(tokens):
+            raise RuntimeError("the blocks that were stored are not in the index")
         echoes: list[float] = []
+        peeks: list[float] = []
+        computed: list[float] = []
         allocs: list[float] = []
         wholes: list[float] = []
         for _ in range(n_requests):
@@ -71,6 +76,8 @@ def _measure(client: kvd_client.Client, address: str, n_blocks: int, n_requests:
             sequence = context.alloc(tokens, request="bench")
             wholes.append((time.perf_counter() - started) * 1e6)
             sequence.release()
+            peeks.append(_timed(lambda: context.peek(prompt)))
+            computed.append(_timed(lambda: context.peek(tokens)))
     bare.close(linger=0)
     floor = "a bare echo of the same bytes"
     label = f"{n_blocks} block{'s' if n_blocks > 1 else ''}"
@@ -79,6 +86,8 @@ def _measure(client: kvd_client.Client, address: str, n_blocks: int, n_requests:
         row(f"alloc, {label} matched: the daemon's round trip", allocs, "us", echoes, floor),
         row(f"alloc, {label} matched: above the echo", above, "us", echoes, floor),
         row(f"alloc, {label} matched: as Python calls it", wholes, "us", echoes, floor),
+        row(f"peek, {label} cached: with known keys", peeks, "us", echoes, floor),
+        row(f"peek, {label} cached: with their computation", computed, "us", echoes, floor),
     ]
 
 

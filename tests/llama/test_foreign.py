@@ -128,6 +128,13 @@ def test_other_kinds_are_shared_with_engines_too(tiny_dir: Path, name: str) -> N
         ("llama", {"odd": {"load_mtp": True}}, Reason.LAYOUT, "without draft-mtp"),
         ("llama", {"odd": {"use_extra_bufts": False}}, Reason.PARAMETERS, "use_extra_bufts"),
         ("llama", {"odd": {"no_host": True}}, Reason.PARAMETERS, "no_host"),
+        ("llama", {"odd": {"devices": 1}}, Reason.PARAMETERS, "devices"),
+        (
+            "llama",
+            {"odd": {"tensor_buft_overrides": 1}},
+            Reason.PARAMETERS,
+            "tensor_buft_overrides",
+        ),
     ],
 )
 def test_what_cannot_be_shared_is_refused_with_the_reason(
@@ -142,12 +149,21 @@ def test_what_cannot_be_shared_is_refused_with_the_reason(
 
 
 def test_overridden_metadata_is_refused(tiny_dir: Path) -> None:
-    overrides = (bindings.llama_model_kv_override * 1)()
+    overrides = (bindings.llama_model_kv_override * 2)()
+    overrides[0].key = b"llama.rope.freq_base"
     with (
-        pytest.raises(NotShareable, match="kv_overrides"),
+        pytest.raises(NotShareable, match="llama.rope.freq_base"),
         foreign(tiny_dir / "llama.gguf", kv_overrides=overrides),
     ):
         pass
+
+
+def test_no_overrides_are_none(tiny_dir: Path) -> None:
+    """What a program gives llama.cpp that was told to override nothing: the end of the list."""
+    path = tiny_dir / "llama.gguf"
+    nothing = (bindings.llama_model_kv_override * 1)()
+    with foreign(path) as plain, foreign(path, kv_overrides=nothing) as context:
+        assert fingerprint(context) == fingerprint(plain)
 
 
 def test_two_adapters_are_refused(tiny_dir: Path) -> None:

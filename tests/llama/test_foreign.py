@@ -105,6 +105,16 @@ def test_without_flash_attention_it_is_another(tiny_dir: Path) -> None:
         assert fingerprint(off).digest != fingerprint(on).digest
 
 
+def test_batches_of_one_token_are_enough(tiny_dir: Path) -> None:
+    """More than n_batch tokens at once would end the process."""
+    path = tiny_dir / "llama.gguf"
+    with (
+        foreign(path) as usual,
+        foreign(path, n_batch=1, n_ubatch=1, n_seq_max=1) as context,
+    ):
+        assert context.form == usual.form
+
+
 @pytest.mark.parametrize("name", ["heads-by-layer", "m-rope"])
 def test_other_kinds_are_shared_with_engines_too(tiny_dir: Path, name: str) -> None:
     path = tiny_dir / f"{name}.gguf"
@@ -152,7 +162,7 @@ def test_overridden_metadata_is_refused(tiny_dir: Path) -> None:
     overrides = (bindings.llama_model_kv_override * 2)()
     overrides[0].key = b"llama.rope.freq_base"
     with (
-        pytest.raises(NotShareable, match="llama.rope.freq_base"),
+        pytest.raises(NotShareable, match=r"llama\.rope\.freq_base"),
         foreign(tiny_dir / "llama.gguf", kv_overrides=overrides),
     ):
         pass

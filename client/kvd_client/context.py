@@ -25,6 +25,7 @@ from kvd_client.errors import (
     NoSequenceFree,
     SequenceEnded,
     ServiceError,
+    Unavailable,
     ViewsAlive,
     copy_error,
 )
@@ -224,20 +225,21 @@ def alloc(
         if session.lost is not None:
             # With the reply came the news that the daemon has gone; the id is nobody's any more.
             raise copy_error(session.lost)
+        try:
+            sequence = _allocated(context, session, reply, make)
+        except BaseException as error:
+            context.sequences.pop(reply.seq_id, None)
+            undo(reply)
+            if isinstance(error, OSError):  # of mmap: a process may be limited to less (ulimit -v)
+                text = f"the arena cannot be mapped: {error.strerror or error}"
+                raise Unavailable(text) from error
+            raise
     except KvdError as error:
         if not client.without_daemon(error):
             raise
         sequence = _alloc_without_daemon(context, make)
-        sequence.stores = store
-        return sequence
-    try:
-        sequence = _allocated(context, session, reply, make)
-        sequence.stores = store
-        return sequence
-    except BaseException:
-        context.sequences.pop(reply.seq_id, None)
-        undo(reply)
-        raise
+    sequence.stores = store
+    return sequence
 
 
 def _release_again(session: Session, number: int, reply: Allocated) -> None:

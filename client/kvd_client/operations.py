@@ -391,6 +391,7 @@ def _nobody_waits(late: Callable[[Any], None] | None, body: Any) -> None:
         late(body)
 
 
-def settle_appends(session: Session, timeout: float) -> Operation[None]:
-    """Wait until every append that was sent is answered, or raise DeadlineExceeded."""
-    yield Wait(session, lambda: not session.unanswered_appends, timeout, may_fail=True)
+def settle_appends(session: Session, timeout: float, may_fail: bool = True) -> Operation[None]:
+    """Wait until every append that was sent is answered, or raise DeadlineExceeded. `may_fail`: see
+    Wait."""
+    yield Wait(session, lambda: not session.unanswered_appends, timeout, may_fail)

@@ -3,6 +3,7 @@ behind of each."""
 
 import logging
 import os
+import resource
 import signal
 import threading
 import time
@@ -268,6 +269,33 @@ def test_the_way_back_to_a_daemon_takes_no_longer_than_one_timeout(
         finally:
             client.close()
             again.stop()
+
+
+@pytest.mark.parametrize("fail_open", [True, False])
+def test_who_has_no_room_to_map_the_arena_goes_on_without(mortal: Daemon, fail_open: bool) -> None:
+    """As under `ulimit -v`: an arena is as long as /dev/shm."""
+    with kvd_client.connect(mortal.runtime_dir, staging_bytes=STAGING) as other:
+        store(other.open_context(MODEL), PROMPT)
+        with kvd_client.connect(
+            mortal.runtime_dir, fail_open=fail_open, staging_bytes=STAGING, timeout=10.0
+        ) as client:
+            context = client.open_context(MODEL)
+            before = resource.getrlimit(resource.RLIMIT_AS)
+            now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (now + (32 << 20), before[1]))
+            try:
+                if fail_open:
+                    with context.alloc(PROMPT) as sequence:
+                        assert not sequence.shared
+                else:
+                    with pytest.raises(errors.Unavailable, match="the arena cannot be mapped"):
+                        context.alloc(PROMPT)
+            finally:
+                resource.setrlimit(resource.RLIMIT_AS, before)
+            eventually(lambda: other.status()["sequences"]["in_use"] == 0)
+            with context.alloc(PROMPT) as sequence:
+                assert sequence.shared
+                assert holds(sequence, PROMPT)
 
 
 def test_to_keep_alive_costs_one_timeout_and_is_no_error(

@@ -151,6 +151,37 @@ def test_a_prompt_is_saved_behind_its_first_token(
     assert happened.count("saved") == 2, "the prompt, and with its completion"
 
 
+def test_whatever_a_lookup_raises_the_one_thread_goes_on(
+    daemon: Daemon, smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = load_script(script_path())
+    put_cache_into(script, 32, runtime_dir=daemon.runtime_dir, timeout=10)
+    done: list[bool] = []
+
+    def ask(app: Any, **_: Any) -> None:
+        service = app.state.service
+
+        def fails(_: Any) -> None:
+            raise OSError("out of something")
+
+        for number in range(2):  # the second one finds an idle sequence, which might go
+            request = service.request_from_payload(
+                script.CreateCompletionRequest(prompt=f"{number} " + TEXT, max_tokens=2)
+            )
+            ended = threading.Event()
+            request.on_done = lambda _, ended=ended: ended.set()
+            service.enqueue(lambda request=request: service.scheduler.submit_request(request))
+            done.append(ended.wait(60 if not number else 10))
+            service.scheduler.sequence_cache.lookup = fails
+
+    config = tmp_path / "config.json"
+    example_command(config, smollm2, None, **OPTIONS)
+    monkeypatch.setattr(sys, "argv", ["server.py", "-C", str(config)])
+    monkeypatch.setattr(script.uvicorn, "run", ask)
+    script.main()
+    assert done == [True, True]
+
+
 def test_a_prompt_that_asks_for_no_tokens_is_saved(
     pair: tuple[ExampleServer, ExampleServer], words: LlamaModel
 ) -> None:

@@ -6,19 +6,20 @@ import itertools
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from signal import SIGCONT, SIGSTOP
 from typing import Any, NamedTuple
 
 import llama_cpp.llama_cpp as bindings
 import numpy as np
 import pytest
 
-from kvd_client.client import Client
+from kvd_client.client import Client, Context
 from kvd_client.errors import KvdError
 from kvd_client.integrations.llama.foreign import Before, ForeignContext
 from kvd_client.integrations.llama.kv.blobs import BadState, StateForm
 from kvd_client.integrations.llama.kv.engine import LlamaEngine
 from kvd_client.integrations.llama.runtime import native
-from kvd_client.integrations.llama.sequence_cache import Match, SequenceCache
+from kvd_client.integrations.llama.sequence_cache import STAGING_WAIT, Match, SequenceCache
 from kvd_client.integrations.llama.worker import LlamaWorker, model_of
 from tests.e2e.workers import TINY_OPTIONS
 from tests.llama import tiny_models
@@ -365,6 +366,43 @@ def test_without_a_daemon_nothing_is_found_and_nothing_fails(
                 assert cache.load(found(cache, tokens)) is not None
                 assert in_use(cache) == 0
                 assert cache.client.verify()["ok"]
+
+
+def test_a_daemon_that_hangs_in_a_save_costs_one_timeout(
+    engine: LlamaEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a state that is larger than the staging, which a daemon that works is waited for."""
+    tokens = fresh_prompt(400)
+    state = compute(engine, tokens).state
+    timeout = 0.2
+    assert timeout < STAGING_WAIT / 2
+    with (
+        running_daemon(runtime_dir=tmp_path / "kvd") as daemon,
+        open_cache(daemon.runtime_dir, engine, timeout, staging=64 << 10) as cache,
+    ):
+        plain = Context.alloc
+
+        def alloc(self: Context, *arguments: Any, **named: Any) -> Any:
+            leased = plain(self, *arguments, **named)
+            daemon.process.send_signal(SIGSTOP)
+            return leased
+
+        try:
+            with monkeypatch.context() as patch:
+                patch.setattr(Context, "alloc", alloc)
+                begun = time.monotonic()
+                cache.save(tokens, state)
+                assert time.monotonic() - begun < STAGING_WAIT
+        finally:
+            daemon.process.send_signal(SIGCONT)
+
+        def is_stored() -> bool:
+            cache.save(tokens, state)
+            match = cache.lookup(tokens)
+            return match is not None and match.length == len(tokens) - 1
+
+        wait_until(is_stored)
+        assert cache.client.verify()["ok"]
 
 
 def test_what_the_daemon_refuses_is_logged(

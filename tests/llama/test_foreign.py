@@ -105,6 +105,16 @@ def test_without_flash_attention_it_is_another(tiny_dir: Path) -> None:
         assert fingerprint(off).digest != fingerprint(on).digest
 
 
+def test_batches_of_one_token_are_enough(tiny_dir: Path) -> None:
+    """More than n_batch tokens at once would end the process."""
+    path = tiny_dir / "llama.gguf"
+    with (
+        foreign(path) as usual,
+        foreign(path, n_batch=1, n_ubatch=1, n_seq_max=1) as context,
+    ):
+        assert context.form == usual.form
+
+
 @pytest.mark.parametrize("name", ["heads-by-layer", "m-rope"])
 def test_other_kinds_are_shared_with_engines_too(tiny_dir: Path, name: str) -> None:
     path = tiny_dir / f"{name}.gguf"
@@ -128,6 +138,13 @@ def test_other_kinds_are_shared_with_engines_too(tiny_dir: Path, name: str) -> N
         ("llama", {"odd": {"load_mtp": True}}, Reason.LAYOUT, "without draft-mtp"),
         ("llama", {"odd": {"use_extra_bufts": False}}, Reason.PARAMETERS, "use_extra_bufts"),
         ("llama", {"odd": {"no_host": True}}, Reason.PARAMETERS, "no_host"),
+        ("llama", {"odd": {"devices": 1}}, Reason.PARAMETERS, "devices"),
+        (
+            "llama",
+            {"odd": {"tensor_buft_overrides": 1}},
+            Reason.PARAMETERS,
+            "tensor_buft_overrides",
+        ),
     ],
 )
 def test_what_cannot_be_shared_is_refused_with_the_reason(
@@ -142,12 +159,21 @@ def test_what_cannot_be_shared_is_refused_with_the_reason(
 
 
 def test_overridden_metadata_is_refused(tiny_dir: Path) -> None:
-    overrides = (bindings.llama_model_kv_override * 1)()
+    overrides = (bindings.llama_model_kv_override * 2)()
+    overrides[0].key = b"llama.rope.freq_base"
     with (
-        pytest.raises(NotShareable, match="kv_overrides"),
+        pytest.raises(NotShareable, match=r"llama\.rope\.freq_base"),
         foreign(tiny_dir / "llama.gguf", kv_overrides=overrides),
     ):
         pass
+
+
+def test_no_overrides_are_none(tiny_dir: Path) -> None:
+    """What a program gives llama.cpp that was told to override nothing: the end of the list."""
+    path = tiny_dir / "llama.gguf"
+    nothing = (bindings.llama_model_kv_override * 1)()
+    with foreign(path) as plain, foreign(path, kv_overrides=nothing) as context:
+        assert fingerprint(context) == fingerprint(plain)
 
 
 def test_two_adapters_are_refused(tiny_dir: Path) -> None:

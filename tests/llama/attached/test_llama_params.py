@@ -120,6 +120,11 @@ def test_k_and_v_of_both_yarn_numbers_are_equal(tiny: LlamaModel, make: Make) ->
     assert not same_bytes(blocks[0], blocks[2])
 
 
+def test_no_overrides_are_none(make: Make) -> None:
+    """A Llama gives llama.cpp a list of them that has nothing but its end."""
+    assert fingerprint(read_llama(make(kv_overrides={}))) == fingerprint(read_llama(make()))
+
+
 @pytest.mark.parametrize(
     ("options", "reason", "word"),
     [

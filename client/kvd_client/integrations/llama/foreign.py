@@ -115,15 +115,16 @@ def _refuse(
 
 
 def _probe(model: LlamaModel, context: int) -> StateForm:
-    """Decode two tokens, read their state, and empty the context again."""
+    """Decode two tokens, one after the other, read their state, and empty the context again."""
     memory = bindings.llama_get_memory(context)
     tokens = np.array([0, 0], np.int32)
-    batch = Batch(len(tokens))
-    batch.fill(tokens, np.arange(len(tokens), dtype=np.int32), 0, False)
+    batch = Batch(1)  # llama.cpp ends the process if there are more than the context's n_batch
     try:
-        code = bindings.llama_decode(context, batch.native)
-        if code:
-            raise LlamaEngineError(f"cannot decode two tokens: llama_decode returned {code}")
+        for position, token in enumerate(tokens):
+            batch.fill([token], position, 0, False)
+            code = bindings.llama_decode(context, batch.native)
+            if code:
+                raise LlamaEngineError(f"cannot decode two tokens: llama_decode returned {code}")
         state = np.empty(native.state_seq_get_size(context, 0), np.uint8)
         got = native.state_seq_get_data(context, state.ctypes.data, state.size, 0)
     finally:

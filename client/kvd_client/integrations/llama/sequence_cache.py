@@ -29,9 +29,11 @@ import numpy.typing as npt
 
 from kvd_client.client import Client, Sequence
 from kvd_client.context import Commit, Model
-from kvd_client.errors import BadPosition, KvdError
+from kvd_client.errors import BadPosition, DeadlineExceeded, KvdError, StagingFull
 from kvd_client.integrations.llama.kv.blobs import Block, SequenceState, StateForm, merge
 from kvd_client.integrations.llama.storing import blocks_at_once
+from kvd_client.operations import settle_appends
+from kvd_client.staging import Staged
 
 logger = logging.getLogger("kvd_client")
 
@@ -185,7 +187,10 @@ class SequenceCache:
         start = leased.full_tokens
         while start < tokens.size and leased.shared:
             end = min(start + at_once, tokens.size)
-            staged = leased.stage(end - start, wait=STAGING_WAIT)
+            try:
+                staged = self._stage(leased, end - start)
+            except DeadlineExceeded:
+                return  # it hangs; what it has not taken in is told later
             try:
                 for index in range(len(staged.sizes)):
                     first = start + index * block_tokens
@@ -201,6 +206,17 @@ class SequenceCache:
                 raise
             self._posted.append(commit)
             start = end
+
+    def _stage(self, leased: Sequence, n_tokens: int) -> Staged:
+        """Room for so many tokens. A daemon that works is waited for; one that hangs, which is one
+        that does not even answer, is not, but for its answers."""
+        try:
+            return leased.stage(n_tokens, wait=0.0)
+        except StagingFull:
+            session, client = leased.session, self.client
+            assert session is not None, "it was staged for"
+            client.run(settle_appends(session, client.timeout, may_fail=False))
+        return leased.stage(n_tokens, wait=STAGING_WAIT)
 
     def _tell_failures(self) -> None:
         """Log what of the posted appends has failed, and forget those that are answered."""

@@ -27,9 +27,10 @@ def read_given(model: "bindings.llama_model_params", context: Any) -> GivenParam
 
     Raises NotShareable, with what to change, for one that the fingerprint does not cover.
     """
-    if model.kv_overrides:
-        overrides = takewhile(lambda each: each.key, model.kv_overrides)
-        names = ", ".join(each.key.decode("utf-8", "replace") for each in overrides)
+    # Ends with an empty key, which is all that there is of it if nothing is overridden.
+    overrides = takewhile(lambda each: each.key, model.kv_overrides or ())
+    names = ", ".join(each.key.decode("utf-8", "replace") for each in overrides)
+    if names:
         raise NotShareable(
             Reason.OVERRIDES,
             f"it has kv_overrides ({names}), which change the model in ways that its file does not "
@@ -58,7 +59,13 @@ def read_given(model: "bindings.llama_model_params", context: Any) -> GivenParam
     usual = bindings.llama_model_default_params()
     odd = [
         name
-        for name in ("use_extra_bufts", "no_host", "no_alloc")
+        for name in (
+            "use_extra_bufts",
+            "no_host",
+            "no_alloc",
+            "devices",
+            "tensor_buft_overrides",
+        )
         if getattr(model, name) != getattr(usual, name)
     ]
     odd += [name for name in ("ctx_type", "cb_eval", "ctx_other") if getattr(context, name)]

@@ -71,7 +71,7 @@ class _Side:
         layers = (("f16", row, "f16", row),) * LAYERS
         model = Model("bench", b"bench".ljust(32, b"-"), "array", layers, BLOCK_TOKENS)
         staging_bytes = min(STAGING_BYTES, 4 * size + (1 << 20))
-        room = 3 * max(size, staging_bytes)
+        room = 2 * size + 2 * staging_bytes
         self._opened = contextlib.ExitStack()
         with contextlib.ExitStack() as opening:
             directory = opening.enter_context(running_daemon(str(room + staging_bytes)))

@@ -44,7 +44,7 @@ class LMCache:
         self._log = (Path(self._directory.name) / "log").open("w+")
         self._segment = f"kvd-bench-lmcache-{os.getpid()}"
         port = _free_port()
-        gigabytes = max(1, -(-3 * largest >> 30))
+        gigabytes = 1 + (3 * largest >> 31)
         command = [str(python), "-m", "lmcache.v1.multiprocess.server"]
         command += ["--host", "127.0.0.1", "--port", str(port)]
         command += ["--supported-transfer-mode", "engine_driven", "--shm-name", self._segment]

@@ -1,8 +1,8 @@
 """Store and fetch of payloads, through kvd and through its peers, beside plain memcpy.
 
 A store lasts until others can see the payload; a fetch, until it is in a private, touched buffer.
-Everything is warm: one store and one fetch of each go before the measured ones, a fetched payload
-has been read before, and the floor is a copy between private buffers that are as warm. All keep
+Everything is warm: one store and one fetch of each go before the measured ones, a fetch and
+its floor follow upon another of the same bytes. All keep
 payloads in memory alone. Each is asked in turn in each round, behind a floor of its own.
 
 Payloads of 1 MiB and more are 1 MiB blocks of 32 tokens for kvd, chunks of 256 tokens and at most
@@ -128,10 +128,9 @@ def _measure(size: int, n_rounds: int, peers: list[Peer]) -> list[Row]:
         for peer in peers:
             floor = {"store": _copy(into, source)}
             value = {"store": peer.store(f"key-{number % 2}", payload)}
-            peer.fetch(f"key-{number % 2}", into)
-            _check(peer, into, payload)
-            into[:] = 0
             floor["fetch"] = _copy(into, source)
+            into[:] = 0
+            peer.fetch(f"key-{number % 2}", into)
             value["fetch"] = peer.fetch(f"key-{number % 2}", into)
             _check(peer, into, payload)
             if number >= 0:

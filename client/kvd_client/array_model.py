@@ -119,9 +119,8 @@ class ArrayModel:
         return KV(self._array(block, k), self._array(block, v))
 
     def _array(self, block: npt.NDArray[np.uint8], plane: Plane) -> npt.NDArray[Any]:
-        n_bytes = math.prod(plane.shape) * self.dtype.itemsize
-        flat = block[plane.offset : plane.offset + n_bytes].view(self.dtype)
-        return flat.reshape(plane.shape)
+        # Half the time of a slice, a view and a reshape, and each keeps `block` alive, too.
+        return np.ndarray(plane.shape, self.dtype, block, plane.offset)
 
     def _lay_out(self) -> tuple[LayerPlanes, ...]:
         planes: list[LayerPlanes] = []

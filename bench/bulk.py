@@ -1,9 +1,9 @@
 """Store and fetch of payloads, through kvd and through its peers, beside plain memcpy.
 
 A store lasts until others can see the payload; a fetch, until it is in a private, touched buffer.
-Everything is warm: one store and one fetch of each go before the measured ones, a fetch and
-its floor follow upon another of the same bytes. All keep
-payloads in memory alone. Each is asked in turn in each round, behind a floor of its own.
+Everything is warm: a round of each goes before the measured ones, and a fetch and its floor each
+follow upon another of the same bytes. All keep payloads in memory alone. Each is asked in turn in
+each round, behind a floor of its own.
 
 Payloads of 1 MiB and more are 1 MiB blocks of 32 tokens for kvd, chunks of 256 tokens and at most
 8 MiB for LMCache, values of at most 256 MiB for Redis and items of at most 16 MiB for memcached.

@@ -38,7 +38,9 @@ def main() -> None:
     print("first tokens ...", flush=True)
     parts["First tokens"] = first_token.measure(n_hits)
     print("first tokens of each integration ...", flush=True)
-    parts["First tokens of each integration"] = integrations.measure(*((2, 2) if quick else (9, 25)))
+    parts["First tokens of each integration"] = integrations.measure(
+        *((2, 2) if quick else (9, 25))
+    )
     print("short prompts ...", flush=True)
     parts["Short prompts"] = threshold.measure(2 if quick else 20)
     print("first tokens of second server processes ...", flush=True)

@@ -23,7 +23,12 @@ def running_daemon(max_memory: str) -> Iterator[str]:
             ready.settimeout(20)
             command = [sys.executable, "-m", "kvd", "serve", "--runtime-dir", directory]
             command += ["--no-keep-on-stop"]
-            command += ["--instance", f"bench-{os.getpid()}-{next(_NUMBERS)}", "--max-memory", max_memory]
+            command += [
+                "--instance",
+                f"bench-{os.getpid()}-{next(_NUMBERS)}",
+                "--max-memory",
+                max_memory,
+            ]
             # A client that commits a GiB at once stages it at once.
             command += ["--max-staging", max_memory, "--max-context", "0", "--log-level", "warning"]
             process = subprocess.Popen(command, env={**os.environ, "NOTIFY_SOCKET": address})

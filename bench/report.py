@@ -130,8 +130,8 @@ def paper(
         "about 0.5 others were at work, and the numbers are worth that much less.",
         "",
         "Medians. *Spread* is the distance between the quartiles; where it is more than "
-        f"{NOISY:.0%} of the value, the row is marked ~: noise. *Ratio* is the value by that beside "
-        "it, which was measured in the same run.",
+        f"{NOISY:.0%} of the value, the row is marked ~: noise. *Ratio* is the value by that "
+        "beside it, which was measured in the same run.",
     ]
     for title, rows in parts.items():
         lines += ["", f"## {title}", "", "| what | measured | spread | ratio | beside | |"]

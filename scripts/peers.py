@@ -1,9 +1,9 @@
 """Get what `make bench` can compare with: `python3 scripts/peers.py`, or `make bench-peers`.
 
-Redis and memcached come from Debian's packages, which are unpacked into `.venv-bench/debian` and not
-installed: no service of the system is started, and nobody has to be root. Those on PATH are taken
-as they are. LMCache comes from PyPI into an environment of its own, `.venv-bench/lmcache`, without
-what its packages depend on for other uses; torch in the variant for CPUs, 200 MB.
+Redis and memcached come from Debian's packages, which are unpacked into `.venv-bench/debian`, and
+not installed: no service of the system is started, and nobody has to be root. Those on PATH are
+taken as they are. LMCache comes from PyPI into an environment of its own, `.venv-bench/lmcache`,
+without what its packages depend on for other uses; torch in the variant for CPUs, 200 MB.
 
 What cannot be had is said, and left out by the benchmark: this never fails for want of one.
 Only the standard library.

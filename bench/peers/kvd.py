@@ -7,8 +7,8 @@ store is alloc, appends, flush and release; a fetch is alloc, which looks up and
 each block into the buffer, and release.
 
 What is stored already costs no copy, so each store of a key is of other tokens. The budget is such
-that it takes the memory of the oldest one: as warm as in a daemon that has run for a while. Payloads
-of each length have a daemon of their own, so that this is so from the first measurement on.
+that it takes the memory of the oldest one: as warm as in a daemon that has run for a while.
+Payloads of each length have a daemon of their own, so that this is so from the first measurement.
 """
 
 import contextlib
@@ -76,7 +76,11 @@ class _Side:
         with contextlib.ExitStack() as opening:
             directory = opening.enter_context(running_daemon(str(room + staging_bytes)))
             clients = [
-                opening.enter_context(kvd_client.connect(directory, name=name, timeout=_TIMEOUT, staging_bytes=staging))
+                opening.enter_context(
+                    kvd_client.connect(
+                        directory, name=name, timeout=_TIMEOUT, staging_bytes=staging
+                    )
+                )
                 for name, staging in (("stores", staging_bytes), ("fetches", 0))
             ]
             self._writer, self._reader = clients

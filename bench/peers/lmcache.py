@@ -77,6 +77,9 @@ class LMCache:
     def stop(self) -> None:
         for process in reversed(getattr(self, "_processes", [])):
             end(process)
+            for pipe in (process.stdin, process.stdout):
+                if pipe is not None:
+                    pipe.close()
         if hasattr(self, "_log"):
             self._log.close()
             self._directory.cleanup()

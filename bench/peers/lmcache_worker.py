@@ -19,11 +19,11 @@ import time
 
 import numpy as np
 import torch
+from lmcache.v1.distributed.api import MemoryLayoutDesc
 from lmcache.v1.multiprocess.custom_types import (
     IPCCacheServerKey,
     RegisterEngineDrivenContextPayload,
 )
-from lmcache.v1.distributed.api import MemoryLayoutDesc
 from lmcache.v1.multiprocess.transfer_context.base import (
     EngineDrivenContextMetadata,
     create_engine_driven_context,
@@ -90,7 +90,7 @@ class Side:
         chunks = self.private.reshape(self.n_chunks, -1)
         started = time.perf_counter()
         out, indices = self.context.prepare_store(name, self.instance)
-        for tensor, index in zip(out, indices):
+        for tensor, index in zip(out, indices, strict=True):
             np.copyto(flat(tensor), chunks[index])
         stored = self.context.commit_store(name, self.instance, [])
         taken = time.perf_counter() - started
@@ -108,7 +108,8 @@ class Side:
         found = self.client.wait_prefetch_status(name.request_id, TIMEOUT).result(timeout=TIMEOUT)
         if found != self.n_chunks:
             raise ValueError(f"LMCache has found {found} of {self.n_chunks} chunks")
-        for tensor, chunk in zip(self.context.prepare_retrieve(name, self.instance), chunks):
+        slots = self.context.prepare_retrieve(name, self.instance)
+        for tensor, chunk in zip(slots, chunks, strict=True):
             np.copyto(chunk, flat(tensor))
         self.context.commit_retrieve(name, self.instance)
         self.client.end_session(name.request_id).result(timeout=TIMEOUT)

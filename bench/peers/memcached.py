@@ -28,7 +28,8 @@ class Memcached:
         address = str(Path(self._directory.name) / "memcached.sock")
         megabytes = 256 + (4 * largest >> 20)
         command = [program, "-s", address, "-a", "0700", "-m", str(megabytes)]
-        command += ["-I", f"{(MOST >> 20) + 1}m", "-t", "2", "-u", pwd.getpwuid(os.getuid()).pw_name]
+        command += ["-I", f"{(MOST >> 20) + 1}m", "-t", "2"]
+        command += ["-u", pwd.getpwuid(os.getuid()).pw_name]  # root must be told so
         self._process = subprocess.Popen(command, env=environment)
         self._connection = connect(address, self._process)
         self._received = Received(self._connection)

@@ -5,6 +5,7 @@ own when there is no staging. Who moves it from one to the next: array_storage.p
 """
 
 import weakref
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -42,7 +43,7 @@ class Block:
             if self._whole is None:
                 self._whole = np.frombuffer(self._memory.toreadonly(), np.uint8)
             # NumPy takes a memoryview in half the time, and it keeps the array alive, too.
-            shown = self._shown[layer] = self._model.show(layer, memoryview(self._whole))
+            shown = self._shown[layer] = self._model.show(layer, memoryview(cast(Any, self._whole)))
         return shown
 
     def rows(self, layer: int) -> KV:

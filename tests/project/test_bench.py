@@ -33,7 +33,10 @@ def test_rows_of_kvd_and_of_each_peer_that_is_there() -> None:
     assert not peers & left_out
     floors = [row.name for row in found.rows if row.floor_name == bulk.MEMCPY]
     assert floors == [
-        f"{what} of {size}, kvd" for size in ("64 KiB", "2 MiB") for what in ("store", "fetch")
+        "store of 64 KiB, kvd",
+        f"{bulk.GET}, kvd",
+        "store of 2 MiB, kvd",
+        "fetch of 2 MiB, kvd",
     ]
     assert all(row.value > 0 and row.floor > 0 for row in found.rows)
 
@@ -46,8 +49,7 @@ def test_a_peer_gives_back_what_was_stored_last(kind: type[Peer]) -> None:
         try:
             peer.start(max(SIZES))
         except LeftOut as why:
-            assert str(why)  # a word for the report
-            return
+            pytest.skip(str(why))
         for size in SIZES:
             for number in range(3):
                 payload = np.random.default_rng(number).integers(0, 256, size, np.uint8)

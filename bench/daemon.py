@@ -20,7 +20,7 @@ def running_daemon(max_memory: str) -> Iterator[str]:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ready:
             address = os.path.join(directory, "ready")
             ready.bind(address)
-            ready.settimeout(20)
+            ready.settimeout(60)
             command = [sys.executable, "-m", "kvd", "serve", "--runtime-dir", directory]
             command += ["--no-keep-on-stop"]
             command += [

@@ -10,7 +10,7 @@ RUN := .venv/bin/python
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test soak lint bench docs install-systemd uninstall-systemd python
+.PHONY: help demo test soak lint bench bench-peers docs install-systemd uninstall-systemd python
 
 help: ## Say what there is
 	@echo "usage: make [PYTHON=python3.x] TARGET"
@@ -64,7 +64,10 @@ lint: python ## Style, format, types, and what may import what
 	$(RUN) -m mypy
 	$(RUN) .venv/bin/lint-imports
 
-bench: python ## Measure, beside bare baselines in the same run; writes bench/report.json
+bench-peers: python ## Get Redis, memcached and LMCache, for `make bench` to compare with (1.5 GB)
+	@$(PYTHON) scripts/peers.py
+
+bench: python ## Measure, beside floors and peers in the same run; writes bench/report.md and .json
 	@$(PYTHON) scripts/bootstrap.py bench
 	$(RUN) -m bench
 

@@ -7,6 +7,10 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
+
+_NUMBERS = count()
+"""Two daemons at once are two instances."""
 
 
 @contextmanager
@@ -16,10 +20,15 @@ def running_daemon(max_memory: str) -> Iterator[str]:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ready:
             address = os.path.join(directory, "ready")
             ready.bind(address)
-            ready.settimeout(20)
+            ready.settimeout(60)
             command = [sys.executable, "-m", "kvd", "serve", "--runtime-dir", directory]
             command += ["--no-keep-on-stop"]
-            command += ["--instance", f"bench-{os.getpid()}", "--max-memory", max_memory]
+            command += [
+                "--instance",
+                f"bench-{os.getpid()}-{next(_NUMBERS)}",
+                "--max-memory",
+                max_memory,
+            ]
             # A client that commits a GiB at once stages it at once.
             command += ["--max-staging", max_memory, "--max-context", "0", "--log-level", "warning"]
             process = subprocess.Popen(command, env={**os.environ, "NOTIFY_SOCKET": address})

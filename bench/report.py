@@ -4,11 +4,17 @@ import json
 import os
 import platform
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
+
+from bench import plots
 
 REPORT = Path(__file__).resolve().parent / "report.json"
+PAPER = REPORT.with_suffix(".md")
+NOISY = 0.25
+"""A spread of more than this part of the value is said to be noise."""
 
 
 @dataclass(frozen=True)
@@ -79,8 +85,12 @@ def tail_row(
     )
 
 
-def write(rows: Sequence[Row], n_requests: int, n_hits: int) -> None:
-    """Write bench/report.json and print the same as a table."""
+def write(
+    parts: Mapping[str, Sequence[Row]], remarks: Sequence[str], n_requests: int, n_hits: int
+) -> None:
+    """Write bench/report.json and bench/report.md, and print the rows. `parts` are those of the
+    report, by their titles; `remarks` are sentences about what is missing, or not as promised."""
+    rows = [each for part in parts.values() for each in part]
     machine = {
         "cpu": _cpu(),
         "cores": os.cpu_count(),
@@ -92,6 +102,8 @@ def write(rows: Sequence[Row], n_requests: int, n_hits: int) -> None:
     }
     content = {"machine": machine, "rows": [asdict(each) for each in rows]}
     REPORT.write_text(json.dumps(content, indent=2) + "\n")
+    PAPER.write_text(paper(parts, remarks, machine))
+    plots.draw(parts, REPORT.parent)
     print(
         f"\n{machine['cpu']}, {machine['cores']} cores, Linux {machine['kernel']}, "
         f"Python {machine['python']}; load average before: {_LOAD_AT_START:.2f}\n"
@@ -101,7 +113,43 @@ def write(rows: Sequence[Row], n_requests: int, n_hits: int) -> None:
             f"{each.name}\n    {each.value:10.3f} {each.unit:3} (quartiles {each.spread:.3f} apart)"
             f"   {each.ratio:8.3f} x {each.floor:.3f} {each.unit}, {each.floor_name}"
         )
-    print(f"\nwritten: {REPORT.parent.name}/{REPORT.name}")
+    for remark in remarks:
+        print(f"\n{remark}")
+    print(f"\nwritten: {REPORT.parent.name}/{REPORT.name}, {PAPER.parent.name}/{PAPER.name}")
+
+
+def paper(
+    parts: Mapping[str, Sequence[Row]], remarks: Sequence[str], machine: Mapping[str, Any]
+) -> str:
+    """The report in Markdown."""
+    lines = [
+        "# What was measured",
+        "",
+        f"{machine['cpu']}, {machine['cores']} cores, Linux {machine['kernel']}, "
+        f"Python {machine['python']}. Load average before: {machine['load_before']:.2f}; above "
+        "about 0.5 others were at work, and the numbers are worth that much less.",
+        "",
+        "Medians. *Spread* is the distance between the quartiles; where it is more than "
+        f"{NOISY:.0%} of the value, the row is marked ~: noise. *Ratio* is the value by that "
+        "beside it, which was measured in the same run.",
+    ]
+    for title, rows in parts.items():
+        lines += ["", f"## {title}", "", "| what | measured | spread | ratio | beside | |"]
+        lines += ["|---|---:|---:|---:|---:|---|", *map(_line, rows)]
+    if remarks:
+        lines += ["", "## Remarks", "", *(f"- {remark}" for remark in remarks)]
+    return "\n".join(lines) + "\n"
+
+
+def _line(row: Row) -> str:
+    noisy = " ~" if row.spread > NOISY * abs(row.value) else ""
+    cells = [row.name, f"{_number(row.value)} {row.unit}{noisy}", _number(row.spread)]
+    cells += [f"{row.ratio:.3f}", f"{_number(row.floor)} {row.unit}", row.floor_name]
+    return f"| {' | '.join(cells)} |"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.3f}" if abs(value) < 100 else f"{value:,.0f}"
 
 
 def _cpu() -> str:

@@ -5,6 +5,7 @@ own when there is no staging. Who moves it from one to the next: array_storage.p
 """
 
 import weakref
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -41,7 +42,8 @@ class Block:
         if shown is None:
             if self._whole is None:
                 self._whole = np.frombuffer(self._memory.toreadonly(), np.uint8)
-            shown = self._shown[layer] = self._model.show(layer, self._whole)
+            # NumPy takes a memoryview in half the time, and it keeps the array alive, too.
+            shown = self._shown[layer] = self._model.show(layer, memoryview(cast(Any, self._whole)))
         return shown
 
     def rows(self, layer: int) -> KV:

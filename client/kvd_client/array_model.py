@@ -113,15 +113,14 @@ class ArrayModel:
         self.block_bytes = self.model.format().max_bytes
         self.planes = self._lay_out()
 
-    def show(self, layer: int, block: npt.NDArray[np.uint8]) -> KV:
+    def show(self, layer: int, block: npt.NDArray[np.uint8] | memoryview) -> KV:
         """The layer's arrays in a whole block of `block_bytes` bytes, as writable as that is."""
-        k, v = self.planes[layer]
-        return KV(self._array(block, k), self._array(block, v))
-
-    def _array(self, block: npt.NDArray[np.uint8], plane: Plane) -> npt.NDArray[Any]:
-        n_bytes = math.prod(plane.shape) * self.dtype.itemsize
-        flat = block[plane.offset : plane.offset + n_bytes].view(self.dtype)
-        return flat.reshape(plane.shape)
+        (k_at, k_shape), (v_at, v_shape) = self.planes[layer]
+        # Half the time of a slice, a view and a reshape; each keeps `block` alive, too.
+        return KV(
+            np.ndarray(k_shape, self.dtype, block, k_at),
+            np.ndarray(v_shape, self.dtype, block, v_at),
+        )
 
     def _lay_out(self) -> tuple[LayerPlanes, ...]:
         planes: list[LayerPlanes] = []

@@ -1,0 +1,68 @@
+"""Redis on a Unix socket, without persistence.
+
+Its protocol is spoken directly: a value is sent from the payload and received in the buffer, with
+no copy in between, which no client for Python does. Values are at most 512 MB: longer payloads are
+stored as several, whose commands go out together. A key's second store gives back what the first
+one took, so memory is as warm as the server's allocator keeps it.
+"""
+
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+from bench.peers.peer import Bytes, Received, connect, end, find_program, pieces, version_of
+
+MOST = 256 << 20
+
+
+class Redis:
+    name = "Redis"
+
+    def start(self, largest: int) -> None:
+        program, environment = find_program("redis-server", "redis-server")
+        version = version_of([program, "--version"], environment)
+        self.name = f"Redis {version.split('v=')[1].split()[0]}"
+        self._directory = tempfile.TemporaryDirectory(prefix="kvd-bench-redis-")
+        address = str(Path(self._directory.name) / "redis.sock")
+        command = [program, "--port", "0", "--unixsocket", address, "--unixsocketperm", "700"]
+        command += ["--save", "", "--appendonly", "no", "--dir", self._directory.name]
+        command += ["--loglevel", "warning", "--daemonize", "no"]
+        # Longer than a payload takes: its buffer of one client is bounded otherwise.
+        command += ["--client-query-buffer-limit", "1gb", "--proto-max-bulk-len", "512mb"]
+        self._process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+        self._connection = connect(address, self._process)
+        self._received = Received(self._connection)
+
+    def store(self, key: str, payload: Bytes) -> float:
+        started = time.perf_counter()
+        parts = pieces(payload, MOST)
+        for index, part in enumerate(parts):
+            name = f"{key}:{index}"
+            head = f"*3\r\n$3\r\nSET\r\n${len(name)}\r\n{name}\r\n${part.size}\r\n"
+            self._connection.sendall(head.encode())
+            self._connection.sendall(memoryview(part))
+            self._connection.sendall(b"\r\n")
+        for _ in parts:
+            if (line := self._received.line()) != b"+OK":
+                raise ValueError(f"Redis has not stored it: {line.decode()}")
+        return time.perf_counter() - started
+
+    def fetch(self, key: str, into: Bytes) -> float:
+        started = time.perf_counter()
+        parts = pieces(into, MOST)
+        names = [f"{key}:{index}" for index in range(len(parts))]
+        asked = "".join(f"*2\r\n$3\r\nGET\r\n${len(name)}\r\n{name}\r\n" for name in names)
+        self._connection.sendall(asked.encode())
+        for part in parts:
+            if (line := self._received.line()) != b"$%d" % part.size:
+                raise ValueError(f"Redis has another value: {line.decode()}")
+            self._received.into(part)
+        return time.perf_counter() - started
+
+    def stop(self) -> None:
+        if hasattr(self, "_connection"):
+            self._connection.close()
+        if hasattr(self, "_process"):
+            end(self._process)
+            self._directory.cleanup()

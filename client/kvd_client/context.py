@@ -73,12 +73,23 @@ __all__ = [
 
 S = TypeVar("S", bound=SequenceState)
 
+ONWARD = 0.75
+"""Of a request's time, what must be left for two more answers, on the way back to a daemon."""
+
+
+class _NotYet(Exception):
+    """The daemon has come back, and is slow: what is left of the way is for the next request. The
+    session goes on. The context is not open in it, so its ids are still for us to choose."""
+
 
 # --- contexts
 
 
-def open_context(context: ContextState, deadline: float) -> Operation[Session]:
-    """Make sure that the context is open in the client's session, which is returned."""
+def open_context(
+    context: ContextState, deadline: float, *, in_parts: bool = False
+) -> Operation[Session]:
+    """Make sure that the context is open in the client's session, which is returned. With
+    `in_parts` _NotYet is raised if so much of a request's time is gone that it would not do."""
     client = context.client
     while True:
         session = yield from client.ensure_session(deadline)
@@ -90,7 +101,7 @@ def open_context(context: ContextState, deadline: float) -> Operation[Session]:
         yield Wait(session, context.is_settled, deadline - time.monotonic(), may_fail=True)
     context.opening = True
     try:
-        yield from _open(context, session, deadline)
+        yield from _open(context, session, deadline, in_parts=in_parts)
     finally:
         context.opening = False
     return session
@@ -113,7 +124,9 @@ def reopen(context: ContextState) -> Operation[bool]:
     context.check()
     client = context.client
     try:
-        yield from open_context(context, client.deadline())
+        yield from open_context(context, client.deadline(), in_parts=client.fail_open)
+    except _NotYet:
+        return False
     except KvdError as error:
         if not client.without_daemon(error):
             raise
@@ -121,12 +134,10 @@ def reopen(context: ContextState) -> Operation[bool]:
     return True
 
 
-def _open(context: ContextState, session: Session, deadline: float) -> Operation[None]:
+def _register(
+    context: ContextState, session: Session, deadline: float
+) -> Operation[ModelRegistered]:
     client, model = context.client, context.model
-
-    def close_again(opened: ContextOpened) -> None:
-        session.post(CloseContext(opened.context))
-
     registered: ModelRegistered = yield from client.call(
         session,
         RegisterModel(
@@ -143,6 +154,22 @@ def _open(context: ContextState, session: Session, deadline: float) -> Operation
     if registered.segment not in session.arenas:
         here = partial(session.arenas.__contains__, registered.segment)
         yield Wait(session, here, deadline - time.monotonic())
+    return registered
+
+
+def _open(
+    context: ContextState, session: Session, deadline: float, *, in_parts: bool
+) -> Operation[None]:
+    client = context.client
+
+    def close_again(opened: ContextOpened) -> None:
+        session.post(CloseContext(opened.context))
+
+    if context.registered is None or context.registered[0] is not session:
+        context.registered = session, (yield from _register(context, session, deadline))
+    _, registered = context.registered
+    if in_parts and deadline - time.monotonic() < ONWARD * client.timeout:
+        raise _NotYet
     busy = dict(sorted(context.sequences.items()))
     opened: ContextOpened = yield from client.call(
         session,
@@ -206,7 +233,7 @@ def alloc(
     try:
         session = client.live_session()
         if session is None or context.session is not session:
-            session = yield from open_context(context, deadline)
+            session = yield from open_context(context, deadline, in_parts=client.fail_open)
         message = Alloc(
             context.number,
             request,
@@ -234,6 +261,8 @@ def alloc(
                 text = f"the arena cannot be mapped: {error.strerror or error}"
                 raise Unavailable(text) from error
             raise
+    except _NotYet:
+        sequence = _alloc_without_daemon(context, make)
     except KvdError as error:
         if not client.without_daemon(error):
             raise

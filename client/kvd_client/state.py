@@ -18,6 +18,7 @@ from kvd_client.peeking import PromptKeys
 from kvd_client.session import Session
 from kvd_proto.geometry import Geometry
 from kvd_proto.keys import arena_fingerprint
+from kvd_proto.messages import ModelRegistered
 from kvd_proto.payload import PayloadFormat, make_format
 
 __all__ = ["ContextState", "Model", "Payloads", "SequenceState", "Tokens", "pack_tokens"]
@@ -61,6 +62,8 @@ class ContextState:
     payload: PayloadFormat = field(init=False)
     session: Session | None = None
     """The one in which it is open, or was open last."""
+    registered: tuple[Session, ModelRegistered] | None = None
+    """What a session has said of the model."""
     number: int = 0
     stride: int = 0
     arena: Arena | None = None

@@ -271,6 +271,37 @@ def test_the_way_back_to_a_daemon_takes_no_longer_than_one_timeout(
             again.stop()
 
 
+def test_the_way_back_to_a_slow_daemon_is_gone_in_parts(
+    mortal: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of it takes longer than a request may lose. So the first goes on alone; the next finds
+    the session, and its own id is not that of the first."""
+    with kvd_client.connect(
+        mortal.runtime_dir, fail_open=True, staging_bytes=STAGING, timeout=1.25
+    ) as client:
+        context = client.open_context(MODEL, n_seq_max=2)
+        plain_wait = client._wait
+
+        def wait(what: Wait) -> None:
+            begun = time.monotonic()
+            if what.timeout > 0:
+                time.sleep(min(0.36, what.timeout))  # each answer takes its time
+            plain_wait(what._replace(timeout=what.timeout - (time.monotonic() - begun)))
+
+        again = restart(mortal, kill=True)
+        monkeypatch.setattr(client, "_wait", wait)
+        try:
+            with context.alloc(PROMPT) as alone, context.alloc(PROMPT) as sequence:
+                assert not alone.shared
+                assert sequence.shared
+                assert alone.seq_id != sequence.seq_id
+                with pytest.raises(errors.NoSequenceFree):
+                    context.alloc(PROMPT)
+        finally:
+            client.close()
+            again.stop()
+
+
 @pytest.mark.parametrize("fail_open", [True, False])
 def test_who_has_no_room_to_map_the_arena_goes_on_without(mortal: Daemon, fail_open: bool) -> None:
     """As under `ulimit -v`: an arena is as long as /dev/shm."""

@@ -18,6 +18,7 @@ from bench.daemon import running_daemon
 from bench.first_token import set_state, whole_state
 from bench.model import find_model
 from bench.report import Row, paired_row
+from bench.serving import PATIENT
 from kvd_client.client import DEFAULT_STAGING, Client
 from kvd_client.integrations.llama import share
 from kvd_client.integrations.llama.batching.worker import BatchingWorker
@@ -126,7 +127,9 @@ def _llama(runtime_dir: str, engine: LlamaEngine) -> Iterator[Integration]:
         client.flush()
         return taken
 
-    with Client(runtime_dir, fail_open=True, staging_bytes=DEFAULT_STAGING) as client:
+    with Client(
+        runtime_dir, fail_open=True, staging_bytes=DEFAULT_STAGING, timeout=PATIENT
+    ) as client:
         try:
             yield Integration("share(llama)", shared, first_token, lambda: matched)
         finally:
@@ -148,7 +151,7 @@ def _worker(runtime_dir: str, engine: LlamaEngine) -> Iterator[Integration]:
         worker.client.flush()
         return taken
 
-    with LlamaWorker(engine=engine, runtime_dir=runtime_dir) as worker:
+    with LlamaWorker(engine=engine, runtime_dir=runtime_dir, timeout=PATIENT) as worker:
         yield Integration("LlamaWorker", first_token, _alone(engine), lambda: matched)
 
 
@@ -169,7 +172,7 @@ def _batching(runtime_dir: str, engine: LlamaEngine) -> Iterator[Integration]:
         worker.llama.client.flush()
         return told[0] - began
 
-    with BatchingWorker(engine=engine, runtime_dir=runtime_dir) as worker:
+    with BatchingWorker(engine=engine, runtime_dir=runtime_dir, timeout=PATIENT) as worker:
         yield Integration("BatchingWorker", first_token, _alone(engine), lambda: matched)
 
 

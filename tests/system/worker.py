@@ -19,13 +19,17 @@ import kvd_client
 from tests.client.blocks import MODEL, payloads
 
 TOKENS = list(range(7_000, 7_000 + 64))
+PATIENT = 10.0
+"""Seconds: a busy machine is no outage."""
 
 
 def main() -> None:
     """Answer until the input ends. Arguments: the instance."""
     instance = sys.argv[1] if len(sys.argv) > 1 else "default"
     with (
-        kvd_client.connect(instance=instance, fail_open=True, staging_bytes=1 << 20) as client,
+        kvd_client.connect(
+            instance=instance, fail_open=True, staging_bytes=1 << 20, timeout=PATIENT
+        ) as client,
         client.open_context(MODEL, n_seq_max=2) as context,
     ):
         for line in sys.stdin:

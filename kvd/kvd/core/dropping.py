@@ -79,7 +79,7 @@ class Dropping(Holds):
             if (
                 head is None
                 or head.used >= until
-                or not may_lose(head.arena.share, taker, head.arena.stride)
+                or (taker is not None and not may_lose(head.arena.share, taker, head.arena.stride))
             ):
                 continue
             used = head.used
@@ -96,7 +96,12 @@ class Dropping(Holds):
             most = 1
         elif most > MOST_AT_ONCE:
             most = MOST_AT_ONCE
-        run = of_it.pop(most, arena, until)
+        run: Sequence[Block]
+        if most == 1:
+            of_it.drop(oldest)
+            run = (oldest,)
+        else:
+            run = of_it.pop(most, arena, until)
         self._forget(arena, run, reason, effects)
         return run
 

@@ -17,7 +17,8 @@ from kvd.core.recount import STEP_BLOCKS, check_in_steps, check_totals
 from kvd.core.tree import ADOPTED, SEALED, Block
 from kvd.directory import Directory
 from kvd.index import Index
-from kvd.store import Store, StoredArena
+from kvd.store import Store
+from kvd.stored import StoredArena
 from kvd_proto import layout
 from kvd_proto.index import prefix_of
 

@@ -34,7 +34,8 @@ from kvd.core.tenants import Tenant
 from kvd.directory import Directory
 from kvd.index import Index
 from kvd.stopped import is_stopped
-from kvd.store import StagingRoom, Store, StoredArena
+from kvd.store import StagingRoom, Store
+from kvd.stored import StoredArena
 
 SLOTS_SHOWN = 10
 """Of those that have lost memory."""

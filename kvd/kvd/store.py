@@ -15,12 +15,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar, cast
 
 from kvd import adoption, copier, descriptors, log
-from kvd.arena import ByteRange, NoSpace, Segment, byte_ranges
+from kvd.arena import NoSpace, Segment, byte_ranges
 from kvd.copier import (
     BackJob,
     CallJob,
@@ -49,7 +49,6 @@ from kvd.core.events import (
     DropPin,
     DropRecord,
     Event,
-    FoundRecord,
     Punch,
     RenewPin,
     SessionId,
@@ -61,6 +60,7 @@ from kvd.directory import Directory
 from kvd.index import Index
 from kvd.limits import NotEnoughRoom, check_room
 from kvd.staging import Staging
+from kvd.stored import StoredArena
 from kvd.turns import Order
 from kvd_proto import errors
 from kvd_proto.geometry import Geometry
@@ -70,64 +70,6 @@ T = TypeVar("T")
 
 BURST_SECONDS = 0.002
 """Ended jobs are followed up for so long before the loop looks at its requests again."""
-
-
-@dataclass(slots=True)
-class StoredArena:
-    """An arena's three segments, and how its payloads are checked."""
-
-    arena: CreateArena
-    segment: Segment
-    directory: Directory
-    index: Index
-    format: PayloadFormat
-    has_former_readers: bool = False
-    """Whether clients of an earlier daemon may still read it."""
-    growing: dict[int, int] = field(default_factory=dict)
-    """By job: how long the directory will be when it has ended."""
-    growing_pins: dict[int, int] = field(default_factory=dict)
-    """By job: how many bytes of pins it will have."""
-    found: list[FoundRecord] = field(default_factory=list)
-    """What an earlier daemon left, until the core has said what it takes."""
-
-    @property
-    def directory_bytes(self) -> int:
-        """What the directory has in memory, pins and index included, when all jobs have ended
-        well."""
-        return (
-            max([self.directory.backed, *self.growing.values()])
-            + max([self.directory.pins_backed, *self.growing_pins.values()])
-            + max([self.index.backed, *map(self.index.bytes_beside, self.growing.values())])
-        )
-
-    def growth_to(self, directory_bytes: int) -> int:
-        """Bytes that `ensure` takes."""
-        index = self.index.bytes_beside(directory_bytes)
-        return max(0, directory_bytes - self.directory.backed) + max(0, index - self.index.backed)
-
-    def ensure(self, directory_bytes: int) -> None:
-        """Give the first bytes of the directory memory, and what belongs to them of the index.
-        Raises arena.NoSpace; asking again is then right."""
-        self.directory.ensure(directory_bytes)
-        self.index.ensure(self.index.bytes_beside(directory_bytes))
-
-    def open_reader(self) -> int:
-        """A read-only descriptor for one client of this daemon; the caller closes it."""
-        return self.segment.open_reader(self.directory.life)
-
-    def unlink(self) -> None:
-        """Remove all names; all goes on as before for who has it open. The arena's first: what is
-        without its arena is removed by the next daemon."""
-        self.segment.unlink()
-        self.directory.segment.unlink()
-        self.index.unlink()
-
-    def close(self, *, unlink: bool) -> None:
-        """Let go of all, and with `unlink` remove the names; that of the index always."""
-        # The arena first, as in `unlink`.
-        self.segment.close(unlink=unlink)
-        self.directory.close(unlink=unlink)
-        self.index.close()
 
 
 @dataclass(slots=True, eq=False)
@@ -284,7 +226,7 @@ class Store:
         stored = self.arenas.pop(number)
         stored.unlink()
         log.info("model given up", model=stored.arena.name, tenant=stored.arena.tenant)
-        job = StepsJob(self._new_job(_succeeded), partial(_removing, stored), Order.FREE)
+        job = StepsJob(self._new_job(_succeeded), stored.removing, Order.FREE)
         self._copier.submit(job)
 
     def write_record(self, effect: WriteRecord) -> None:
@@ -511,19 +453,6 @@ def _succeeded(result: JobResult) -> None:
 
 def _format(arena: CreateArena) -> PayloadFormat:
     return make_format(arena.payload_format, Geometry(arena.layers), arena.block_tokens)
-
-
-def _removing(stored: StoredArena) -> Steps:
-    # A client that has gone from here may have them mapped still, and would keep the memory.
-    for segment in (stored.index.segment, stored.segment):
-        found = segment.next_backed(0)
-        while found is not None:
-            part = ByteRange(found, min(copier.PUNCH_STEP_BYTES, segment.size - found))
-            yield from copier.punching(segment, [part])
-            yield 0
-            found = segment.next_backed(found)
-    stored.close(unlink=False)
-    return None
 
 
 def _check(payload_format: PayloadFormat, start: int, n_tokens: int, copy: memoryview) -> None:

@@ -26,6 +26,7 @@ from kvd_client.integrations.llama.kv.given import read_given
 from kvd_client.integrations.llama.kv.state import KvLayout
 from kvd_client.integrations.llama.runtime import native
 from kvd_client.integrations.llama.runtime.batch import Batch
+from kvd_client.integrations.llama.runtime.context import not_causal
 from kvd_client.integrations.llama.runtime.model import LlamaModel
 from kvd_client.integrations.llama.runtime.params import LoraAdapter, env_int
 
@@ -106,12 +107,9 @@ def _refuse(
         raise NotShareable(
             Reason.STREAMS, "the context has a stream for each sequence: set kv_unified to true"
         )
-    if not bindings.llama_get_memory(context) or not bindings.llama_get_causal_attn(context):
-        raise NotShareable(
-            Reason.NOT_CAUSAL,
-            "the model's attention is not causal, so a prefix has no K/V of its own; use it "
-            "without sharing",
-        )
+    unshareable = not_causal(context)
+    if unshareable is not None:
+        raise unshareable
 
 
 def _probe(model: LlamaModel, context: int) -> StateForm:

@@ -22,6 +22,7 @@ from kvd_client.integrations.llama.kv.mover import BlockMover, ScratchSequence, 
 from kvd_client.integrations.llama.kv.state import V_TRANS, KvLayout
 from kvd_client.integrations.llama.runtime import native
 from kvd_client.integrations.llama.runtime.batch import Batch
+from kvd_client.integrations.llama.runtime.context import not_causal
 from kvd_client.integrations.llama.runtime.model import LlamaModel
 from kvd_client.integrations.llama.runtime.params import LoraAdapter, env_int
 
@@ -67,13 +68,9 @@ def read_llama(llama: Any) -> LlamaSource:
         paths.append(Path(os.fsdecode(llama.lora_path)))
     _check_files(llama, paths)
     model = LlamaModel.of_loaded(llama._model.model, paths[0])
-    reason = model.unshareable_kind()
+    reason = model.unshareable_kind() or not_causal(llama._ctx.ctx)
     if reason is not None:
         raise reason
-    if not bindings.llama_get_causal_attn(llama._ctx.ctx):
-        raise NotShareable(
-            Reason.NOT_CAUSAL, "its attention is not causal, so a prefix has no K/V of its own"
-        )
     mover = _open_mover(llama._ctx.ctx)
     if mover.layout.window and not llama.context_params.swa_full:
         raise NotShareable(

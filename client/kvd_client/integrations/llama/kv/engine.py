@@ -12,8 +12,6 @@ import os
 from collections.abc import Iterable, Sequence
 from types import TracebackType
 
-import llama_cpp.llama_cpp as bindings
-
 from kvd_client.integrations.llama.errors import (
     NotShareable,
     Reason,
@@ -25,7 +23,7 @@ from kvd_client.integrations.llama.kv.mover import (
     read_layout,
 )
 from kvd_client.integrations.llama.kv.state import V_TRANS, KvLayout
-from kvd_client.integrations.llama.runtime.context import LlamaContext
+from kvd_client.integrations.llama.runtime.context import LlamaContext, not_causal
 from kvd_client.integrations.llama.runtime.model import LlamaModel
 from kvd_client.integrations.llama.runtime.params import (
     ContextParams,
@@ -118,12 +116,9 @@ class LlamaEngine(LlamaContext):
 
     def _probe_layout(self) -> NotShareable | None:
         """Decode one token in the scratch sequence, read its state, and empty the context again."""
-        if not self._memory or not bindings.llama_get_causal_attn(self._context):
-            return NotShareable(
-                Reason.NOT_CAUSAL,
-                "the model's attention is not causal, so a prefix has no K/V of its own; use it "
-                "without sharing",
-            )
+        reason = not_causal(self._context)
+        if reason is not None:
+            return reason
         scratch = ScratchSequence(self._context, self._memory, self._scratch, is_narrow=False)
         self._decode([0], 0, self._scratch, False)
         try:

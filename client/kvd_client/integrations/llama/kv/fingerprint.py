@@ -21,10 +21,9 @@ Not in it: n_threads, n_batch, n_ubatch, which sequences lie in the context, swa
 change last bits, as they do without sharing (n_threads in one-token decodes, whose attention is
 split among the threads; swa_full where it makes cells lie otherwise). n_ctx is in it through
 rope.factors alone: llama.cpp chooses between the two sets of RoPE factors of a LongRoPE model by
-n_ctx. Which model has such
-factors cannot be asked, so the field counts for all of them; that costs sharing only between
-contexts on both sides of that length. GPUs do not occur: models are loaded for the CPU
-(runtime/model.py).
+n_ctx. Which model has such factors cannot be asked, so the field counts for all of them; that costs
+sharing only between contexts on both sides of that length. GPUs do not occur: models are loaded for
+the CPU (runtime/model.py).
 """
 
 import hashlib

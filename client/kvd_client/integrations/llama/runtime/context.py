@@ -15,12 +15,28 @@ import llama_cpp.llama_cpp as bindings
 import numpy as np
 import numpy.typing as npt
 
-from kvd_client.integrations.llama.errors import DecodeFailed, LlamaEngineError
+from kvd_client.integrations.llama.errors import (
+    DecodeFailed,
+    LlamaEngineError,
+    NotShareable,
+    Reason,
+)
 from kvd_client.integrations.llama.files.model_hash import file_digest
 from kvd_client.integrations.llama.runtime import native
 from kvd_client.integrations.llama.runtime.batch import Batch
 from kvd_client.integrations.llama.runtime.model import LlamaModel, Tokens
 from kvd_client.integrations.llama.runtime.params import ContextParams, LoraAdapter, env_int
+
+
+def not_causal(context: int) -> NotShareable | None:
+    """Why no prefix has K/V of its own in a context (a llama_context pointer), if that is so."""
+    if bindings.llama_get_memory(context) and bindings.llama_get_causal_attn(context):
+        return None
+    return NotShareable(
+        Reason.NOT_CAUSAL,
+        "the model's attention is not causal, so a prefix has no K/V of its own; use it without "
+        "sharing",
+    )
 
 
 class LlamaContext:

@@ -94,7 +94,7 @@ def _measure(client: kvd_client.Client, address: str, n_blocks: int, n_requests:
 def _ask(dealer: zmq.Socket[bytes], message: Message, reply_type: type) -> Allocated:
     """What a client must do at the least: pack, send, receive, unpack."""
     dealer.send(codec.encode_request(7, message))
-    return reply_type._make(msgpack.unpackb(_receive(dealer))[2:])
+    return reply_type._make(msgpack.unpackb(receive(dealer))[2:])
 
 
 def _ask_echo(dealer: zmq.Socket[bytes], message: Message, likeness: bytes) -> object:
@@ -104,10 +104,10 @@ def _ask_echo(dealer: zmq.Socket[bytes], message: Message, likeness: bytes) -> o
 
 def _release(dealer: zmq.Socket[bytes], context: int, reply: Allocated) -> None:
     dealer.send(codec.encode_request(8, Release(context, reply.seq_id, reply.generation, 0)))
-    _receive(dealer)
+    receive(dealer)
 
 
-def _receive(dealer: "zmq.Socket[bytes]") -> bytes:
+def receive(dealer: "zmq.Socket[bytes]") -> bytes:
     """The next reply. The client's socket has a short receive timeout, which is no end here."""
     while True:
         try:

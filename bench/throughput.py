@@ -20,6 +20,7 @@ import zmq
 import kvd_client
 from bench.daemon import running_daemon
 from bench.report import Row, row
+from bench.roundtrip import BLOCK_TOKENS, LAYERS, receive
 from kvd_client import Model
 from kvd_proto import codec
 from kvd_proto.messages import Alloc, Allocated, Release
@@ -27,8 +28,6 @@ from kvd_proto.messages import Alloc, Allocated, Release
 CLIENTS = 16
 DEPTH = 4
 """Requests of each client that are on their way."""
-BLOCK_TOKENS = 32
-LAYERS = (("f16", 512, "f16", 512),)
 STAGING = 4 << 20
 
 Socket = zmq.Socket[bytes]
@@ -107,9 +106,9 @@ def _measure(runtime_dir: str, address: str, n_blocks: int, n_rounds: int, secon
 def _answer(socket: Socket, frame: bytes, following: Following) -> list[Any]:
     """The fields of an alloc's answer, which is released again."""
     socket.send(frame)
-    found: list[Any] = msgpack.unpackb(_receive(socket))
+    found: list[Any] = msgpack.unpackb(receive(socket))
     socket.send(following(0, 0, found))
-    _receive(socket)
+    receive(socket)
     return found
 
 
@@ -149,15 +148,6 @@ def _rate(
                     socket.send(following(client, reply[0], reply))
     assert until is not None
     return counted / (until - began)
-
-
-def _receive(socket: Socket) -> bytes:
-    """The next reply. A client's socket has a short receive timeout, which is no end here."""
-    while True:
-        try:
-            return socket.recv()
-        except zmq.Again:
-            continue
 
 
 def _serve_echo(address: str) -> None:

@@ -7,32 +7,25 @@ the memory of the first one.
 
 import os
 import pwd
-import subprocess
-import tempfile
 import time
-from pathlib import Path
 
-from bench.peers.peer import Bytes, Received, connect, end, find_program, pieces, version_of
+from bench.peers.peer import Bytes, SocketServer, find_program, pieces, version_of
 
 MOST = 16 << 20
 
 
-class Memcached:
+class Memcached(SocketServer):
     name = "memcached"
 
     def start(self, largest: int) -> None:
         program, environment = find_program("memcached", "memcached")
         version = version_of([program, "-V"], environment)
         self.name = f"memcached {version.split()[1]}"
-        self._directory = tempfile.TemporaryDirectory(prefix="kvd-bench-memcached-")
-        address = str(Path(self._directory.name) / "memcached.sock")
         megabytes = 256 + (4 * largest >> 20)
-        command = [program, "-s", address, "-a", "0700", "-m", str(megabytes)]
+        command = [program, "-a", "0700", "-m", str(megabytes)]
         command += ["-I", f"{(MOST >> 20) + 1}m", "-t", "2"]
         command += ["-u", pwd.getpwuid(os.getuid()).pw_name]  # root must be told so
-        self._process = subprocess.Popen(command, env=environment)
-        self._connection = connect(address, self._process)
-        self._received = Received(self._connection)
+        self.serve(command, "-s", environment)
 
     def store(self, key: str, payload: Bytes) -> float:
         started = time.perf_counter()
@@ -59,10 +52,3 @@ class Memcached:
         if (line := self._received.line()) != b"END":
             raise ValueError(f"memcached has more than was asked for: {line.decode()}")
         return time.perf_counter() - started
-
-    def stop(self) -> None:
-        if hasattr(self, "_connection"):
-            self._connection.close()
-        if hasattr(self, "_process"):
-            end(self._process)
-            self._directory.cleanup()

@@ -1,9 +1,11 @@
 """What the benchmark asks of a peer, and where what `make bench-peers` has got lies."""
 
+import contextlib
 import os
 import shutil
 import socket
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 from typing import Any, Protocol
@@ -96,6 +98,32 @@ def end(process: "subprocess.Popen[Any]") -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
+
+
+class SocketServer:
+    """What Redis and memcached have in common: a process that listens on a Unix socket in a folder
+    of its own."""
+
+    def __init__(self) -> None:
+        self._opened = contextlib.ExitStack()
+
+    def serve(self, command: list[str], address_flag: str, environment: dict[str, str]) -> None:
+        """Start it, and connect. Raises LeftOut."""
+        folder = self._opened.enter_context(tempfile.TemporaryDirectory(prefix="kvd-bench-"))
+        address = f"{folder}/peer.sock"
+        process = subprocess.Popen(
+            [*command, address_flag, address],
+            cwd=folder,
+            env=environment,
+            stdout=subprocess.DEVNULL,
+        )
+        self._opened.callback(end, process)
+        self._connection = self._opened.enter_context(connect(address, process))
+        self._received = Received(self._connection)
+
+    def stop(self) -> None:
+        """See Peer."""
+        self._opened.close()
 
 
 def pieces(payload: Bytes, most: int) -> list[Bytes]:

@@ -6,33 +6,26 @@ stored as several, whose commands go out together. A key's second store gives ba
 one took, so memory is as warm as the server's allocator keeps it.
 """
 
-import subprocess
-import tempfile
 import time
-from pathlib import Path
 
-from bench.peers.peer import Bytes, Received, connect, end, find_program, pieces, version_of
+from bench.peers.peer import Bytes, SocketServer, find_program, pieces, version_of
 
 MOST = 256 << 20
 
 
-class Redis:
+class Redis(SocketServer):
     name = "Redis"
 
     def start(self, largest: int) -> None:
         program, environment = find_program("redis-server", "redis-server")
         version = version_of([program, "--version"], environment)
         self.name = f"Redis {version.split('v=')[1].split()[0]}"
-        self._directory = tempfile.TemporaryDirectory(prefix="kvd-bench-redis-")
-        address = str(Path(self._directory.name) / "redis.sock")
-        command = [program, "--port", "0", "--unixsocket", address, "--unixsocketperm", "700"]
-        command += ["--save", "", "--appendonly", "no", "--dir", self._directory.name]
+        command = [program, "--port", "0", "--unixsocketperm", "700"]
+        command += ["--save", "", "--appendonly", "no"]
         command += ["--loglevel", "warning", "--daemonize", "no"]
         # Longer than a payload takes: its buffer of one client is bounded otherwise.
         command += ["--client-query-buffer-limit", "1gb", "--proto-max-bulk-len", "512mb"]
-        self._process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
-        self._connection = connect(address, self._process)
-        self._received = Received(self._connection)
+        self.serve(command, "--unixsocket", environment)
 
     def store(self, key: str, payload: Bytes) -> float:
         started = time.perf_counter()
@@ -59,10 +52,3 @@ class Redis:
                 raise ValueError(f"Redis has another value: {line.decode()}")
             self._received.into(part)
         return time.perf_counter() - started
-
-    def stop(self) -> None:
-        if hasattr(self, "_connection"):
-            self._connection.close()
-        if hasattr(self, "_process"):
-            end(self._process)
-            self._directory.cleanup()

@@ -61,10 +61,12 @@ def test_a_peer_gives_back_what_was_stored_last(kind: type[Peer]) -> None:
         peer.stop()
 
 
-def test_a_payload_longer_than_a_value_is_several(monkeypatch: pytest.MonkeyPatch) -> None:
-    for kind in (Redis, Memcached):
-        monkeypatch.setattr(sys.modules[kind.__module__], "MOST", 300_000)
-        test_a_peer_gives_back_what_was_stored_last(kind)
+@pytest.mark.parametrize("kind", [Redis, Memcached])
+def test_a_payload_longer_than_a_value_is_several(
+    kind: type[Peer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules[kind.__module__], "MOST", 300_000)
+    test_a_peer_gives_back_what_was_stored_last(kind)
 
 
 def test_other_bytes_end_the_measurement() -> None:

@@ -124,7 +124,7 @@ class Dropping(Holds):
             parent = block.parent
             assert parent is not None
             assert block.family is None, "a parent goes after its children"
-            if parent.family is block:
+            if parent.family is block:  # most often, and without a call
                 parent.family = None
             else:
                 parent.remove(block)
